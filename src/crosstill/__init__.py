@@ -1,0 +1,54 @@
+"""crosstill: distil a large vision-language teacher into a small, fast dual encoder.
+
+    errors      every exception raised on purpose
+    files       atomic writes, checksums, locks
+    progress    bars on stderr
+    types       the nouns and the dimension key
+    images      bytes → upright RGB → resized pixels, one path for the whole project
+    data        sources → examples
+    teachers    frozen big models
+    cache       what a teacher said, on disk
+    students    image tower + text tower + heads
+    objectives  one loss a file
+    balance     one weighting rule a file
+    evaluate    recall and cost
+    train       settings, loop, checkpoints, run folders
+    recipes     published settings
+    demo        the whole path on rendered scenes
+    doctor      is this machine ready, is this dataset sound
+    cli         one file a verb
+
+Imports only point up this list; a test holds that it agrees with the import contract. The parts
+are loaded when they are first used, so `import crosstill` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crosstill import balance, cache, data, evaluate, objectives, recipes, students, teachers
+    from crosstill.recipes import distill
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "balance",
+    "cache",
+    "data",
+    "distill",
+    "evaluate",
+    "objectives",
+    "recipes",
+    "students",
+    "teachers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distill":
+        return import_module("crosstill.recipes").distill
+    if name in __all__:
+        return import_module(f"crosstill.{name}")
+    raise AttributeError(f"module 'crosstill' has no attribute {name!r}")

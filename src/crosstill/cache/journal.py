@@ -1,0 +1,85 @@
+"""What an unfinished build has safely on disk.
+
+A shard is written first and named in the journal second, each atomically: a kill at any moment
+costs the shard in hand and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosstill import files
+from crosstill.errors import CorruptError
+
+log = logging.getLogger(__name__)
+
+NAME = "building.json"
+
+
+class Journal:
+    """The shards of both kinds, in order, as a list of records each.
+
+    A record holds `file` (None for a shard without rows), `rows`, `sha256` and whatever else
+    `commit` was given.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], version: int) -> None:
+        self._folder = folder
+        self._head = {"format": version, "key": dict(key)}
+        self.shards: dict[str, list[dict[str, Any]]] = {"image": [], "text": []}
+
+    @staticmethod
+    def read(folder: Path, version: int) -> dict[str, Any] | None:
+        """The journal of an earlier build; None if there is none or it is damaged."""
+        if not (folder / NAME).is_file():
+            return None
+        try:
+            return files.read_sealed(folder / NAME, {version})
+        except CorruptError as error:
+            log.warning("%s; starting this cache over", error)
+            return None
+
+    def adopt(self, earlier: Mapping[str, Any]) -> None:
+        """Take over the leading shards of an earlier build whose bytes are as it recorded."""
+        for kind, shards in self.shards.items():
+            shards.extend(self._whole(earlier[kind]))
+
+    def commit(self, kind: str, array: np.ndarray | None, **record: Any) -> None:
+        """Put one more shard on disk; `array` is None when it has no rows."""
+        shards = self.shards[kind]
+        entry: dict[str, Any] = {"file": None, "rows": 0, **record}
+        if array is not None:
+            path = self._folder / f"{kind}-{len(shards):05d}.npy"
+            files.write_atomic(path, lambda temporary: save_array(temporary, array))
+            entry |= {"file": path.name, "rows": len(array), "sha256": files.digest_file(path)}
+        shards.append(entry)
+        files.write_json(self._folder / NAME, files.sealed({**self._head, **self.shards}))
+
+    def stored(self, kind: str) -> list[dict[str, Any]]:
+        """The shards that have rows: what the finished header names."""
+        keep = ("file", "rows", "sha256")
+        return [{k: shard[k] for k in keep} for shard in self.shards[kind] if shard["file"]]
+
+    def close(self) -> None:
+        (self._folder / NAME).unlink(missing_ok=True)
+
+    def _whole(self, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for position, shard in enumerate(shards):
+            try:
+                if shard["file"]:
+                    files.check_digest(self._folder / shard["file"], shard["sha256"])
+            except CorruptError as error:
+                log.warning("%s; computing it again", error)
+                return shards[:position]
+        return shards
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write one .npy file under exactly this name."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)

@@ -1,0 +1,115 @@
+"""Photos decoded once, at a student's size, as memory-mapped uint8.
+
+An epoch then reads pixels at the speed of memory and never decodes. With several views an
+image, each is stored as the teacher saw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosstill import files, images, progress
+from crosstill.cache.store import FORMAT, Cache, Split
+from crosstill.errors import CorruptError, DataError, ImageError, MismatchError
+from crosstill.types import Example, image_id
+
+
+class PixelStore:
+    """Pixels of one split: `take(positions, view)` gives uint8 (B, 3, H, W)."""
+
+    def __init__(self, array: np.ndarray, views: int) -> None:
+        self._array = array
+        self._views = views
+
+    def __len__(self) -> int:
+        return len(self._array) // self._views
+
+    def take(self, positions: np.ndarray, view: int | np.ndarray = 0) -> Tensor:
+        """Pixels of images at `positions` of the split, in that order."""
+        return torch.from_numpy(self._array[np.asarray(positions) * self._views + view])
+
+
+def pixels(cache: Cache, split: Split, preprocess: images.Preprocess) -> PixelStore:
+    """Open the decoded photos of a split, decoding them first if that was never done.
+
+    Raises:
+        DataError: a photo is no longer where the cache found it.
+        MismatchError: a photo's bytes are not those that the teacher saw.
+        LockedError: another process is decoding into the same folder.
+    """
+    folder = files.writable_folder(cache.folder / "pixels")
+    path = folder / f"{preprocess.digest()[:16]}-{split.name}.npy"
+    if not _usable(path):
+        with files.locked(folder):
+            files.sweep(folder)
+            files.write_atomic(path, lambda temporary: _decode(temporary, cache, split, preprocess))
+            record = {"format": FORMAT, "sha256_of_data": files.digest_file(path)}
+            files.write_json(path.with_suffix(".json"), files.sealed(record))
+    return PixelStore(np.load(path, mmap_mode="r", allow_pickle=False), cache.views)
+
+
+def _usable(path: Path) -> bool:
+    """Whether the store is whole; what is damaged can be made again, so it only says no."""
+    record = path.with_suffix(".json")
+    if not (path.is_file() and record.is_file()):
+        return False
+    try:
+        files.check_digest(path, files.read_sealed(record, {FORMAT})["sha256_of_data"])
+    except CorruptError:
+        return False
+    return True
+
+
+def _decode(path: Path, cache: Cache, split: Split, preprocess: images.Preprocess) -> None:
+    shape = (len(split.images) * cache.views, 3, *preprocess.size)
+    with path.open("wb") as file:  # open_memmap would insist on the suffix .npy
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
+        offset = file.tell()
+        file.truncate(offset + int(np.prod(shape)))
+    out = np.memmap(path, dtype=np.uint8, mode="r+", offset=offset, shape=shape)
+    fill = _filler(out, cache, split, preprocess)
+    count = len(split.images)
+    with ThreadPoolExecutor(max_workers=4) as pool, progress.bar("decoding", count) as bar:
+        for _ in pool.map(fill, range(count)):
+            bar.advance()
+    out.flush()
+
+
+def _filler(
+    out: np.ndarray, cache: Cache, split: Split, preprocess: images.Preprocess
+) -> Callable[[int], None]:
+    seed = cache.header["key"]["seed"]
+
+    def fill(position: int) -> None:
+        row = int(split.images[position])
+        key, path = cache.image_ids[row], cache.paths[row]
+        data = _read(cache, row)
+        if image_id(data) != key:
+            raise MismatchError(
+                f"{path}: this photo has changed since the teacher saw it; "
+                f"put it back, or build the cache again in another folder"
+            )
+        for view in range(cache.views):
+            seen = images.draw_view(key, view, seed)
+            out[position * cache.views + view] = images.load(data, path, preprocess, seen).numpy()
+
+    return fill
+
+
+def _read(cache: Cache, row: int) -> bytes:
+    path = cache.paths[row]
+    try:
+        return cache.read(Example(cache.image_ids[row], path, (), cache.splits[row]))
+    except ImageError as error:
+        raise DataError(
+            f"{path}: not where the cache found it ({error.reason}); if the photos moved, "
+            f"run `crosstill cache` again with the new --images: it only updates the place"
+        ) from None

@@ -1,0 +1,189 @@
+"""A finished cache: what a teacher said about a dataset, read back by row.
+
+A cache is a folder:
+
+    cache.json         sealed header: teacher, data, views, dtype, SHA-256 of every other file
+    images.parquet     one row an image: image_id, path, split
+    captions.parquet   one row a caption: image (row of images.parquet), text
+    image-00000.npy …  unit-norm features (rows, D): image i, view v is row i * views + v
+    text-00000.npy …   unit-norm features (rows, D), one row a caption
+    quarantine.jsonl   images that could not be read, with the reason
+    pixels/            decoded photos for students, made on demand
+
+Rows are in the order of the image ids, so neither the order nor the place of the photos matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from crosstill import data, files
+from crosstill.errors import CorruptError, DataError, InputError
+from crosstill.types import Features, id_key
+
+FORMAT = 1
+HEADER = "cache.json"
+IMAGES = "images.parquet"
+CAPTIONS = "captions.parquet"
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split: what training and evaluation walk over."""
+
+    name: str
+    images: np.ndarray  # (I,) rows of images.parquet
+    captions: np.ndarray  # (T,) rows of captions.parquet
+    owner: np.ndarray  # (T,) position in `images` of each caption's image
+
+
+class Rows:
+    """Feature rows spread over memory-mapped shards."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """The asked rows, in the asked order, as float32 (len(rows), D)."""
+        rows = np.asarray(rows)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows outside 0..{len(self) - 1}")
+        which = np.searchsorted(self._starts, rows, side="right") - 1
+        out = np.empty((len(rows), self._shards[0].shape[1]), dtype=np.float32)
+        for shard in np.unique(which):
+            mine = which == shard
+            out[mine] = self._shards[shard][rows[mine] - self._starts[shard]]
+        return torch.from_numpy(out)
+
+
+class Cache:
+    """An opened cache; `Cache(folder)` checks every checksum before anything is used.
+
+    Raises:
+        InputError: there is no finished cache in the folder.
+        CorruptError: a file is damaged, missing, or written by a newer crosstill.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / HEADER).is_file():
+            raise InputError(
+                f"{self.folder}: no finished cache there; make one with `crosstill cache`"
+            )
+        self.header: dict[str, Any] = files.read_sealed(self.folder / HEADER, {FORMAT})
+        self._check()
+        images = pq.read_table(self.folder / IMAGES).to_pydict()
+        captions = pq.read_table(self.folder / CAPTIONS)
+        self.image_ids: list[str] = images["image_id"]
+        self.paths: list[str] = [path.decode("utf-8", "surrogateescape") for path in images["path"]]
+        self.splits = np.array(images["split"], dtype=object)
+        self.texts: list[str] = captions["text"].to_pylist()
+        self.owner = captions["image"].to_numpy()  # (T,) image row of each caption
+        self.keys = torch.tensor([id_key(i) for i in self.image_ids], dtype=torch.int64)  # (I,)
+        self.read = data.reader(self.header["data"]["source"])
+        self._rows = {kind: self._open(kind) for kind in self.modalities}
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Which features are stored: a subset of {"image", "text"}."""
+        return frozenset(self.header["shards"])
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        return dict(self.header["teacher"])
+
+    @property
+    def dim(self) -> int | None:
+        """Width of the features; None for a cache without a teacher."""
+        return self.header["teacher"]["dim"]
+
+    @property
+    def views(self) -> int:
+        return int(self.header["key"]["views"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the features."""
+        return files.digest_json(self.header["key"])
+
+    def split(self, name: str) -> Split:
+        """The rows of one split.
+
+        Raises:
+            DataError: no image of the cache is in it; the message names the splits there are.
+        """
+        images = np.flatnonzero(self.splits == name)
+        if not len(images):
+            known = ", ".join(sorted(set(self.splits)))
+            raise DataError(f"{self.folder}: split {name!r} has no images (splits here: {known})")
+        position = np.full(len(self.image_ids), -1)
+        position[images] = np.arange(len(images))
+        captions = np.flatnonzero(position[self.owner] >= 0)
+        return Split(name, images, captions, position[self.owner[captions]])
+
+    def image_features(self, images: np.ndarray, view: int | np.ndarray = 0) -> Tensor:
+        """Teacher features (len(images), D) of image rows; `view` says of which view."""
+        return self._kind("image").take(np.asarray(images) * self.views + view)
+
+    def text_features(self, captions: np.ndarray) -> Tensor:
+        """Teacher features (len(captions), D) of caption rows."""
+        return self._kind("text").take(captions)
+
+    def features(
+        self, images: np.ndarray, captions: np.ndarray, view: int | np.ndarray = 0
+    ) -> Features:
+        """Both sides of matched rows."""
+        return Features(self.image_features(images, view), self.text_features(captions))
+
+    def _kind(self, kind: str) -> Rows:
+        if kind not in self._rows:
+            raise InputError(
+                f"{self.folder}: the teacher {self.teacher['name']!r} left no {kind} features"
+            )
+        return self._rows[kind]
+
+    def _open(self, kind: str) -> Rows:
+        return Rows([self.folder / shard["file"] for shard in self.header["shards"][kind]])
+
+    def _check(self) -> None:
+        for name, digest in self.header["files"].items():
+            files.check_digest(self.folder / name, digest)
+        for kind, shards in self.header["shards"].items():
+            for shard in shards:
+                files.check_digest(self.folder / shard["file"], shard["sha256"])
+            expected = self.header["rows"][kind]
+            if sum(shard["rows"] for shard in shards) != expected:
+                raise CorruptError(f"{self.folder / HEADER}: its {kind} rows do not add up")
+
+
+def write_manifest(folder: Path, examples: Sequence[Any]) -> dict[str, str]:
+    """Write the two Parquet tables of readable images; return file name → SHA-256."""
+    images = pa.table(
+        {
+            "image_id": [example.image_id for example in examples],
+            # bytes, because a file name need not be valid UTF-8
+            "path": [example.path.encode("utf-8", "surrogateescape") for example in examples],
+            "split": [example.split for example in examples],
+        }
+    )
+    owner = [row for row, example in enumerate(examples) for _ in example.captions]
+    texts = [text for example in examples for text in example.captions]
+    captions = pa.table({"image": pa.array(owner, pa.int32()), "text": texts})
+    for name, table in ((IMAGES, images), (CAPTIONS, captions)):
+        files.write_atomic(folder / name, partial(pq.write_table, table))
+    return {name: files.digest_file(folder / name) for name in (IMAGES, CAPTIONS)}

@@ -1,0 +1,56 @@
+"""The verbs under one name, and what every one of them does with an error."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from crosstill.cli import cache, common, demo, doctor, evaluate, train
+from crosstill.errors import CrosstillError
+
+app = typer.Typer(
+    name="crosstill",
+    help="Distil a large vision-language teacher into a small, fast dual encoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with every expected error as one line: exit codes 1, 2 and 130."""
+
+    @functools.wraps(verb)
+    def run(**options: Any) -> None:
+        try:
+            verb(**options)
+        except CrosstillError as error:
+            common.note(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            common.note(f"error: {where}{error.strerror or error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            common.note("interrupted")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+for module in (cache, train, evaluate, demo, doctor):
+    app.command(module.__name__.rpartition(".")[2])(_guarded(module.command))
+
+
+def main() -> None:
+    """Run one verb."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("crosstill").setLevel(logging.INFO)
+    warnings.simplefilter("ignore")  # other libraries' notes to their developers
+    app()

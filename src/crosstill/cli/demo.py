@@ -1,0 +1,23 @@
+"""`crosstill demo`: the whole path on rendered scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosstill.cli import common
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
+) -> None:
+    """Render scenes, train a teacher, cache it, distil a student, and compare the two.
+
+    Nothing is downloaded. Run again in the same folder, it goes on where it was.
+    """
+    common.hush()
+    from crosstill import demo
+
+    common.say(demo.run(out))

@@ -1,0 +1,120 @@
+"""What every dataset becomes: `Pairs`, a named set of examples and a way to read their bytes."""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crosstill import files
+from crosstill.errors import DataError, ImageError
+from crosstill.images import Quarantine
+from crosstill.types import Example
+
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {name: name for name in SPLITS} | {
+    "restval": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The images of a dataset with their captions, each image once.
+
+    Attributes:
+        name: for people; no part of the identity.
+        examples: one an image, in the order of the dataset.
+        quarantine: what was listed and cannot be used; decoding adds to it later.
+        source: a JSON-able record from which `data.reader` makes `read` again.
+        read: the bytes of an example's file. Raises ImageError when it has gone.
+        root: the folder of the images; None when they are rendered.
+        notes: what a person should know: left-out captions, duplicates, drawn splits.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    quarantine: Quarantine
+    source: dict[str, Any]
+    read: Callable[[Example], bytes]
+    root: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Images in each split that has any: train, val, test."""
+        counts = Counter(example.split for example in self.examples)
+        return {name: counts[name] for name in SPLITS if counts[name]}
+
+    def split(self, name: str) -> Pairs:
+        """The examples of one split.
+
+        Raises:
+            DataError: no image is in it; the message names the splits that have some.
+        """
+        chosen = tuple(example for example in self.examples if example.split == name)
+        if not chosen:
+            found = ", ".join(f"{split} ({count})" for split, count in self.splits.items())
+            raise DataError(f"{self.name}: split {name!r} has no images; there are {found}")
+        return replace(self, examples=chosen)
+
+    def digest(self) -> str:
+        """SHA-256 of the content: ids, captions, splits. Order, names and places do not count."""
+        rows = [[e.image_id, sorted(e.captions), e.split] for e in self.examples]
+        return files.digest_json(sorted(rows))
+
+
+def split_name(text: str, where: str) -> str:
+    """Train, val or test for any name in use, such as restval; `where` is for the error."""
+    name = SPLIT_NAMES.get(text.strip().lower())
+    if name is None:
+        raise DataError(f"{where}: unknown split {text!r}; use {', '.join(SPLITS)}")
+    return name
+
+
+def read_text(path: Path) -> str:
+    """The text of a caption file, without a byte-order mark.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8; the message names the line.
+    """
+    try:
+        data = regular(path).read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {row}: not UTF-8 text; save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_image(root: Path, example: Example) -> bytes:
+    """The bytes of an image file under a folder.
+
+    Raises:
+        ImageError: it has gone since the dataset was opened, or cannot be read.
+    """
+    try:
+        return regular(root / example.path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ImageError(example.path, unreadable(error)) from None
+
+
+def regular(path: Path) -> Path:
+    """Refuse what is no ordinary file before it is opened: a FIFO would wait for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    return path
+
+
+def unreadable(error: OSError | ValueError) -> str:
+    """The reason that an `ImageError` gives for a file that the system refuses."""
+    return f"cannot be read ({getattr(error, 'strerror', None) or error})"

@@ -1,0 +1,67 @@
+"""A folder of images, each with a text file of the same name beside it: a caption a line.
+
+Subfolders of any depth are read; first-level ones named train, val or test are the splits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path, PurePath
+
+from crosstill.data.base import SPLIT_NAMES, Pairs, read_text, unreadable
+from crosstill.data.gather import Entry, gather
+from crosstill.errors import DataError, ImageError
+
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
+_OTHERS = (".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+SUFFIXES = frozenset((*_JPEG, *_OTHERS))
+
+
+def read(path: Path, strict: bool) -> Pairs:
+    """Read a folder of images with captions in sidecar files.
+
+    Raises:
+        DataError: no image or no caption in it, or a caption file that cannot be read.
+        ImageError: with `strict`, the first image that cannot be used.
+    """
+    closed: list[OSError] = []
+    found = sorted(_walk(path, closed))
+    images = [name for name in found if PurePath(name).suffix.lower() in SUFFIXES]
+    if closed and not images:
+        raise DataError(f"{closed[0].filename}: {unreadable(closed[0])}; check its permissions")
+    texts = {name for name in found if name.endswith(".txt")}
+    pairs = gather(path.name, path, path, [_entry(path, name, texts) for name in images], strict)
+    for error in closed:
+        pairs.quarantine.add(
+            ImageError(os.path.relpath(error.filename, path), unreadable(error)), 0
+        )
+    alone = len(texts - {_sidecar(name) for name in images})
+    note = (f"text files without an image of the same name: {alone}",) if alone else ()
+    return replace(pairs, notes=pairs.notes + note)
+
+
+def _walk(root: Path, closed: list[OSError]) -> Iterator[str]:
+    """Files below a folder, relative to it; links are followed, but no folder is entered twice."""
+    entered = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed.append):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            subfolders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names)
+
+
+def _sidecar(name: str) -> str:
+    return os.path.splitext(name)[0] + ".txt"
+
+
+def _entry(root: Path, name: str, texts: set[str]) -> Entry:
+    sidecar = _sidecar(name)
+    captions = read_text(root / sidecar).splitlines() if sidecar in texts else []
+    top = PurePath(name).parts[0]
+    split = SPLIT_NAMES.get(top.lower()) if top != name else None
+    return Entry(name, name, [line for line in captions if line.strip()], split, listed=False)

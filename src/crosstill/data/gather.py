@@ -1,0 +1,150 @@
+"""From what a dataset lists to examples: ids by content, captions cleaned, nothing lost unsaid."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from crosstill import files
+from crosstill.data.base import Pairs, read_image, regular, unreadable
+from crosstill.errors import DataError, ImageError
+from crosstill.images import Quarantine
+from crosstill.types import Example
+
+
+class Entry(NamedTuple):
+    """One image as a dataset lists it."""
+
+    where: str  # "row 4", "images[3]": for messages
+    path: str  # relative to the folder of images
+    captions: list[str]
+    split: str | None  # None: to be drawn
+    listed: bool = True  # by a file that must be right; False: met in a folder, and free to go
+
+
+class _File(NamedTuple):
+    image_id: str
+    size: int
+    problem: str  # "" when all is well, "missing", or the reason for quarantine
+
+
+def gather(name: str, origin: Path, root: Path, entries: Sequence[Entry], strict: bool) -> Pairs:
+    """Identify the files, set bad ones apart, merge equal ones and draw the splits not given.
+
+    Args:
+        name: of the dataset.
+        origin: the file or folder that lists the entries, for messages.
+        root: the folder of the image files.
+        entries: in the order of the dataset.
+        strict: raise at the first image that would be quarantined.
+
+    Raises:
+        DataError: nothing is listed, nothing has a caption, or a listed file is missing.
+        ImageError: with `strict`, the first image that cannot be used.
+    """
+    if not entries:
+        raise DataError(f"{origin}: no images in it; give a dataset that lists some")
+    notes: Counter[str] = Counter()
+    entries = [_clean(entry, notes) for entry in entries]
+    if not any(entry.captions for entry in entries):
+        raise DataError(
+            f"{origin}: no captions in it, the first image without one is {entries[0].path} "
+            f"({entries[0].where}); give every image at least one"
+        )
+    found = _identify(root, [entry.path for entry in entries])
+    _refuse_missing(origin, root, entries, found)
+    quarantine = Quarantine(strict)
+    examples: dict[str, Example] = {}
+    for entry in entries:
+        _add(entry, found[entry.path], examples, quarantine, notes)
+    if not examples:
+        raise DataError(
+            f"{origin}: none of its {len(found)} images can be used, the first is "
+            f"{quarantine.rows[0]['path']}: {quarantine.rows[0]['reason']}; check --images"
+        )
+    source = {"form": "files", "root": str(root)}
+    read = partial(read_image, root)
+    said = tuple(f"{text}: {count}" for text, count in notes.items() if count)
+    return Pairs(name, tuple(examples.values()), quarantine, source, read, root, said)
+
+
+def _clean(entry: Entry, notes: Counter[str]) -> Entry:
+    captions = []
+    for text in entry.captions:
+        whole = text.encode("utf-8", "replace").decode()
+        notes["captions with broken Unicode, each now a '?'"] += whole != text
+        captions.append(whole.strip())
+    kept = [text for text in captions if text]
+    notes["empty captions left out"] += len(captions) - len(kept)
+    return entry._replace(captions=kept)
+
+
+def _identify(root: Path, paths: Sequence[str]) -> dict[str, _File]:
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        return dict(zip(distinct, pool.map(partial(_inspect, root), distinct), strict=True))
+
+
+def _inspect(root: Path, path: str) -> _File:
+    size = 0
+    try:
+        full = root / path
+        size = full.stat().st_size
+        problem = "" if size else "empty file"
+        return _File(files.digest_file(regular(full)), size, problem)
+    except (FileNotFoundError, NotADirectoryError):
+        return _File("", 0, "missing")
+    except (OSError, ValueError) as error:
+        return _File("", size, unreadable(error))
+
+
+def _refuse_missing(
+    origin: Path, root: Path, entries: Sequence[Entry], found: dict[str, _File]
+) -> None:
+    """A listed file that is not there means a wrong folder more often than a broken dataset."""
+    missing = [e for e in entries if e.listed and found[e.path].problem == "missing"]
+    if missing:
+        first = missing[0]
+        raise DataError(
+            f"{origin}, {first.where}: missing image file {root / first.path}; "
+            f"{len(missing)} of {len(entries)} are missing: check --images"
+        )
+
+
+def _add(
+    entry: Entry,
+    file: _File,
+    examples: dict[str, Example],
+    quarantine: Quarantine,
+    notes: Counter[str],
+) -> None:
+    reason = file.problem or ("" if entry.captions else "no caption")
+    if reason:
+        quarantine.add(ImageError(entry.path, reason), file.size)
+        return
+    known = examples.get(file.image_id)
+    if known is None:
+        notes["images without a split, drawn 80/10/10 by content"] += entry.split is None
+        split = entry.split or _draw_split(file.image_id)
+        captions = tuple(entry.captions)
+        examples[file.image_id] = Example(file.image_id, entry.path, captions, split)
+    elif entry.split in (None, known.split):
+        notes["copies of an image, captions merged into the first"] += 1
+        examples[file.image_id] = _merged(known, entry.captions)
+    else:
+        notes["copies of an image in another split (a leak), left out"] += 1
+
+
+def _merged(known: Example, captions: Sequence[str]) -> Example:
+    new = tuple(text for text in captions if text not in known.captions)
+    return Example(known.image_id, known.path, known.captions + new, known.split)
+
+
+def _draw_split(image_id: str) -> str:
+    """By content, so that a moved, renamed or added file changes no other image's split."""
+    return {8: "val", 9: "test"}.get(int(image_id[-8:], 16) % 10, "train")

@@ -1,0 +1,111 @@
+"""The whole path in a few minutes, on rendered scenes, with nothing to download.
+
+Scenes are rendered, a teacher is trained on them, its features are cached, a student a fraction
+of its size is distilled from the cache, and both are measured on scenes that neither has seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from crosstill import cache, data, recipes, students
+from crosstill.data import Pairs, scenes
+from crosstill.evaluate import Embedded, embed
+from crosstill.evaluate.report import judge, table
+from crosstill.students.student import Student
+from crosstill.train import Run, folder
+
+log = logging.getLogger(__name__)
+
+COUNT = 2000  # scenes: 80 % to train on, 10 % to choose the best epoch, 10 % held out
+TEACHER = ("epochs=6", "batch_size=100", "captions_per_image=2", "lr=1e-3", "schedule=cosine")
+STUDENT = (*TEACHER, "warmup_steps=20")
+DIM = 128
+
+
+def run(out: Path, count: int = COUNT) -> str:
+    """Do everything in the folder `out`, or what of it is still to do; return what to print."""
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = _scenes(out / "scenes", count)
+    log.info("1/4  %d scenes with %d captions in %s", count, 5 * count, out / "scenes")
+    log.info("2/4  a teacher learns them (InfoNCE, no teacher of its own)")
+    captions = cache.build(None, pairs, out / "captions")
+    teacher = _train(out / "teacher", "tiny-teacher", captions, "info_nce", TEACHER).best
+    log.info("3/4  the teacher reads every scene once")
+    told = cache.build(teacher, pairs, out / "cache")
+    log.info("4/4  a student learns from what the teacher said (DSMD)")
+    student = _train(out / "student", "tiny", told, "dsmd", STUDENT)
+    return _report(out, pairs.split("test"), teacher, student)
+
+
+def _scenes(where: Path, count: int) -> Pairs:
+    if not (where / "dataset.json").is_file():
+        scenes.write(where, count, seed=0)
+    return data.open(str(where / "dataset.json"))
+
+
+def _train(
+    out: Path, preset: str, source: cache.Cache, recipe: str, changes: tuple[str, ...]
+) -> Run:
+    resume = folder.is_run(out)
+    texts = [source.texts[row] for row in source.split("train").captions]
+    student = None
+    if not resume:
+        student = students.build(preset, dim=source.dim or DIM, captions=texts)
+    return recipes.distill(student, source, recipe, out=out, changes=changes, resume=resume)
+
+
+def _report(out: Path, held_out: Pairs, teacher: Student, run: Run) -> str:
+    student, untrained = run.best, run.untrained
+    seen = embed(student, held_out)
+    rows = [
+        ("teacher", judge(teacher, embed(teacher, held_out))),
+        ("student", judge(student, seen)),
+        ("student, untrained", judge(untrained, embed(untrained, held_out))),
+    ]
+    named = [row.renamed(name) for name, row in rows]
+    sheet(held_out, seen, out / "found.png")
+    big, small = named[0], named[1]
+    assert big.parameters and small.parameters
+    return "\n".join(
+        [
+            f"{len(held_out)} held-out scenes, {5 * len(held_out)} captions",
+            "",
+            table(named),
+            "",
+            f"The student has {small.parameters / big.parameters:.0%} of the teacher's parameters "
+            f"and {small.recall.rsum / big.recall.rsum:.0%} of its RSUM.",
+            f"What it finds for five captions: {out / 'found.png'}",
+            "",
+            "Now with your own photos (a Karpathy JSON, a CSV, or a folder with .txt captions):",
+            "  crosstill doctor DATA --images DIR",
+            "  crosstill cache openai/clip-vit-base-patch32 DATA --images DIR --out caches/mine",
+            "  crosstill train caches/mine --student mobile --recipe dsmd --out runs/mine",
+            "  crosstill evaluate runs/mine DATA --images DIR --split test",
+        ]
+    )
+
+
+def sheet(pairs: Pairs, seen: Embedded, path: Path, queries: int = 5, top: int = 5) -> None:
+    """Draw a picture: a row a caption, the images found for it, the right one framed."""
+    cell, head, edge = 128, 24, 4
+    canvas = Image.new("RGB", (top * cell, queries * (cell + head)), "white")
+    draw = ImageDraw.Draw(canvas)
+    by_id = {example.image_id: example for example in pairs.examples}
+    texts = [text for key in seen.image_ids for text in by_id[key].captions]
+    for line, row in enumerate(torch.linspace(0, len(texts) - 1, queries).long().tolist()):
+        y = line * (cell + head)
+        draw.text((edge, y + edge), texts[row], fill="black", font_size=14)
+        order = (seen.image @ seen.text[row]).argsort(descending=True)[:top].tolist()
+        for column, found in enumerate(order):
+            example = by_id[seen.image_ids[found]]
+            tile = Image.open(pairs.root / example.path if pairs.root else example.path)
+            canvas.paste(tile.resize((cell, cell)), (column * cell, y + head))
+            if found == seen.owner[row]:
+                box = (column * cell, y + head, (column + 1) * cell - 1, y + head + cell - 1)
+                draw.rectangle(box, outline="limegreen", width=edge)
+    canvas.save(path)

@@ -1,0 +1,91 @@
+"""Every exception that crosstill raises on purpose.
+
+    CrosstillError              catch this to catch them all
+    ├── InputError              the user's mistake: the command line exits with 2
+    │   ├── ConfigError         an option, a key of a TOML file, a name that does not exist
+    │   ├── DataError           a dataset: which file, which row
+    │   ├── ImageError          one image that cannot be read: path and reason
+    │   ├── ModelError          a teacher or student folder that does not load
+    │   ├── MismatchError       two artefacts that do not belong together
+    │   └── LockedError         a folder that another process is using
+    └── RunError                the work failed: the command line exits with 1
+        ├── CorruptError        a file whose checksum or format is wrong
+        └── NonFiniteError      a loss became NaN or infinite
+
+Every message is one line that says what was wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CrosstillError(Exception):
+    """Any error that crosstill raises on purpose; `exit_code` is the command line's."""
+
+    exit_code = 1
+
+
+class InputError(CrosstillError):
+    """The caller gave something that cannot work; nothing was changed on disk."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """An option or a configuration key that does not exist or cannot have that value."""
+
+
+class DataError(InputError):
+    """A dataset that cannot be read as asked; the message names the file and the row."""
+
+
+class ImageError(InputError):
+    """One image that cannot be decoded.
+
+    Attributes:
+        path: where the image came from, as the caller named it.
+        reason: a short, stable text such as "truncated" or "not an image".
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class ModelError(InputError):
+    """A teacher or student that does not load, or that lacks something it needs."""
+
+
+class MismatchError(InputError):
+    """Two artefacts that were not made for each other, such as a run and a cache."""
+
+
+class LockedError(InputError):
+    """A folder that another live process holds; the message names that process."""
+
+
+class RunError(CrosstillError):
+    """The input was fine and the work failed."""
+
+
+class CorruptError(RunError):
+    """A file whose checksum, size or format is not what was written."""
+
+
+class NonFiniteError(RunError):
+    """A loss became NaN or infinite; the message says where the state was saved."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """One line for a name that does not exist: what was asked, the likely meant, all known.
+
+    >>> str(unknown("loss", "rdk", ["rkd", "contrastive"]))
+    "no loss named 'rdk'; did you mean 'rkd'? Known: contrastive, rkd"
+    """
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ";"
+    return ConfigError(f"no {kind} named {name!r}{meant} Known: {', '.join(names)}")

@@ -1,0 +1,277 @@
+"""Recall@K of image-text retrieval, as pure functions.
+
+A query counts at K when one of its true partners is among the K best-scored candidates: for an
+image any of its captions, for a caption its one image. Scores are float32, whatever the model
+ran in: bfloat16 makes ties that move R@1 by several tenths of a point.
+
+Tied candidates have no order, so recall is what a random order would give on average, in closed
+form; the best and the worst order are reported as bounds. (Counting only strictly better
+candidates would give a collapsed model, whose scores are all the same, 100 %.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crosstill.errors import DataError
+
+DEPTHS = (1, 5, 10)
+DOUBT = 0.1  # points between the bounds from which the numbers carry a warning
+KEPT = 2**30  # bytes of scores that are kept between the two passes, not computed twice
+LARGEST = torch.finfo(torch.float32).max
+BLOCK = 2**24  # scores that are looked at together
+
+
+class Percent(NamedTuple):
+    """Recall at the three depths, 0 to 100."""
+
+    r1: float
+    r5: float
+    r10: float
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall of one direction, with ties in random order, in the best order, in the worst."""
+
+    fair: Percent
+    optimistic: Percent
+    pessimistic: Percent
+
+    @property
+    def r1(self) -> float:
+        return self.fair.r1
+
+    @property
+    def r5(self) -> float:
+        return self.fair.r5
+
+    @property
+    def r10(self) -> float:
+        return self.fair.r10
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Recall of both directions: images finding captions (i2t), captions finding images (t2i)."""
+
+    i2t: Recall
+    t2i: Recall
+    images: int
+    captions: int
+
+    @property
+    def rsum(self) -> float:
+        """The sum of all six recalls, 0 to 600."""
+        return sum(self.i2t.fair) + sum(self.t2i.fair)
+
+    @property
+    def warning(self) -> str | None:
+        """One line when ties make the numbers doubtful."""
+        both = self.i2t, self.t2i
+        gaps = [a - b for r in both for a, b in zip(r.optimistic, r.pessimistic, strict=True)]
+        if max(gaps) <= DOUBT:
+            return None
+        return (
+            f"tied scores leave up to {max(gaps):.1f} points of recall to chance; the values "
+            "are averages over random order (collapsed or low-precision features?)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: i2t, t2i (r1, r5, r10), rsum, images, captions, bounds, warning."""
+        directions = {"i2t": self.i2t, "t2i": self.t2i}
+        return {
+            **{name: recall.fair._asdict() for name, recall in directions.items()},
+            "rsum": self.rsum,
+            "images": self.images,
+            "captions": self.captions,
+            "bounds": {
+                "optimistic": {k: r.optimistic._asdict() for k, r in directions.items()},
+                "pessimistic": {k: r.pessimistic._asdict() for k, r in directions.items()},
+            },
+            "warning": self.warning,
+        }
+
+
+class Rivals(NamedTuple):
+    """How each of Q queries stands against its wrong candidates; float64 counts, (Q,) each."""
+
+    better: Tensor  # wrong candidates scored above the query's best true partner
+    level: Tensor  # wrong candidates scored the same as it
+    true: Tensor  # true partners that share that score
+
+
+def retrieval(image: Tensor, text: Tensor, owner: Tensor) -> Retrieval:
+    """Recall of features, by dot product.
+
+    Args:
+        image: (I, D) features of the images.
+        text: (T, D) features of the captions.
+        owner: (T,) int64, the row of the image that each caption describes.
+
+    Raises:
+        DataError: shapes do not fit, a feature is not finite, or an image has no caption.
+    """
+    image, text = image.detach().float(), text.detach().float()
+    owner = owner.to(image.device)
+    _check_features(image, text)
+    _check_owner(owner, len(image), len(text))
+    if len(image) * len(text) * 4 <= KEPT:
+        return _retrieval((image @ text.T).__getitem__, owner, len(image))
+    return _retrieval(lambda rows: image[rows] @ text.T, owner, len(image))
+
+
+def from_scores(scores: Tensor, owner: Tensor) -> Retrieval:
+    """Recall of a score matrix, such as a fusion model's.
+
+    Args:
+        scores: (I, T), higher is better.
+        owner: (T,) int64, the row of the image that each caption describes.
+
+    Raises:
+        DataError: shapes do not fit, a score is NaN, or an image has no caption.
+    """
+    if scores.ndim != 2:
+        raise DataError(f"scores must be images by captions, not {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise DataError("a score is not a number; the model that gave it is broken")
+    _check_owner(owner, *scores.shape)
+    return _retrieval(scores.detach().float().__getitem__, owner.to(scores.device), len(scores))
+
+
+def mean(results: Sequence[Retrieval]) -> Retrieval:
+    """The average of several retrievals; images and captions are their sums."""
+
+    def average(parts: list[Percent]) -> Percent:
+        return Percent(*(sum(values) / len(parts) for values in zip(*parts, strict=True)))
+
+    def direction(parts: list[Recall]) -> Recall:
+        return Recall(
+            average([p.fair for p in parts]),
+            average([p.optimistic for p in parts]),
+            average([p.pessimistic for p in parts]),
+        )
+
+    return Retrieval(
+        direction([r.i2t for r in results]),
+        direction([r.t2i for r in results]),
+        images=sum(r.images for r in results),
+        captions=sum(r.captions for r in results),
+    )
+
+
+Scores = Callable[[slice], Tensor]  # some images' rows of the score matrix
+
+
+class Block(NamedTuple):
+    """The scores of consecutive images against all captions."""
+
+    rows: slice
+    scores: Tensor  # (b, T)
+    true: tuple[Tensor, Tensor]  # where image and caption belong together
+
+
+def _retrieval(scores: Scores, owner: Tensor, images: int) -> Retrieval:
+    image, text = _rivals(scores, owner, images)
+    return Retrieval(_recall(image), _recall(text), images=images, captions=len(owner))
+
+
+def _rivals(scores: Scores, owner: Tensor, images: int) -> tuple[Rivals, Rivals]:
+    """Count the wrong candidates of every image and of every caption."""
+    own = torch.empty(len(owner), device=owner.device)
+    for block in _blocks(scores, owner, images):
+        own[block.true[1]] = block.scores[block.true]
+    best = own.new_full((images,), -torch.inf).scatter_reduce(0, owner, own, "amax")
+    sharing = torch.zeros_like(best).index_add(0, owner, (own == best[owner]).float())
+    of_image, of_text = own.new_zeros(2, images), own.new_zeros(2, len(owner))
+    for block in _blocks(scores, owner, images):
+        flags = torch.empty_like(block.scores)
+        for i, compare in enumerate((torch.gt, torch.ge)):
+            compare(block.scores, best[block.rows, None], out=flags)[block.true] = 0
+            of_image[i, block.rows] = flags.sum(1)
+            compare(block.scores, own, out=flags)[block.true] = 0
+            of_text[i] += flags.sum(0)
+    return _settle(of_image, sharing), _settle(of_text, torch.ones_like(own))
+
+
+def _blocks(scores: Scores, owner: Tensor, images: int) -> Iterator[Block]:
+    order = owner.argsort(stable=True)
+    sorted_owner = owner[order]
+    step = max(1, BLOCK // len(owner))
+    for start in range(0, images, step):
+        stop = min(start + step, images)
+        first, last = torch.searchsorted(sorted_owner, owner.new_tensor([start, stop])).tolist()
+        columns = order[first:last]
+        rows = slice(start, stop)
+        yield Block(rows, scores(rows), (owner[columns] - start, columns))
+
+
+def _settle(counts: Tensor, true: Tensor) -> Rivals:
+    above, at_least = counts.double()
+    return Rivals(above, at_least - above, true.double())
+
+
+def _recall(rivals: Rivals) -> Recall:
+    behind = rivals.better + rivals.level  # where the worst order puts the best true partner
+    return Recall(
+        _percent(_chance(rivals, depth) for depth in DEPTHS),
+        _percent((rivals.better < depth).double() for depth in DEPTHS),
+        _percent((behind < depth).double() for depth in DEPTHS),
+    )
+
+
+def _percent(chances: Iterable[Tensor]) -> Percent:
+    return Percent(*(float(chance.mean()) * 100 for chance in chances))
+
+
+def _chance(rivals: Rivals, depth: int) -> Tensor:
+    """How likely each query has a true partner among its first `depth`, in random order.
+
+    Of the level + true tied candidates, k = depth - better are placed, one after the other;
+    what this adds up to is 1 - C(level, k) / C(level + true, k).
+    """
+    found = torch.zeros_like(rivals.better)
+    for taken in range(depth):
+        left = (rivals.level - taken).clamp_min(0)
+        hit = found + (1 - found) * rivals.true / (left + rivals.true)
+        found = torch.where(rivals.better + taken < depth, hit, found)
+    return found
+
+
+def _check_features(image: Tensor, text: Tensor) -> None:
+    if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
+        raise DataError(
+            f"images {tuple(image.shape)} and captions {tuple(text.shape)} are not features of "
+            "one width; embed both with the same model"
+        )
+    for what, features in (("image", image), ("caption", text)):
+        bad = (~features.isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            raise DataError(
+                f"the features of {len(bad)} {what}s are not finite, first that of {what} "
+                f"{int(bad[0])}; the model that gave them is broken"
+            )
+    if len(image) and len(text) and _largest(image) * _largest(text) > LARGEST:
+        raise DataError("the features are so long that their products overflow; normalise them")
+
+
+def _largest(features: Tensor) -> float:
+    return float(torch.linalg.vector_norm(features, dim=1).max())
+
+
+def _check_owner(owner: Tensor, images: int, captions: int) -> None:
+    if len(owner) != captions:
+        raise DataError(f"{captions} captions, but {len(owner)} say which image they describe")
+    if not captions or int(owner.min()) < 0 or int(owner.max()) >= images:
+        raise DataError(f"each caption must describe one of the {images} images")
+    counts = owner.bincount(minlength=images)
+    if not counts.all():
+        raise DataError(
+            f"{int((counts == 0).sum())} of {images} images have no caption, first image "
+            f"{int(counts.argmin())}; leave them out"
+        )

@@ -1,0 +1,59 @@
+"""Contrastive distillation (CD).
+
+DSMD, arXiv 2404.10838, eq. 5-7. Each student embedding has to find its teacher embedding among
+K older ones of the same modality.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosstill.objectives.base import Objective
+from crosstill.objectives.parts.named import positive
+from crosstill.objectives.parts.queue import Queue
+from crosstill.objectives.parts.similarity import similarity
+from crosstill.types import Features
+
+
+class Loss(Objective):
+    """Cross-entropy against a queue of teacher embeddings, images plus captions.
+
+    Args:
+        dim: embedding width D.
+        seed: of the queue's random start.
+        temperature: what the cosines are divided by.
+        queue_size: K; the batch size need not divide it.
+        mask_same_image: leave out queue entries that show the row's own image, which another
+            of its captions put there. The paper keeps them, as negatives of themselves.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        seed: int = 0,
+        temperature: float = 0.05,
+        queue_size: int = 8192,
+        mask_same_image: bool = True,
+    ) -> None:
+        super().__init__()
+        positive(temperature=temperature)
+        self.temperature = temperature
+        self.mask_same_image = mask_same_image
+        self.queue = Queue(queue_size, dim, seed)
+
+    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+        own = (ids[:, None] == self.queue.ids) & self.mask_same_image
+        towers = zip(student, teacher, self.queue.entries, strict=True)
+        image, text = (self._find(s, t.detach(), queue, own) for s, t, queue in towers)
+        return image + text
+
+    def update(self, teacher: Features, ids: Tensor) -> None:
+        self.queue.push(teacher, ids)
+
+    def _find(self, student: Tensor, teacher: Tensor, queue: Tensor, own: Tensor) -> Tensor:
+        negatives = similarity(student, queue).masked_fill(own, -torch.inf)
+        positives = (student.to(negatives) * teacher.to(negatives)).sum(1, keepdim=True)
+        logits = torch.cat([positives, negatives], dim=1) / self.temperature
+        return (logits.logsumexp(1) - logits[:, 0]).mean()

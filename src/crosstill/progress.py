@@ -1,0 +1,64 @@
+"""Progress on stderr: bars on a terminal, a line every tenth of the way elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger(__name__)
+
+QUIET = 10.0  # seconds that must pass before a job is worth a line in a log file
+
+
+class Bar:
+    """One bar; `advance` moves it and replaces the note at its end."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._began, self._told = time.monotonic(), 0
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        self._progress.advance(self._task, amount)
+        task = self._progress.tasks[self._task]
+        self._progress.update(self._task, rate=f"{task.speed:,.0f}/s" if task.speed else "")
+        if note is not None:
+            self._progress.update(self._task, note=note)
+        if self._progress.disable:
+            self._tell(int(10 * task.percentage / 100))
+
+    def _tell(self, tenths: int) -> None:
+        task = self._progress.tasks[self._task]
+        if tenths > self._told and time.monotonic() - self._began > QUIET:
+            self._told = tenths
+            log.info("%s: %d of %d", task.description, task.completed, task.total)
+
+
+@contextmanager
+def bar(label: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """Show a bar with count, rate and time left while the block runs."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total, completed=done, rate="", note="")
+        yield Bar(progress, task)

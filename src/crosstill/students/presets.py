@@ -1,0 +1,65 @@
+"""Students by name.
+
+paper         ViT-B/16 and BERT-base with biased heads, as published; 196 M parameters
+mobile        MobileNetV2 and three MiniLM layers over a trimmed vocabulary; about 10 M
+tiny          a small ResNet and a small BERT from scratch, for 64 x 64 pixels; 0.7 M
+tiny-teacher  the same kind, five times as large: the teacher of the demonstration
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig
+
+
+def _resnet(width: int, stages: list[int]) -> dict[str, Any]:
+    return {
+        "model_type": "resnet",
+        "embedding_size": width,
+        "hidden_sizes": stages,
+        "depths": [1] * len(stages),
+        "layer_type": "basic",
+        "image_size": 64,
+    }
+
+
+def _bert(width: int, layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "bert",
+        "vocab_size": 2000,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+PRESETS: dict[str, StudentConfig] = {
+    "paper": StudentConfig(
+        name="paper",
+        image=ImageTowerConfig(source="google/vit-base-patch16-224-in21k", pooling="cls"),
+        text=TextTowerConfig(source="google-bert/bert-base-uncased", pooling="pooler"),
+        bias=True,
+    ),
+    "mobile": StudentConfig(
+        name="mobile",
+        image=ImageTowerConfig(source="google/mobilenet_v2_1.0_224"),
+        text=TextTowerConfig(
+            source="sentence-transformers/all-MiniLM-L6-v2", layers=3, vocabulary="trim"
+        ),
+    ),
+    "tiny": StudentConfig(
+        name="tiny",
+        image=ImageTowerConfig(config=_resnet(16, [32, 64, 128])),
+        text=TextTowerConfig(config=_bert(128, 2)),
+    ),
+    "tiny-teacher": StudentConfig(
+        name="tiny-teacher",
+        image=ImageTowerConfig(config=_resnet(64, [64, 128, 256])),
+        text=TextTowerConfig(config=_bert(256, 4)),
+    ),
+}

@@ -1,0 +1,289 @@
+"""The student: an image tower and a text tower with a linear head each into one joint space."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedTokenizerFast
+
+from crosstill import files
+from crosstill.errors import CorruptError
+from crosstill.images import Preprocess, normalise
+from crosstill.students import storage, towers
+from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, parse
+from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, encodable, unit
+from crosstill.types import Features
+
+# Some Hugging Face towers carry TensorFlow's 0.9997, which in torch forgets all but the last batch.
+_MOMENTUM = 0.1
+
+
+class Tokens(NamedTuple):
+    """A padded batch of captions."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) int64, 0 where padded
+
+
+class Student(nn.Module):
+    """A small dual encoder; as a `Teacher` it can be evaluated, cached and distilled further.
+
+    Args:
+        config: what it is made of; its `dim` is set.
+        image: the image tower and its preprocess.
+        text: the text tower and its tokenizer.
+
+    Attributes:
+        config: as given.
+        source: the folder that it was loaded from, if any.
+        preprocess: how it wants its images.
+        tokenizer: already set to truncate at `config.max_length`.
+        licences: of the pretrained towers, by "image" and "text".
+    """
+
+    modalities = frozenset({"image", "text"})
+
+    def __init__(
+        self, config: StudentConfig, image: towers.ImagePart, text: towers.TextPart
+    ) -> None:
+        super().__init__()
+        if config.dim is None:
+            raise ValueError("a student is built with a dim")
+        self.config = config
+        self.image_tower, self.text_tower = image.tower, text.tower
+        self.preprocess: Preprocess = image.preprocess
+        self.tokenizer: PreTrainedTokenizerFast = text.tokenizer
+        self.tokenizer.backend_tokenizer.enable_truncation(config.max_length)
+        self.source: str | None = None
+        self.licences = {"image": image.licence, "text": text.licence}
+        self._norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
+        self.image_head = nn.Linear(self._image_width(), config.dim, config.bias)
+        self.text_head = nn.Linear(self._text_width(), config.dim, config.bias)
+        for head in (self.image_head, self.text_head):
+            nn.init.xavier_normal_(head.weight, gain=2**0.5)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
+        for norm in self._norms:
+            if norm.momentum is not None and norm.momentum > 0.5:
+                norm.momentum = _MOMENTUM
+        self.train()
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def dim(self) -> int:
+        return self.image_head.out_features
+
+    @property
+    def licence(self) -> str | None:
+        return " and ".join(sorted({word for word in self.licences.values() if word})) or None
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_head.weight.device
+
+    def train(self, mode: bool = True) -> Student:
+        """As in torch, but frozen batch norms keep the statistics that they came with."""
+        super().train(mode)
+        if self.config.freezes_batch_norm:
+            for norm in self._norms:
+                norm.eval()
+        return self
+
+    def forward(self, images: Tensor, texts: Tokens | Tensor) -> Features:
+        """Both towers' unit rows, (B, D) each.
+
+        Args:
+            images: uint8 pixels (B, 3, H, W), or (B, W) pooled before, for a frozen tower.
+            texts: tokens of (B, L), or (B, W) pooled before.
+        """
+        image = images if images.ndim == 2 else self.pool_image(images)
+        text = texts if isinstance(texts, Tensor) else self.pool_text(*texts)
+        return Features(self.embed_image(image), self.embed_text(text))
+
+    def pool_image(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), uint8 or normalised floats, → the tower's own rows (B, W)."""
+        values = normalise(pixels, self.preprocess) if pixels.dtype == torch.uint8 else pixels
+        values = values.contiguous(memory_format=torch.channels_last)
+        return towers.pool(self.image_tower(pixel_values=values), self.config.image.pooling)
+
+    def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Tokens (B, L) → the tower's own rows (B, W)."""
+        output = self.text_tower(input_ids=input_ids, attention_mask=attention_mask)
+        return towers.pool(output, self.config.text.pooling, attention_mask)
+
+    def embed_image(self, pooled: Tensor) -> Tensor:
+        """(B, W) → unit rows (B, D)."""
+        return functional.normalize(self.image_head(pooled), dim=-1)
+
+    def embed_text(self, pooled: Tensor) -> Tensor:
+        """(B, W) → unit rows (B, D)."""
+        return functional.normalize(self.text_head(pooled), dim=-1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) → unit rows (B, D)."""
+        return self.embed_image(self.pool_image(pixels))
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        """Tokens (B, L) → unit rows (B, D)."""
+        return self.embed_text(self.pool_text(*tokens))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special ones included, at most `max_length`."""
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are cut at `max_length`."""
+        return sum(bool(encoding.overflowing) for encoding in self._encodings(texts))
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> Tokens:
+        """Token ids of B texts → (B, L) with L that of the longest."""
+        rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
+        masks = [torch.ones_like(row) for row in rows]
+        padding = float(self.tokenizer.pad_token_id or 0)
+        return Tokens(
+            nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding),
+            nn.utils.rnn.pad_sequence(masks, batch_first=True),
+        )
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """As `Teacher.embed_images`; the training mode is as before afterwards."""
+        if not len(pixels):
+            return torch.empty(0, self.dim)
+        with self._frozen():
+            return unit(embed_pixels(pixels, self.encode_image, self.device), self.name)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """As `Teacher.embed_texts`; the training mode is as before afterwards."""
+        if not texts:
+            return torch.empty(0, self.dim)
+        with self._frozen():
+            return unit(embed_by_length(texts, self._embed_texts, TEXTS), self.name)
+
+    def identity(self) -> dict[str, str]:
+        """See `Teacher`; computed anew each time, since training changes the weights."""
+        parts = (self.image_tower.config, self.text_tower.config)
+        return {
+            "weights": _digest(self.state_dict()),
+            "preprocess": self.preprocess.digest(),
+            "tokenizer": files.digest_json(self.tokenizer.backend_tokenizer.to_str()),
+            "activation": "/".join(str(getattr(part, "hidden_act", "none")) for part in parts),
+            "family": "crosstill-student",
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write all that `load` needs: weights, configuration, tokenizer, their checksums.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        record = {
+            "config": self._inlined().model_dump(),
+            "preprocess": self.preprocess.to_json(),
+            "licences": self.licences,
+        }
+        storage.write(folder, record, self.state_dict(), self.tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path) -> Student:
+        """Read what `save` wrote, bit for bit, in eval mode; the towers' sources are not needed.
+
+        Raises:
+            ModelError: the folder holds no student.
+            CorruptError: one of its files was damaged; it is named.
+        """
+        record, weights, tokenizer = storage.read(folder)
+        config = parse(record["config"], str(folder / storage.RECORD))
+        preprocess, licences = Preprocess.from_json(record["preprocess"]), record["licences"]
+        image, text = (
+            towers.assemble(towers.restore(part.config or {}), part.pooling)
+            for part in (config.image, config.text)
+        )
+        with torch.random.fork_rng():
+            student = cls(
+                config,
+                towers.ImagePart(image, preprocess, licences["image"]),
+                towers.TextPart(text, tokenizer, licences["text"]),
+            )
+        try:
+            student.load_state_dict(weights)
+        except RuntimeError as error:
+            path = folder / storage.WEIGHTS
+            raise CorruptError(f"{path}: not the weights of this student ({error})") from None
+        student.source = str(folder.absolute())
+        return student.eval()
+
+    def parameters_by_part(self) -> dict[str, int]:
+        """How many parameters each part has; "text tower" includes "text embeddings"."""
+        counts = {
+            "image tower": _count(self.image_tower),
+            "text tower": _count(self.text_tower),
+            "text embeddings": _count(towers.token_embeddings(self.text_tower)),
+            "heads": _count(self.image_head) + _count(self.text_head),
+        }
+        return {**counts, "total": _count(self)}
+
+    def parameter_count(self) -> int:
+        """How many parameters it has in all."""
+        return _count(self)
+
+    def _inlined(self) -> StudentConfig:
+        """The configuration with the towers' own in place of where they came from."""
+        image, text = self.config.image, self.config.text
+        described = [towers.describe(t.config) for t in (self.image_tower, self.text_tower)]
+        return self.config.model_copy(
+            update={
+                "image": ImageTowerConfig(config=described[0], pooling=image.pooling),
+                "text": TextTowerConfig(config=described[1], pooling=text.pooling),
+                "batch_norm": "frozen" if self.config.freezes_batch_norm else "train",
+            }
+        )
+
+    def _image_width(self) -> int:
+        with self._frozen():
+            return self.pool_image(torch.zeros(1, 3, *self.preprocess.size)).shape[1]
+
+    def _text_width(self) -> int:
+        with self._frozen():
+            return self.pool_text(*self.pad(self.tokenize(["a"]))).shape[1]
+
+    def _encodings(self, texts: Sequence[str]) -> Any:
+        return self.tokenizer.backend_tokenizer.encode_batch([encodable(text) for text in texts])
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        tokens = self.pad(self.tokenize(texts))
+        return self.encode_text(Tokens(*(part.to(self.device) for part in tokens)))
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(training)
+
+
+def _count(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and values."""
+    total = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        value = value.detach().cpu().contiguous()
+        total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        total.update(value.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

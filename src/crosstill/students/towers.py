@@ -1,0 +1,206 @@
+"""Hugging Face towers: read, cut to their first layers, rebuilt from their configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from crosstill.errors import ConfigError, ModelError
+from crosstill.images import Preprocess
+from crosstill.students import vocabulary
+from crosstill.students.config import ImageTowerConfig, TextTowerConfig, TowerConfig
+from crosstill.teachers import hugging_face
+
+_HALVES = {"image": "vision", "text": "text"}  # what transformers calls them in a dual encoder
+_TOKEN_IDS = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image tower and how it wants its pixels."""
+
+    tower: nn.Module
+    preprocess: Preprocess
+    licence: str | None
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text tower and the tokenizer that its embeddings belong to."""
+
+    tower: nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    licence: str | None
+
+
+def image_part(config: ImageTowerConfig) -> ImagePart:
+    """Read or start an image tower.
+
+    The preprocess is that of its source; without one, or with one that we cannot repeat, photos
+    are squashed to the tower's `image_size` and scaled to -1..1.
+    """
+    if config.source is None:
+        tower = assemble(_started(config), config.pooling)
+        return ImagePart(tower, _default_preprocess(tower.config), None)
+    folder = hugging_face.locate(config.source)
+    tower = _read(folder, config, "image")
+    try:
+        preprocess = hugging_face.read_preprocess(folder)
+    except ModelError:
+        preprocess = _default_preprocess(tower.config)
+    return ImagePart(tower, preprocess, hugging_face.read_licence(folder))
+
+
+def text_part(config: TextTowerConfig, captions: Sequence[str]) -> TextPart:
+    """Read or start a text tower; the captions train or trim its vocabulary."""
+    if config.source is None:
+        start = _started(config)
+        tokenizer = vocabulary.train(captions, start.vocab_size)
+        _renumber(start, len(tokenizer), tokenizer)
+        return TextPart(assemble(start, config.pooling), tokenizer, None)
+    folder = hugging_face.locate(config.source)
+    tokenizer = vocabulary.plain(hugging_face.read_tokenizer(folder))
+    tower = _read(folder, config, "text")
+    if config.vocabulary == "trim":
+        tokenizer, rows = vocabulary.trim(tokenizer, captions)
+        tower = _with_rows(tower, config.pooling, tokenizer, rows)
+    return TextPart(tower, tokenizer, hugging_face.read_licence(folder))
+
+
+def assemble(config: Any, pooling: str) -> Any:
+    """A tower as its configuration describes it, randomly started, without what is not used."""
+    try:
+        with hugging_face.quiet():
+            tower = AutoModel.from_config(config, dtype=torch.float32)
+    except Exception as error:  # KeyError, ValueError, TypeError, ... by model
+        raise ConfigError(f"no tower can be built of this config ({error})") from None
+    pooler = getattr(tower, "pooler", None)
+    if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
+        tower.pooler = None
+    return tower.to(memory_format=torch.channels_last)
+
+
+def pool(output: Any, pooling: str, mask: Tensor | None = None) -> Tensor:
+    """Hidden states (B, L, W), or (B, W, H, W') of a CNN, → (B, W).
+
+    Args:
+        output: what the tower returned.
+        pooling: "pooler", "cls" (the first position), or "mean".
+        mask: (B, L), 1 where a position counts for the mean.
+    """
+    hidden: Tensor = output.last_hidden_state
+    if pooling == "pooler":
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise ConfigError('this tower has no pooler; set its pooling to "mean" or "cls"')
+        return pooled.flatten(1)
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if mask is None:
+        return hidden.mean(dim=1)
+    weight = mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+
+
+def token_embeddings(tower: Any) -> nn.Embedding:
+    """The table of a text tower that has a row for each token."""
+    return tower.get_input_embeddings()
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """A tower's configuration as plain JSON, from which `restore` builds an equal one."""
+    record = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in record.items() if k not in ("_name_or_path", "transformers_version")}
+
+
+def restore(record: dict[str, Any]) -> Any:
+    """The configuration that `describe` recorded, or that a TOML file holds."""
+    try:
+        with hugging_face.quiet():
+            return AutoConfig.for_model(**record)
+    except Exception as error:  # unknown model types and values, by model
+        line = " ".join(str(error).split())[:160]
+        raise ConfigError(f"config of model_type {record['model_type']!r}: {line}") from None
+
+
+def _started(config: TowerConfig) -> Any:
+    record = dict(config.config or {})
+    start = restore(record)
+    if config.layers is not None:
+        _keep_layers(start, config.layers)
+    return start
+
+
+def _read(folder: Path, config: TowerConfig, kind: str) -> Any:
+    """The folder's tower; of a dual encoder, the half that is asked for."""
+    whole = hugging_face.read_config(folder)
+    half = getattr(whole, f"{_HALVES[kind]}_config", None)
+    wanted = whole if half is None else half
+    if config.layers is not None:
+        _keep_layers(wanted, config.layers)
+    lack = ("pooler.",) if config.pooling != "pooler" else ()
+    model = hugging_face.read_model(folder, whole, may_lack=lack)
+    if half is not None:
+        model = getattr(model, f"{_HALVES[kind]}_model")
+    tower = assemble(model.config, config.pooling)
+    weights = model.state_dict()
+    report = tower.load_state_dict(weights, strict=False)
+    if report.missing_keys:
+        raise ModelError(f"{folder}: cannot take the {kind} tower out of {type(model).__name__}")
+    return tower
+
+
+def _keep_layers(config: Any, layers: int) -> None:
+    """Ask for the first n layers only; the weights of the others are then left unread."""
+    held = getattr(config, "num_hidden_layers", None)
+    if not isinstance(held, int):
+        raise ConfigError(f"layers = {layers}: a {config.model_type} has no layers to choose from")
+    if layers > held:
+        raise ConfigError(f"layers = {layers}: the model has only {held}")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def _with_rows(
+    tower: Any, pooling: str, tokenizer: PreTrainedTokenizerFast, rows: list[int]
+) -> nn.Module:
+    """The tower with only those rows of its token embeddings."""
+    table = token_embeddings(tower)
+    name = next(name for name, module in tower.named_modules() if module is table)
+    weights = tower.state_dict()
+    weights[f"{name}.weight"] = table.weight.detach()[rows]
+    config = restore(describe(tower.config))
+    _renumber(config, len(rows), tokenizer, rows)
+    small = assemble(config, pooling)
+    small.load_state_dict(weights)
+    return small
+
+
+def _renumber(
+    config: Any, size: int, tokenizer: PreTrainedTokenizerFast, rows: list[int] | None = None
+) -> None:
+    """Bring the size and the token ids that a text configuration mentions up to date."""
+    config.vocab_size = size
+    places: dict[int | None, int] = {old: new for new, old in enumerate(rows or range(size))}
+    special = set(tokenizer.all_special_ids)
+    for name in _TOKEN_IDS:
+        place = places.get(getattr(config, f"{name}_token_id", None))
+        # CLIP's old configurations name an id that is no special token, and mean another rule.
+        if place in special:
+            setattr(config, f"{name}_token_id", place)
+
+
+def _default_preprocess(config: Any) -> Preprocess:
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return Preprocess(size=(int(height), int(width)))

@@ -1,0 +1,39 @@
+"""Frozen big models, and vectors that one of them gave: what a student learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crosstill.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from crosstill.teachers.base import Teacher
+    from crosstill.teachers.features import FeaturesTeacher
+
+__all__ = ["load"]
+
+
+def load(source: str | Path, device: torch.device | None = None) -> Teacher | FeaturesTeacher:
+    """Load a teacher.
+
+    Args:
+        source: a folder of a Hugging Face dual encoder, its hub id, or a folder of
+            precomputed vectors (`filenames.txt` and a `.npy`), told apart by their contents.
+        device: where to compute; None takes a GPU when there is one.
+
+    Raises:
+        ModelError: it cannot be found, or it is not one of these.
+    """
+    # transformers takes seconds to import, and `crosstill --help` should not wait for it.
+    from crosstill.teachers import dual, features, hugging_face
+
+    folder = hugging_face.locate(source)
+    name = hugging_face.display_name(source)
+    if features.is_features(folder):
+        return features.FeaturesTeacher(folder, name)
+    if (folder / "student.json").is_file():
+        raise ModelError(f"{folder}: a crosstill student; load it with students.load")
+    return dual.DualEncoder(folder, name, device)

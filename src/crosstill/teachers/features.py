@@ -1,0 +1,188 @@
+"""Your own vectors as a teacher: a folder of rows and of what they belong to.
+
+    filenames.txt    one image a line
+    *.npy            its vectors, (I, D), any float type
+    captions.txt     optional: one text a line
+    *text*.npy       the texts' vectors, (T, D)
+or one .safetensors with the keys "image" and "text" in place of the two .npy files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from crosstill import files
+from crosstill.errors import ModelError
+from crosstill.teachers.base import unit
+from crosstill.teachers.hugging_face import read_licence
+
+_NAMES = {"image": "filenames.txt", "text": "captions.txt"}
+_BLOCK = 65_536  # rows checked at a time: a memory-mapped file never comes in whole
+
+
+def is_features(folder: Path) -> bool:
+    """Whether a folder holds precomputed vectors rather than a model."""
+    vectors = (folder / _NAMES["image"]).is_file() or any(folder.glob("*.npy"))
+    return vectors and not (folder / "config.json").exists()
+
+
+class FeaturesTeacher:
+    """Precomputed vectors, looked up by file name or text; it embeds nothing itself.
+
+    Attributes:
+        filenames: the images it knows, in the order of its rows.
+        captions: the texts it knows, in the order of its rows; empty when it has none.
+
+    Raises:
+        ModelError: files that are missing or of the wrong shape, NaN or zero rows, repeated names.
+    """
+
+    preprocess = None
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.source = str(folder.absolute())
+        self.licence = read_licence(folder)
+        self._rows = _read_rows(folder)
+        if "image" not in self._rows:
+            raise ModelError(f"{folder}: no image vectors; put a .npy beside filenames.txt")
+        self.modalities = frozenset(self._rows)
+        self.dim = int(self._rows["image"].shape[-1])
+        names = {kind: _read_names(folder / _NAMES[kind]) for kind in self._rows}
+        self.filenames, self.captions = names["image"], names.get("text", [])
+        for kind, rows in self._rows.items():
+            _check(folder, kind, rows, (len(names[kind]), self.dim))
+        self._by_path = _unique(folder / _NAMES["image"], self.filenames)
+        # Images often share a caption; its rows are alike, so the first one serves.
+        self._by_text: dict[str, int] = {}
+        for row, text in enumerate(self.captions):
+            self._by_text.setdefault(text, row)
+
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        """Rows by base name; a name that several folders share decides nothing and is left out."""
+        rows: dict[str, list[int]] = {}
+        for row, path in enumerate(self.filenames):
+            rows.setdefault(_base(path), []).append(row)
+        return {name: found[0] for name, found in rows.items() if len(found) == 1}
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        paths = [p for p in self.folder.iterdir() if p.suffix in (".npy", ".safetensors")]
+        weights = {p.name: files.digest_file(p) for p in sorted(paths)}
+        names = {k: files.digest_file(self.folder / _NAMES[k]) for k in sorted(self._rows)}
+        return {
+            "weights": files.digest_json([weights, names]),
+            "preprocess": "none",
+            "tokenizer": "none",
+            "activation": "none",
+            "family": "features",
+        }
+
+    def identity(self) -> dict[str, str]:
+        return dict(self._identity)
+
+    def lookup_images(self, paths: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """Vectors of images, by their path and else by their base name.
+
+        Returns:
+            (n, D) unit rows of the paths that were found, in the order given, and the others.
+        """
+        found = [self._by_path.get(path, self._by_name.get(_base(path))) for path in paths]
+        return self._take("image", found), _lacking(paths, found)
+
+    def lookup_texts(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """Vectors of texts, by the very text; returned as by `lookup_images`.
+
+        Raises:
+            ModelError: the folder has no text vectors.
+        """
+        if "text" not in self._rows:
+            raise ModelError(
+                f"{self.folder}: image vectors only; add captions.txt and a *text*.npy, or choose "
+                "losses that need no teacher texts"
+            )
+        found = [self._by_text.get(text.strip()) for text in texts]
+        return self._take("text", found), _lacking(texts, found)
+
+    def embed_images(self, pixels: Tensor) -> NoReturn:
+        raise ModelError(f"{self.folder} holds vectors and cannot embed new images; use a model")
+
+    def embed_texts(self, texts: Sequence[str]) -> NoReturn:
+        raise ModelError(f"{self.folder} holds vectors and cannot embed new texts; use a model")
+
+    def _take(self, kind: str, found: list[int | None]) -> Tensor:
+        rows = self._rows[kind][[row for row in found if row is not None]]
+        return unit(torch.from_numpy(rows.astype(np.float32)), str(self.folder))
+
+
+def _base(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _lacking(names: Sequence[str], found: list[int | None]) -> list[str]:
+    return [name for name, row in zip(names, found, strict=True) if row is None]
+
+
+def _read_rows(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays by "image" and "text"."""
+    rows: dict[str, np.ndarray] = {}
+    for path in sorted([*folder.glob("*.npy"), *folder.glob("*.safetensors")]):
+        for kind, array in _read_file(path).items():
+            if kind in rows:
+                raise ModelError(f"{path}: a second file of {kind} vectors; keep one of them")
+            rows[kind] = array
+    return rows
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    try:
+        if path.suffix == ".npy":
+            kind = "text" if "text" in path.stem.lower() else "image"
+            return {kind: np.load(path, mmap_mode="r", allow_pickle=False)}
+        return {k: v for k, v in load_file(path).items() if k in _NAMES}
+    except (ValueError, EOFError, OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a readable array of numbers ({error})") from None
+
+
+def _read_names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ModelError(f"{path}: missing; write there what each row of the vectors belongs to")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _unique(path: Path, names: list[str]) -> dict[str, int]:
+    """The row of each name; a name given twice would leave open which row is meant."""
+    rows: dict[str, int] = {}
+    for row, name in enumerate(names):
+        if name in rows:
+            raise ModelError(
+                f"{path}: line {row + 1} repeats line {rows[name] + 1} ({name[:80]!r}); keep one"
+            )
+        rows[name] = row
+    return rows
+
+
+def _check(folder: Path, kind: str, rows: np.ndarray, shape: tuple[int, int]) -> None:
+    if rows.ndim != 2 or rows.shape != shape or rows.dtype.kind != "f":
+        raise ModelError(
+            f"{folder}: {kind} vectors are {rows.dtype} of shape {rows.shape}, but "
+            f"{_NAMES[kind]} and the image vectors ask for floats of shape {shape}"
+        )
+    for start in range(0, len(rows), _BLOCK):
+        lengths = np.linalg.norm(rows[start : start + _BLOCK].astype(np.float32), axis=1)
+        bad = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
+        if bad.size:
+            raise ModelError(
+                f"{folder}: {kind} vector {start + bad[0] + 1} ({_NAMES[kind]}, same line) is "
+                "NaN, infinite or zero; compute it again or remove the line"
+            )

@@ -1,0 +1,204 @@
+"""Hugging Face folders: found on disk or on the hub, read without pickle and without chatter.
+
+A source is a folder or a hub id, "owner/name" or "owner/name@revision". Whatever comes from the
+hub is first brought to disk, so that everything else here reads folders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from crosstill import files
+from crosstill.errors import ModelError
+from crosstill.images import Preprocess
+from crosstill.teachers.processors import preprocess_from
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_WANTED = (".json", ".txt", ".model", ".safetensors", "README.md")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+_PATIENCE = 10  # seconds until the hub counts as out of reach
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of a source; a hub id is downloaded, or taken from the hub's cache offline.
+
+    Raises:
+        ModelError: no such folder, and the hub does not have it or cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text) or text.startswith("."):
+        raise ModelError(f"{source}: no such folder; give a model's folder or a hub id")
+    name, _, revision = text.partition("@")
+    try:
+        found = HfApi().model_info(name, revision=revision or None, timeout=_PATIENCE)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        reason = (
+            "its owner has to let you in" if isinstance(error, GatedRepoError) else "no such id"
+        )
+        raise ModelError(
+            f"{source}: no such folder here, and the Hugging Face hub refuses it ({reason}); "
+            "check the name, or log in with `hf auth login`"
+        ) from None
+    except Exception:  # no network: the client raises errors of several libraries
+        return _from_hub_cache(name, revision)
+    names = [file.rfilename for file in found.siblings or []]
+    wanted = [n for n in names if "/" not in n and n.endswith(_WANTED)]
+    return Path(snapshot_download(name, revision=found.sha, allow_patterns=wanted))
+
+
+def _from_hub_cache(name: str, revision: str) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except OSError:
+        raise ModelError(
+            f"{name}: no such folder here, and the Hugging Face hub cannot be reached; "
+            "give a folder, or try again online"
+        ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' notes and bars off the terminal; what matters is raised as an error."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises while it reads into one line that names the folder."""
+    try:
+        with quiet():
+            yield
+    except ModelError:
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ImportError, ...
+        line = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(f"{folder}: its {what} does not load ({line})") from None
+
+
+def read_config(folder: Path) -> Any:
+    """The folder's `config.json` as transformers' configuration object."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; give the folder of a Hugging Face model")
+    with _reading(folder, "config.json"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def read_model(folder: Path, config: Any, may_lack: tuple[str, ...] = ()) -> Any:
+    """The folder's model in float32, in eval mode.
+
+    Args:
+        folder: where `config.json` and the safetensors lie.
+        config: the configuration to build, which may ask for less than the folder holds.
+        may_lack: first words of parameters that the caller will not use.
+
+    Raises:
+        ModelError: no safetensors, damaged ones, or parameters that they lack.
+    """
+    if not weight_files(folder):
+        raise ModelError(
+            f"{folder}: no .safetensors weights, and pickled ones are never read; convert them, "
+            "or name a hub revision that has them (ID@REVISION)"
+        )
+    with _reading(folder, "model"):
+        model, report = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    lacking = sorted(k for k in report["missing_keys"] if not k.startswith(may_lack or ("\0",)))
+    if lacking:
+        raise ModelError(
+            f"{folder}: the weights lack {len(lacking)} parameters that its config.json asks for, "
+            f"{lacking[0]} among them"
+        )
+    return model.eval()
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer.
+
+    Raises:
+        ModelError: there is none. transformers would make up an empty one in some cases.
+    """
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder}: no tokenizer (none of {', '.join(_TOKENIZERS)}); put the tokenizer's "
+            "files beside the weights"
+        )
+    with _reading(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise ModelError(f"{folder}: its tokenizer is not a fast one; save a tokenizer.json")
+    return tokenizer
+
+
+def read_preprocess(folder: Path) -> Preprocess:
+    """What the folder's image processor does.
+
+    Raises:
+        ModelError: there is none, or it does something that `Preprocess` cannot say.
+    """
+    if not any(
+        (folder / f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor")
+    ):
+        raise ModelError(
+            f"{folder}: no image processor (preprocessor_config.json); put it beside the weights"
+        )
+    with _reading(folder, "image processor"):
+        processor = AutoImageProcessor.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        return preprocess_from(processor.to_dict(), str(folder))
+
+
+def read_licence(folder: Path) -> str | None:
+    """The `license` of the model card's front matter, or None."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    line = re.search(r"^licen[sc]e:\s*(\S.*?)\s*$", front[1], re.MULTILINE) if front else None
+    return line[1].strip("'\"") if line else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors, in the order of their names."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the weights' bytes, whatever the folder and its files are called."""
+    digests = [files.digest_file(path) for path in weight_files(folder)]
+    return digests[0] if len(digests) == 1 else files.digest_json(digests)
+
+
+def display_name(source: str | Path) -> str:
+    """The last part of a folder or hub id."""
+    return os.path.basename(os.path.normpath(str(source))).partition("@")[0] or str(source)

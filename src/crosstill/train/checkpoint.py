@@ -1,0 +1,155 @@
+"""All that a run needs to go on as if it had never stopped.
+
+A checkpoint is one safetensors file and a sealed JSON beside it with the file's SHA-256, written
+in that order: a checkpoint without its JSON does not count. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crosstill import files
+from crosstill.errors import CorruptError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+# What must be in a checkpoint; `load` refuses one that lacks any of it.
+PIECES = (
+    "student",
+    "optimizer",
+    "losses",  # queues and their pointers
+    "balance",
+    "position",  # epoch, step within it, steps so far
+    "best",
+    "rng_torch",
+    "rng_cuda",
+    "rng_numpy",
+    "rng_python",
+)
+
+State = dict[str, Any]  # piece → nested dicts and lists of tensors and JSON values
+
+
+def save(folder: Path, step: int, state: State, keep: int) -> None:
+    """Write the checkpoint of a step, then drop all but the newest `keep`."""
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(state, "", tensors)
+    path = folder / f"step-{step:09d}.safetensors"
+    metadata = {"state": json.dumps(tree)}
+    files.write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+    record = {"format": FORMAT, "file": path.name, "data_sha256": files.digest_file(path)}
+    files.write_json(path.with_suffix(".json"), files.sealed(record))
+    for old in sorted(folder.glob("step-*.json"))[:-keep]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_latest(folder: Path) -> State | None:
+    """The newest checkpoint that is whole; None if none was ever finished.
+
+    A damaged one is named in the log and the one before it is used.
+
+    Raises:
+        CorruptError: there are checkpoints and every one is damaged.
+    """
+    records = sorted(folder.glob("step-*.json"), reverse=True)
+    for record in records:
+        try:
+            return load(record)
+        except CorruptError as error:
+            log.warning("%s; going back to the checkpoint before it", error)
+    if records:
+        raise CorruptError(f"{folder}: every checkpoint is damaged; start the run anew")
+    return None
+
+
+def load(record: Path) -> State:
+    """The state behind one checkpoint's JSON, each of `PIECES` present."""
+    path = record.with_suffix(".safetensors")
+    about = files.read_sealed(record, {FORMAT})
+    files.check_digest(path, about["data_sha256"])
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CorruptError(f"{path}: {error}") from None
+    state = _unpack(_metadata(path), tensors)
+    missing = [piece for piece in PIECES if piece not in state]
+    if missing:
+        raise CorruptError(f"{path}: it lacks {', '.join(missing)}")
+    return state
+
+
+def seed_rng(seed: int) -> None:
+    """Start every generator that a student, loss or balancer may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def rng_state() -> State:
+    """The state of every generator that `seed_rng` starts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "rng_torch": torch.get_rng_state(),
+        "rng_cuda": cuda,
+        "rng_numpy": [name, torch.from_numpy(keys.copy()), position, has_gauss, gauss],
+        "rng_python": random.getstate(),
+    }
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Put every generator back; done last, so that nothing draws in between."""
+    torch.set_rng_state(state["rng_torch"])
+    if state["rng_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["rng_cuda"])
+    name, keys, position, has_gauss, gauss = state["rng_numpy"]
+    np.random.set_state((name, keys.numpy(), position, has_gauss, gauss))
+    version, internal, gauss_next = state["rng_python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _metadata(path: Path) -> Any:
+    """The JSON tree in a safetensors file's header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(json.loads(file.read(size))["__metadata__"]["state"])
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of a tree into `tensors`; return the tree with their names in place."""
+    if isinstance(value, Tensor):
+        # a copy, because safetensors refuses tensors that share memory
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        items = [[key, _pack(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]
+        return {"dict": items}  # pairs, because JSON would turn integer keys into text
+    if isinstance(value, list | tuple):
+        return {"list": [_pack(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
+    return {"value": value}
+
+
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    (kind, value), *_ = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _unpack(inner, tensors) for key, inner in value}
+    if kind == "list":
+        return [_unpack(inner, tensors) for inner in value]
+    return value

@@ -1,0 +1,131 @@
+"""The settings of one distillation: typed, frozen, and refused where they cannot work."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from crosstill.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class TrainConfig(BaseModel):
+    """One run. The defaults are the published setting of DSMD (arXiv 2404.10838, section 4)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str = "dsmd"
+    losses: dict[str, dict[str, Any]] = {
+        "contrastive": {},
+        "feature": {},
+        "similarity": {},
+        "hard_negative": {},
+    }
+    balance: dict[str, Any] = {"name": "dsmd"}
+
+    epochs: Positive = 20
+    batch_size: Positive = 64  # pairs per step, over all processes
+    captions_per_image: Positive = 1  # captions of one image in a batch; its pixels pass once
+    chunk_size: Positive | None = None  # pairs per forward pass; the gradient stays the batch's
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: tuple[int, ...] = (10,)  # epochs after which "step" multiplies lr by gamma
+    gamma: Annotated[float, Field(gt=0)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0 to lr
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
+
+    init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.warm
+    freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False  # torch.compile the student
+
+    train_split: str = "train"
+    val_split: str = "val"
+    seed: int = 0
+    log_every: Positive = 10  # steps between lines of events.jsonl
+    save_every: Positive = 500  # steps between checkpoints within an epoch
+    keep: Annotated[int, Field(ge=2)] = 2  # checkpoints kept: a damaged one needs an older one
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _losses(cls, value: object) -> object:
+        """Accept a list of names, and `name = false` to leave a loss out."""
+        if isinstance(value, Mapping):
+            return {k: {} if v is True else v for k, v in value.items() if v is not False}
+        if isinstance(value, str):
+            value = value.split("+")
+        return {name: {} for name in value} if isinstance(value, Sequence) else value
+
+    @field_validator("losses")
+    @classmethod
+    def _some_loss(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if not value:
+            raise ValueError("a run needs at least one loss")
+        return value
+
+    @field_validator("balance", mode="before")
+    @classmethod
+    def _balance(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    def changed(self, changes: Sequence[str]) -> TrainConfig:
+        """A copy with `key=value` changes applied; dots reach inside, values are TOML.
+
+        Raises:
+            ConfigError: the key does not exist (the nearest one is named) or the value is wrong.
+        """
+        values = self.model_dump()
+        for change in changes:
+            key, separator, text = change.partition("=")
+            if not separator:
+                raise ConfigError(f"--set {change}: write it as key=value")
+            _assign(values, key.strip(), _parse(text.strip()))
+        return parse(values)
+
+
+def parse(values: Mapping[str, Any]) -> TrainConfig:
+    """Check a whole configuration; the first thing wrong becomes one line."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise _unknown_key(key) from None
+        raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    head, *rest = key.split(".")
+    if head not in TrainConfig.model_fields:
+        raise _unknown_key(key)
+    if not rest:
+        values[head] = value
+        return
+    inner = values[head]
+    for part in rest[:-1]:
+        inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{key}: {head} has nothing inside it to set")
+    inner[rest[-1]] = value
+
+
+def _parse(text: str) -> Any:
+    """A TOML value, or the text itself, so that `schedule=cosine` needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None if text in ("none", "None") else text
+
+
+def _unknown_key(key: str) -> ConfigError:
+    near = get_close_matches(key.split(".")[0], TrainConfig.model_fields, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ";"
+    return ConfigError(f"unknown key {key!r}{meant} Known: {', '.join(TrainConfig.model_fields)}")

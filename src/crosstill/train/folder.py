@@ -1,0 +1,192 @@
+"""A run's folder: what is in it, and how it is written so that a kill cannot spoil it.
+
+config.json      sealed: settings, cache, command, versions
+student/         the student before training
+checkpoints/     the newest states of the run
+best/            the student with the best validation RSUM
+best.json        its epoch and recall
+events.jsonl     one line a logged step or epoch
+metrics.json     the finished run's summary
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import crosstill.students as students
+from crosstill import files
+from crosstill.cache import Cache
+from crosstill.errors import ConfigError, InputError, MismatchError
+from crosstill.students.student import Student
+from crosstill.train.config import TrainConfig, parse
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended, or any run folder opened to look at."""
+
+    folder: Path
+
+    @property
+    def best(self) -> Student:
+        """The student with the best validation RSUM."""
+        return students.load(self.folder / "best")
+
+    @property
+    def untrained(self) -> Student:
+        """The student as it was before training."""
+        return students.load(self.folder / "student")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings, cache and command of the run."""
+        return files.read_sealed(self.folder / "config.json", {FORMAT})
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The finished run's summary."""
+        return dict(files.read_json(self.folder / "metrics.json"))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was started there."""
+    return (folder / "config.json").is_file()
+
+
+def create(folder: Path, config: TrainConfig, student: Student, cache: Cache, command: str) -> None:
+    """Lay out a new run; the folder is held by the caller."""
+    files.sweep(folder)
+    for name in ("checkpoints", "best", "student"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "checkpoints").mkdir()
+    student.save(folder / "student")
+    record = {
+        "format": FORMAT,
+        "settings": config.model_dump(mode="json"),
+        "cache": {"folder": str(cache.folder.resolve()), "digest": cache.digest},
+        "teacher": cache.teacher,
+        "data": cache.header["data"],
+        "command": command,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    # last, because a folder with it is a run
+    files.write_json(folder / "config.json", files.sealed(record))
+
+
+def reopen(folder: Path, config: TrainConfig, cache: Cache) -> Student:
+    """Check that a run may go on as asked, tidy it up, and give its untrained student.
+
+    Raises:
+        InputError: there is no run in the folder.
+        MismatchError: the cache is not the run's.
+        ConfigError: a setting differs from the run's.
+    """
+    if not is_run(folder):
+        raise InputError(f"{folder}: there is no run to resume; leave out --resume")
+    record = files.read_sealed(folder / "config.json", {FORMAT})
+    if record["cache"]["digest"] != cache.digest:
+        raise MismatchError(
+            f"{folder} was trained from the cache of another teacher or dataset "
+            f"({record['cache']['folder']}), not {cache.folder}; resume with that one"
+        )
+    theirs = parse(record["settings"])
+    different = [
+        name for name in TrainConfig.model_fields if getattr(theirs, name) != getattr(config, name)
+    ]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"{folder} was started with {name} = {getattr(theirs, name)!r}; "
+            "a resumed run keeps its settings: leave that --set out, or start another run"
+        )
+    files.sweep(folder)
+    files.sweep(folder / "checkpoints")
+    _finish_swap(folder)
+    return students.load(folder / "student")
+
+
+def settings_of(folder: Path) -> TrainConfig:
+    """The settings that a run was started with."""
+    return parse(files.read_sealed(folder / "config.json", {FORMAT})["settings"])
+
+
+def save_best(folder: Path, student: Student, metrics: dict[str, Any]) -> None:
+    """Put a new best student in place of the old; a kill leaves one of the two, whole."""
+    new, old = folder / "best.new", folder / "best.old"
+    shutil.rmtree(new, ignore_errors=True)
+    student.save(new)
+    if (folder / "best").exists():
+        (folder / "best").rename(old)
+    new.rename(folder / "best")
+    shutil.rmtree(old, ignore_errors=True)
+    files.write_json(folder / "best.json", metrics)
+
+
+def _finish_swap(folder: Path) -> None:
+    """Bring back the best student of a run that was killed between the two renames."""
+    if not (folder / "best").exists() and (folder / "best.old").exists():
+        (folder / "best.old").rename(folder / "best")
+    for name in ("best.new", "best.old"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+class Events:
+    """The lines of events.jsonl, and TensorBoard's event files when it is installed."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open for a run that has taken `step` steps; later lines of a killed run go."""
+        path = folder / "events.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        files.write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        self._file = path.open("a")
+        self._board = _tensorboard(folder / "tensorboard", step)
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """One line; numbers in `values`, nested one level at most, become scalars."""
+        line = json.dumps({"kind": kind, "step": step, **values}, sort_keys=True)
+        self._file.write(line + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _scalars(values):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a torn last line counts as later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _scalars(values: dict[str, Any]) -> list[tuple[str, float]]:
+    flat: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat += [(f"{name}/{k}", v) for k, v in value.items() if isinstance(v, int | float)]
+        elif isinstance(value, int | float):
+            flat.append((name, value))
+    return flat
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

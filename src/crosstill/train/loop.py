@@ -1,0 +1,362 @@
+"""The training loop: batch, student, teacher rows, losses, weights, step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from crosstill import balance, evaluate, files, objectives, progress
+from crosstill.cache import Cache, pixels
+from crosstill.errors import ConfigError, MismatchError, NonFiniteError
+from crosstill.evaluate.recall import Retrieval
+from crosstill.students.student import Student
+from crosstill.train import checkpoint, distributed, folder, optim, stream, warm
+from crosstill.train.config import TrainConfig
+from crosstill.train.distributed import Group
+from crosstill.train.folder import Run
+from crosstill.train.step import Outcome, Step, check_precision
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    student: Student | None,
+    cache: Cache,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+) -> Run:
+    """Train a student to say what the cache's teacher said.
+
+    Args:
+        student: the student to train; None when resuming, since the run keeps its own.
+        cache: what the teacher said.
+        config: all settings.
+        out: the run's folder.
+        resume: go on with the run in `out`; the result is bit for bit that of a run which was
+            never interrupted, on the same hardware with the same number of processes.
+        command: what the user typed, kept with the run.
+
+    Raises:
+        ConfigError: a setting that cannot work, a folder that holds another run.
+        MismatchError: the student's width or a loss's need does not fit the cache.
+        LockedError: another process is using the folder.
+        NonFiniteError: a loss became NaN or infinite; a checkpoint to replay it was saved.
+    """
+    path = Path(out)
+    with distributed.group() as group, ExitStack() as stack:
+        losses = build_losses(config, cache)
+        check_precision(config, group.device)
+        group.check(config.batch_size)
+        if group.leads:
+            files.writable_folder(path)
+            stack.enter_context(files.locked(path))
+            student = _prepare(path, config, student, cache, resume, command)
+        group.wait()
+        if student is None or not group.leads:
+            student = Run(path).untrained
+        _check_width(student, cache)
+        _decode_once(cache, config, student, group)
+        session = Session(path, student, losses, cache, config, group)
+        stack.callback(session.close)
+        session.run()
+    return Run(path)
+
+
+def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:
+    """The losses of a run, each refused by name if the teacher did not leave what it reads."""
+    losses = nn.ModuleDict()
+    for name, options in config.losses.items():
+        loss = objectives.build(name, dim=cache.dim, seed=config.seed, **options)
+        missing = sorted(loss.needs - cache.modalities)
+        if missing:
+            raise MismatchError(
+                f"loss {name!r} needs the teacher's {' and '.join(missing)} features, which "
+                f"{cache.folder} lacks; leave it out with --set losses.{name}=false"
+            )
+        losses[name] = loss
+    return losses
+
+
+def _prepare(
+    path: Path,
+    config: TrainConfig,
+    student: Student | None,
+    cache: Cache,
+    resume: bool,
+    command: str,
+) -> Student:
+    """Lay out or reopen the run's folder."""
+    if resume:
+        return folder.reopen(path, config, cache)
+    if folder.is_run(path):
+        raise ConfigError(f"{path} already holds a run; give --resume, or another --out")
+    if student is None:
+        raise ConfigError("a new run needs a student")
+    _check_width(student, cache)
+    folder.create(path, config, student, cache, command)
+    return student
+
+
+def _check_width(student: Student, cache: Cache) -> None:
+    if cache.dim is not None and student.dim != cache.dim:
+        raise MismatchError(
+            f"the student's embedding width is {student.dim} and the teacher's is {cache.dim}; "
+            f"build the student with dim = {cache.dim}"
+        )
+
+
+def _decode_once(cache: Cache, config: TrainConfig, student: Student, group: Group) -> None:
+    """Let one process decode the photos that the others then map."""
+    if group.leads:
+        for name in (config.train_split, config.val_split):
+            pixels(cache, cache.split(name), student.preprocess)
+    group.wait()
+
+
+class Session:
+    """A run in progress."""
+
+    def __init__(
+        self,
+        path: Path,
+        student: Student,
+        losses: nn.ModuleDict,
+        cache: Cache,
+        config: TrainConfig,
+        group: Group,
+    ) -> None:
+        checkpoint.seed_rng(config.seed)
+        self.path, self.config, self.group, self.cache = path, config, group, cache
+        self.student = student.to(group.device)
+        self._freeze()
+        self.losses = losses.to(group.device)
+        rule = dict(config.balance)
+        self.balance = balance.build(rule.pop("name"), list(losses), **rule).to(group.device)
+        self.optimizer = optim.build((student, self.losses), self.balance, config)
+        self.stream = stream.Stream(cache, cache.split(config.train_split), student, config, group)
+        self.val = evaluate.CachedSplit(cache, cache.split(config.val_split), student)
+        self.position = {"epoch": 0, "step": 0, "total": 0}
+        self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
+        self._load()
+        self.step = Step(student, self.losses, self.balance, self.optimizer, config, group)
+        self.events = folder.Events(path, self.position["total"]) if group.leads else None
+
+    def run(self) -> None:
+        """Train to the last epoch, saving on the way and when asked to stop."""
+        total = self.config.epochs * self.stream.sampler.steps_per_epoch
+        self.student.train()
+        with _stop_signals() as stop, self._bar(total) as bar:
+            for epoch in range(self.position["epoch"], self.config.epochs):
+                self._epoch(epoch, bar, stop)
+        if self.group.leads:
+            self._summarise()
+        self.group.wait()
+
+    def close(self) -> None:
+        """Let go of the run's files."""
+        if self.events is not None:
+            self.events.close()
+
+    def _epoch(self, epoch: int, bar: progress.Bar | None, stop: _Stop) -> None:
+        per_epoch = self.stream.sampler.steps_per_epoch
+        began, waited, seen = time.perf_counter(), 0.0, 0.0
+        for step, batch, wait in self.stream.ahead(epoch, self.position["step"]):
+            outcome = self._guarded_step(batch, per_epoch)
+            waited += wait
+            self.position = {"epoch": epoch, "step": step + 1, "total": self.position["total"] + 1}
+            seen = waited / (time.perf_counter() - began)
+            if bar is not None:
+                bar.advance(1, f"epoch {epoch + 1}/{self.config.epochs}, {seen:.0%} waiting")
+            self._log(outcome)
+            self._save_or_stop(step + 1 < per_epoch, stop)
+        self._end_epoch(epoch, time.perf_counter() - began, seen)
+        stop.obey()
+
+    def _guarded_step(self, batch: stream.Batch, per_epoch: int) -> Outcome:
+        """One step; if a loss is not finite, save the state before it and say where."""
+        before = (checkpoint.rng_state(), _copied(self.balance))
+        try:
+            return self.step(batch, optim.lr_at(self.position["total"], per_epoch, self.config))
+        except NonFiniteError as error:
+            self.balance.load_state_dict(before[1])
+            checkpoint.restore_rng(before[0])
+            raise NonFiniteError(self._report(error, batch)) from None
+
+    def _report(self, error: NonFiniteError, batch: stream.Batch) -> str:
+        number = self.position["total"]
+        rows = self.cache.split(self.config.train_split).images[batch.picked.images]
+        captions = self.cache.split(self.config.train_split).captions[batch.picked.captions]
+        if self.group.leads:
+            self._save()
+            record = {
+                "error": str(error),
+                "step": number,
+                "image_ids": [self.cache.image_ids[row] for row in rows],
+                "captions": [self.cache.texts[row] for row in captions],
+            }
+            files.write_json(self.path / "nonfinite.json", record)
+        return (
+            f"{error} at step {number}; the batch is in {self.path / 'nonfinite.json'} and the "
+            f"state before it in {self.path / 'checkpoints'}: --resume replays that step"
+        )
+
+    def _log(self, outcome: Outcome) -> None:
+        if self.events is None or self.position["total"] % self.config.log_every:
+            return
+        per_epoch = self.stream.sampler.steps_per_epoch
+        self.events.write(
+            self.position["total"],
+            "step",
+            epoch=self.position["epoch"],
+            losses={name: value.item() for name, value in outcome.losses.items()},
+            weights={name: value.item() for name, value in outcome.weights.items()},
+            total=outcome.total.item(),
+            lr=optim.lr_at(self.position["total"] - 1, per_epoch, self.config),
+        )
+
+    def _save_or_stop(self, within: bool, stop: _Stop) -> None:
+        due = self.position["step"] % self.config.save_every == 0
+        # the end of an epoch saves by itself, after its validation
+        if within and (due or stop.asked) and self.group.leads:
+            self._save()
+        if within:
+            stop.obey()
+
+    def _end_epoch(self, epoch: int, seconds: float, waiting: float) -> None:
+        self.balance.end_epoch()
+        self.position = {"epoch": epoch + 1, "step": 0, "total": self.position["total"]}
+        if self.group.leads:
+            found = self.val.recall(self.student)
+            better = found.rsum > self.best["rsum"]
+            if better:
+                self.best = {"epoch": epoch + 1, "rsum": found.rsum, "val": found.to_json()}
+                folder.save_best(self.path, self.student, self.best)
+            self._tell(epoch, found, better, seconds, waiting)
+            self._save()
+        self.group.wait()
+
+    def _tell(
+        self, epoch: int, found: Retrieval, better: bool, seconds: float, waiting: float
+    ) -> None:
+        assert self.events is not None
+        self.events.write(self.position["total"], "epoch", epoch=epoch + 1, val=found.to_json())
+        log.info(
+            "epoch %d/%d  val RSUM %.2f%s  %.0f s, %.0f%% waiting for data",
+            epoch + 1,
+            self.config.epochs,
+            found.rsum,
+            " (best)" if better else "",
+            seconds,
+            100 * waiting,
+        )
+        if waiting > 0.3:
+            log.warning("the student waits for data; a faster disk would help more than a GPU")
+
+    def _summarise(self) -> None:
+        teacher = self.val.teacher_recall()
+        summary = {
+            "best": self.best,
+            "teacher": teacher.to_json() if teacher else None,
+            "parameters": self.student.parameters_by_part(),
+            "steps": self.position["total"],
+        }
+        files.write_json(self.path / "metrics.json", summary)
+
+    # --- state ---
+
+    def state(self) -> checkpoint.State:
+        """All that decides the rest of the run."""
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses.state_dict(),
+            "balance": self.balance.state_dict(),
+            "position": self.position,
+            "best": self.best,
+            **checkpoint.rng_state(),
+        }
+
+    def restore(self, state: checkpoint.State) -> None:
+        """Become what `state` was taken from."""
+        self.student.load_state_dict(state["student"])
+        self.losses.load_state_dict(state["losses"])
+        self.balance.load_state_dict(state["balance"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.position, self.best = dict(state["position"]), dict(state["best"])
+        checkpoint.restore_rng(state)
+
+    def _save(self) -> None:
+        saved = self.path / "checkpoints"
+        checkpoint.save(saved, self.position["total"], self.state(), self.config.keep)
+
+    def _load(self) -> None:
+        state = checkpoint.load_latest(self.path / "checkpoints")
+        if state is not None:
+            self.restore(state)
+        elif self.config.init_heads == "ridge":
+            warm.ridge_heads(self.student, self.cache, self.stream.split)
+
+    def _freeze(self) -> None:
+        if self.config.freeze != "none":
+            tower = getattr(self.student, f"{self.config.freeze}_tower")
+            tower.requires_grad_(False)
+
+    def _bar(self, total: int) -> Any:
+        done = self.position["total"]
+        return progress.bar("training", total, done) if self.group.leads else nullcontext()
+
+
+def _copied(module: nn.Module) -> dict[str, Any]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class _Stop:
+    """Whether someone asked the run to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember the first signal; the second one ends the process at once."""
+        if self.asked:
+            os._exit(128 + number)
+        self.signal = number
+        log.info("stopping after this step; a checkpoint is being saved")
+
+    def obey(self) -> None:
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.asked:
+            raise SystemExit(128 + (self.signal or 0))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn Ctrl-C and SIGTERM into a question that the loop asks after each step."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    earlier = {s: signal.signal(s, stop.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

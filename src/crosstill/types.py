@@ -1,0 +1,69 @@
+"""The nouns that the parts of crosstill hand to each other.
+
+Dimension key, used in every shape of this project:
+    B  pairs in a batch        D  embedding width       K  queue slots
+    N  candidates of a pair    L  tokens of a caption   I  images       T  captions
+    C, H, W  channels, height and width of an image
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """One model's view of one batch; row i of image and of text belong to the same pair.
+
+    Both are unit length along D, so that a dot product is a cosine similarity.
+    """
+
+    image: Tensor  # (B, D)
+    text: Tensor  # (B, D)
+
+
+class CandidateScores(NamedTuple):
+    """A model's score of N candidate partners for each of B queries; column 0 is the true one."""
+
+    scores: Tensor  # (B, N)
+
+
+class Hidden(NamedTuple):
+    """Outputs of named intermediate layers, for losses that look inside a model."""
+
+    layers: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One image and all of its captions.
+
+    `image_id` is the SHA-256 of the file's bytes, so it survives moving, renaming and touching.
+    """
+
+    image_id: str
+    path: str  # as the dataset names it, relative to its image folder
+    captions: tuple[str, ...]
+    split: str  # "train", "val" or "test"
+
+    @property
+    def caption_ids(self) -> tuple[str, ...]:
+        return tuple(caption_id(self.image_id, text) for text in self.captions)
+
+
+def image_id(data: bytes) -> str:
+    """The id of an image: the SHA-256 of its file's bytes, in hexadecimal."""
+    return sha256(data).hexdigest()
+
+
+def caption_id(image: str, text: str) -> str:
+    """The id of a caption: its image's id and the SHA-256 of its text (UTF-8)."""
+    return f"{image}-{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def id_key(image: str) -> int:
+    """The first 63 bits of an id: what losses and queues compare instead of 64 characters."""
+    return int(image[:16], 16) >> 1

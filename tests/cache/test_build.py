@@ -1,0 +1,259 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crosstill import data, images
+from crosstill.cache import Cache, build
+from crosstill.data import scenes as scenery
+from crosstill.errors import (
+    ConfigError,
+    CorruptError,
+    DataError,
+    ImageError,
+    InputError,
+    LockedError,
+    MismatchError,
+)
+from crosstill.files import locked
+from crosstill.types import Example
+from support import SmallTeacher
+
+ROWS = 16  # in a shard, so that sixty scenes make several
+
+
+@pytest.fixture
+def short_shards(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["crosstill.cache.build"], "SHARD_ROWS", ROWS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_every_row_is_what_the_teacher_says_of_that_image_and_caption(
+    scenes, teacher, tmp_path, short_shards
+):
+    # a shuffled dataset with a tenth missing: rows must follow ids, never places
+    some = replace(scenes, examples=scenes.examples[::-1][:54])
+    cache = build(teacher, some, tmp_path / "c", dtype="fp32")
+    by_id = {example.image_id: example for example in some.examples}
+    assert len(cache.image_ids) == 54
+    for row, key in enumerate(cache.image_ids):
+        pixels = images.load(some.read(by_id[key]), "", teacher.preprocess)
+        expected = teacher.embed_images(pixels[None])
+        torch.testing.assert_close(cache.image_features(np.array([row])), expected)
+        captions = np.flatnonzero(cache.owner == row)
+        texts = [cache.texts[c] for c in captions]
+        assert sorted(texts) == sorted(by_id[key].captions)
+        torch.testing.assert_close(cache.text_features(captions), teacher.embed_texts(texts))
+
+
+def test_a_split_points_from_captions_to_their_images(cached):
+    split = cached.split("val")
+    assert (cached.splits[split.images] == "val").all()
+    assert (split.images[split.owner] == cached.owner[split.captions]).all()
+
+
+def test_half_precision_keeps_three_digits(cached, teacher, scenes):
+    row = cached.image_features(np.arange(5))
+    torch.testing.assert_close(row.norm(dim=1), torch.ones(5), atol=1e-3, rtol=0)
+
+
+def test_views_are_replayed_from_their_seed(scenes, teacher, tmp_path):
+    cache = build(teacher, scenes, tmp_path / "c", views=3, dtype="fp32")
+    example = next(e for e in scenes.examples if e.image_id == cache.image_ids[7])
+    for view in range(3):
+        seen = images.draw_view(example.image_id, view, seed=0)
+        pixels = images.load(scenes.read(example), "", teacher.preprocess, seen)
+        expected = teacher.embed_images(pixels[None])
+        torch.testing.assert_close(cache.image_features(np.array([7]), view), expected)
+
+
+@pytest.mark.parametrize("limit", range(0, 24, 3))
+def test_a_build_that_was_stopped_ends_with_the_same_bytes(scenes, tmp_path, limit, short_shards):
+    options = {"batch_size": 16}
+    whole = contents(build(SmallTeacher(), scenes, tmp_path / "whole", **options).folder)
+    with pytest.raises(KeyboardInterrupt):
+        build(SmallTeacher(limit=limit), scenes, tmp_path / "cut", **options)
+    shuffled = replace(scenes, examples=scenes.examples[::-1])
+    again = SmallTeacher()
+    build(again, shuffled, tmp_path / "cut", **options)
+    assert contents(tmp_path / "cut") == whole
+
+
+def test_finished_work_is_not_done_again(scenes, tmp_path):
+    build(SmallTeacher(), scenes, tmp_path / "c")
+    build(SmallTeacher(limit=0), scenes, tmp_path / "c")  # would die at its first batch
+
+
+def test_a_damaged_shard_of_an_unfinished_build_is_computed_again(
+    scenes, tmp_path, short_shards, caplog
+):
+    whole = contents(build(SmallTeacher(), scenes, tmp_path / "whole", batch_size=16).folder)
+    with pytest.raises(KeyboardInterrupt):
+        build(SmallTeacher(limit=3), scenes, tmp_path / "cut", batch_size=16)
+    damaged = tmp_path / "cut" / "image-00001.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    build(SmallTeacher(), scenes, tmp_path / "cut", batch_size=16)
+    assert "image-00001.npy" in caplog.text
+    assert contents(tmp_path / "cut") == whole
+
+
+def other_preprocess() -> SmallTeacher:
+    teacher = SmallTeacher()
+    teacher.preprocess = images.Preprocess(size=(8, 9))
+    return teacher
+
+
+def other_captions(pairs):
+    first, *rest = pairs.examples
+    return replace(pairs, examples=(replace(first, captions=("another",)), *rest))
+
+
+def other_image(pairs):
+    first, *rest = pairs.examples
+    return replace(pairs, examples=(replace(first, image_id="0" * 64), *rest))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"teacher": SmallTeacher(weights=1)}, "teacher.*weights"),
+        ({"teacher": SmallTeacher(dim=8, weights=2)}, "teacher.*weights"),
+        ({"teacher": other_preprocess()}, "teacher.*preprocess"),
+        ({"teacher": None}, "teacher"),
+        ({"pairs": other_captions}, "dataset"),
+        ({"pairs": other_image}, "dataset"),
+        ({"pairs": lambda pairs: replace(pairs, examples=pairs.examples[1:])}, "dataset"),
+        ({"views": 2}, "views"),
+        ({"seed": 1}, "seed"),
+        ({"dtype": "fp32"}, "dtype"),
+    ],
+)
+def test_a_cache_of_anything_else_is_refused_by_name(scenes, tmp_path, change, named):
+    build(SmallTeacher(), scenes, tmp_path / "c")
+    options = dict(change)
+    teacher = options.pop("teacher") if "teacher" in options else SmallTeacher()
+    pairs = options.pop("pairs", lambda same: same)(scenes)
+    with pytest.raises(MismatchError, match=f"another .*{named}"):
+        build(teacher, pairs, tmp_path / "c", **options)
+
+
+def test_moved_touched_renamed_and_reordered_photos_hit(scenes, tmp_path):
+    scenery.write(tmp_path / "here", 20)
+    build(SmallTeacher(), data.open(tmp_path / "here/dataset.json"), tmp_path / "c")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    record = json.loads((tmp_path / "there/dataset.json").read_text())
+    record["images"].reverse()
+    first = record["images"][0]
+    (tmp_path / "there" / first["filename"]).rename(tmp_path / "there/new name.png")
+    first["filename"] = "new name.png"
+    (tmp_path / "there/dataset.json").write_text(json.dumps(record))
+    moved = data.open(tmp_path / "there/dataset.json")
+    cache = build(SmallTeacher(limit=0), moved, tmp_path / "c")
+    example = Example(cache.image_ids[0], cache.paths[0], (), "train")
+    assert cache.read(example)
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """Twenty scenes as files, two of them unreadable."""
+    scenery.write(tmp_path / "photos", 20)
+    files = sorted((tmp_path / "photos").glob("*.png"))
+    files[3].write_bytes(files[3].read_bytes()[:200])
+    files[4].write_bytes(b"no image at all")
+    return data.open(tmp_path / "photos/dataset.json")
+
+
+def test_bad_images_are_set_apart_and_listed(spoilt, teacher, tmp_path):
+    cache = build(teacher, spoilt, tmp_path / "c")
+    lines = (tmp_path / "c/quarantine.jsonl").read_text().splitlines()
+    assert {json.loads(line)["path"] for line in lines} == {"000003.png", "000004.png"}
+    assert cache.header["quarantined"] == 2
+    assert len(cache.image_ids) == 18
+    assert len(cache.texts) == 18 * 5
+
+
+def test_strict_stops_at_the_first_bad_image(spoilt, teacher, tmp_path):
+    with pytest.raises(ImageError, match="00000[34]"):
+        build(teacher, spoilt, tmp_path / "c", strict=True)
+
+
+def test_all_images_unreadable_is_one_line(spoilt, teacher, tmp_path):
+    bad = replace(spoilt, examples=tuple(spoilt.examples[3:5]))
+    with pytest.raises(DataError, match="all 2 images are unreadable"):
+        build(teacher, bad, tmp_path / "c")
+
+
+def test_a_second_builder_is_told_who_is_first(scenes, teacher, tmp_path):
+    (tmp_path / "c").mkdir()
+    with locked(tmp_path / "c"), pytest.raises(LockedError, match="in use by process"):
+        build(teacher, scenes, tmp_path / "c")
+
+
+def test_no_teacher_keeps_captions_and_no_features(scenes, tmp_path):
+    cache = build(None, scenes, tmp_path / "c")
+    assert cache.dim is None
+    assert len(cache.texts) == 300
+    with pytest.raises(InputError, match="no image features"):
+        cache.image_features(np.array([0]))
+
+
+def test_wrong_options_are_config_errors(scenes, teacher, tmp_path):
+    with pytest.raises(ConfigError, match="fp8"):
+        build(teacher, scenes, tmp_path / "c", dtype="fp8")
+    with pytest.raises(ConfigError, match="vieews"):
+        build(teacher, scenes, tmp_path / "c", vieews=2)
+
+
+def test_a_split_without_images_names_those_that_have_some(cached):
+    with pytest.raises(DataError, match=r"'trian' has no images .*test, train, val"):
+        cached.split("trian")
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_flipped_bits_anywhere_are_found_on_opening(cached, tmp_path, count):
+    random = np.random.default_rng(0)
+    copy = tmp_path / "copy"
+    shutil.copytree(cached.folder, copy)
+    paths = [p for p in copy.iterdir() if p.is_file() and p.name != ".lock" and p.stat().st_size]
+    for _ in range(count):
+        path = paths[random.integers(len(paths))]
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+        path.write_bytes(damaged)
+        try:
+            header = Cache(copy).header
+        except CorruptError as error:
+            assert path.name in str(error)
+        else:  # white space of the JSON header is all that may change unnoticed
+            assert path.name == "cache.json" and header == cached.header
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_truncated_files_are_found_on_opening(cached, tmp_path, count):
+    random = np.random.default_rng(1)
+    copy = tmp_path / "copy"
+    shutil.copytree(cached.folder, copy)
+    paths = [p for p in copy.iterdir() if p.is_file() and p.name != ".lock" and p.stat().st_size]
+    for _ in range(count):
+        path = paths[random.integers(len(paths))]
+        whole = path.read_bytes()
+        path.write_bytes(whole[: random.integers(len(whole) - 1)])
+        with pytest.raises(CorruptError, match=path.name):
+            Cache(copy)
+        path.write_bytes(whole)

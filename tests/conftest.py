@@ -1,0 +1,53 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosstill import data
+from crosstill.cache import Cache, build
+from crosstill.data import Pairs
+from crosstill.students.student import Student
+from crosstill.train import TrainConfig
+from support import SETTINGS, SmallTeacher, small_student
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real photos and models, where there is one."""
+    default = Path(__file__).parent.parent.parent / "shared"
+    folder = Path(os.environ.get("CROSSTILL_SHARED", default))
+    if not (folder / "flickr8k").is_dir():
+        pytest.skip("the real photos and models are not here (set CROSSTILL_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes() -> Pairs:
+    """Sixty rendered scenes: 48 to train on, 6 and 6."""
+    return data.open("scenes:60")
+
+
+@pytest.fixture
+def teacher() -> SmallTeacher:
+    return SmallTeacher()
+
+
+@pytest.fixture(scope="session")
+def cached(scenes: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The scenes under the small teacher; read it, never write to it."""
+    return build(SmallTeacher(), scenes, tmp_path_factory.mktemp("cache") / "scenes")
+
+
+@pytest.fixture
+def settings() -> TrainConfig:
+    return TrainConfig(**SETTINGS)
+
+
+@pytest.fixture
+def student(cached: Cache) -> Student:
+    return small_student(cached)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crosstill import data
+from crosstill.data import scenery, scenes
+from crosstill.errors import DataError
+from crosstill.images import decode
+
+
+@pytest.fixture(scope="module")
+def pairs() -> data.Pairs:
+    return data.open("scenes:300")
+
+
+def test_each_scene_is_new_and_has_five_captions(pairs):
+    assert len({example.image_id for example in pairs.examples}) == 300
+    assert all(len(set(example.captions)) == 5 for example in pairs.examples)
+    assert pairs.splits == {"train": 240, "val": 30, "test": 30}
+
+
+def test_full_captions_tell_scenes_apart(pairs):
+    assert len({example.captions[0] for example in pairs.examples}) > 295
+    every = [text for example in pairs.examples for text in example.captions]
+    assert len(set(every)) > 0.85 * len(every)
+
+
+def test_captions_are_sentences(pairs):
+    for text in (text for example in pairs.examples for text in example.captions):
+        assert re.fullmatch(r"[A-Z][a-z ,:]+\.", text)
+        assert not re.search(r"\ban (?!orange)|\ba orange|  ", text)
+
+
+def test_a_longer_dataset_begins_with_the_shorter(pairs):
+    assert data.open("scenes:7").examples == pairs.examples[:7]
+    assert data.open("scenes:7:1").examples[0] != pairs.examples[0]
+
+
+def test_another_process_renders_the_same_bytes(pairs):
+    code = "from crosstill import data; print(data.open('scenes:9').digest())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == data.open("scenes:9").digest()
+
+
+def test_writing_leaves_a_karpathy_dataset(tmp_path):
+    path = scenes.write(tmp_path / "new" / "folder", 3, seed=2)
+    value = json.loads(path.read_text())
+    assert [item["filename"] for item in value["images"]] == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+    ]
+    assert data.open(path).digest() == data.open("scenes:3:2").digest()
+
+
+@pytest.mark.parametrize("source", ["scenes:", "scenes:0", "scenes:x", "scenes:5:5:5", "scenes:-4"])
+def test_wrong_numbers_are_refused(source):
+    with pytest.raises(DataError, match=re.escape(source)):
+        data.open(source)
+
+
+def test_default_count_is_said():
+    assert scenes._parse("scenes") == (scenes.COUNT, 0)
+    assert scenes._parse("scenes:9") == (9, 0)
+    assert scenes._parse("scenes:9:4") == (9, 4)
+
+
+@pytest.mark.parametrize("shape", scenery.OUTLINES)
+@pytest.mark.parametrize("colour", scenery.COLOURS)
+def test_a_shape_is_drawn_where_and_as_said(shape, colour):
+    thing = scenery.Thing(shape, colour, "large", 30.0, 60.0, 18.0, 0.0)
+    scene = scenery.Scene((thing,), across=True, band=1, background="white")
+    pixels = decode(scenery.render(scene, random.Random(0)), "x").numpy().astype(int)
+    near = np.abs(pixels - scenery.COLOURS[colour]).max(2) < 30
+    rows, columns = np.nonzero(near)
+    assert near.sum() > 250
+    assert abs(columns.mean() - 30) < 2
+    assert abs(rows.mean() - 60) < 5
+    assert (rows.min(), columns.min()) >= (40, 10)
+
+
+def test_order_of_things_is_what_captions_say():
+    for index in range(200):
+        scene = scenery.compose(random.Random(index))
+        places = [thing.x if scene.across else thing.y for thing in scene.things]
+        assert places == sorted(places)
+        assert all(12 < place < 84 for place in places)
+
+
+def test_the_file_is_a_png_of_96_pixels(pairs):
+    image = Image.open(io.BytesIO(pairs.read(pairs.examples[0])))
+    assert (image.format, image.size, image.mode) == ("PNG", (96, 96), "RGB")

@@ -1,0 +1,110 @@
+"""A teacher and a student small enough that a whole run takes a second."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from crosstill import students
+from crosstill.cache import Cache
+from crosstill.images import Preprocess
+from crosstill.students.config import StudentConfig
+from crosstill.students.student import Student
+
+SETTINGS = {
+    "epochs": 2,
+    "batch_size": 24,
+    "lr": 1e-3,
+    "losses": {
+        "contrastive": {"queue_size": 50},
+        "feature": {},
+        "similarity": {},
+        "hard_negative": {},
+    },
+    "save_every": 3,
+    "log_every": 1,
+}
+
+
+class SmallTeacher:
+    """A teacher that runs in microseconds: colour averages and letter counts, projected.
+
+    `limit` makes it die after so many batches, as a machine would.
+    """
+
+    modalities = frozenset({"image", "text"})
+    licence = "apache-2.0"
+    source = "small"
+
+    def __init__(self, dim: int = 16, weights: int = 0, limit: int | None = None) -> None:
+        random = torch.Generator().manual_seed(weights)
+        self.name, self.dim, self.limit = "small", dim, limit
+        self.preprocess = Preprocess(size=(8, 8))
+        self._image = torch.randn(3 * 16, dim, generator=random)
+        self._text = torch.randn(26, dim, generator=random)
+        self._weights = weights
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "weights": str(self._weights),
+            "preprocess": self.preprocess.digest(),
+            "tokenizer": "letters",
+            "activation": "none",
+            "family": "small",
+        }
+
+    def parameter_count(self) -> int:
+        return self._image.numel() + self._text.numel()
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        self._live()
+        cells = functional.adaptive_avg_pool2d(pixels.float() / 255 - 0.5, 4).flatten(1)
+        return functional.normalize(cells @ self._image, dim=1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        self._live()
+        counts = [[text.lower().count(chr(97 + i)) + 0.01 for i in range(26)] for text in texts]
+        return functional.normalize(torch.tensor(counts) @ self._text, dim=1)
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        return 0
+
+    def _live(self) -> None:
+        if self.limit is not None:
+            self.limit -= 1
+            if self.limit < 0:
+                raise KeyboardInterrupt
+
+
+def small_student(cached: Cache) -> Student:
+    config = StudentConfig.model_validate(
+        {
+            "name": "small",
+            "image": {
+                "config": {
+                    "model_type": "vit",
+                    "image_size": 16,
+                    "patch_size": 8,
+                    "hidden_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 16,
+                    "hidden_dropout_prob": 0.1,
+                },
+                "pooling": "cls",
+            },
+            "text": {
+                "config": {
+                    "model_type": "bert",
+                    "hidden_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 16,
+                    "hidden_dropout_prob": 0.1,
+                },
+                "pooling": "mean",
+            },
+        }
+    )
+    return students.build(config, dim=cached.dim, captions=cached.texts)

@@ -1,0 +1,322 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crosstill.cache import build
+from crosstill.errors import (
+    ConfigError,
+    InputError,
+    LockedError,
+    MismatchError,
+    NonFiniteError,
+)
+from crosstill.files import locked
+from crosstill.objectives import feature
+from crosstill.train import checkpoint, train
+from crosstill.train import loop as module
+from support import SmallTeacher
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def test_a_run_learns_and_leaves_its_folder(cached, student, settings, tmp_path):
+    longer = settings.changed(["epochs=6"])
+    run = train(student, cached, longer, tmp_path / "run", command="crosstill train …")
+    losses = [step["losses"]["similarity"] for step in events(run.folder, "step")]
+    assert len(losses) == 60
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    epochs = events(run.folder, "epoch")
+    best = max(range(6), key=lambda e: epochs[e]["val"]["rsum"])
+    assert run.metrics["best"]["epoch"] == best + 1
+    assert run.metrics["best"]["val"] == epochs[best]["val"]
+    assert run.metrics["teacher"]["images"] == 6
+    assert run.config["command"] == "crosstill train …"
+    recall = module.evaluate.CachedSplit(cached, cached.split("val"), run.best).recall(run.best)
+    assert recall.to_json() == run.metrics["best"]["val"]
+
+
+def final(folder: Path) -> checkpoint.State:
+    return checkpoint.load_latest(folder / "checkpoints")
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, through nested dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Interrupted(Exception):
+    """What the tests raise where a machine would die."""
+
+
+@pytest.fixture
+def die_after(monkeypatch):
+    """Make the training step raise once so many steps were taken."""
+    call = module.Step.__call__
+
+    def arm(steps: int | None) -> None:
+        taken = 0
+
+        def step(self, batch, lr):
+            nonlocal taken
+            if steps is not None and taken >= steps:
+                raise Interrupted
+            taken += 1
+            return call(self, batch, lr)
+
+        monkeypatch.setattr(module.Step, "__call__", step)
+
+    return arm
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 10, 13, 19])
+@pytest.mark.parametrize("balance", ["dsmd", "uncertainty"])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    cached, student, settings, tmp_path, die_after, steps, balance
+):
+    config = settings.changed([f"balance={balance}"])
+    train(student, cached, config, tmp_path / "whole")
+    die_after(steps)
+    with pytest.raises(Interrupted):
+        train(module.Run(tmp_path / "whole").untrained, cached, config, tmp_path / "cut")
+    die_after(None)
+    train(None, cached, config, tmp_path / "cut", resume=True)
+    assert same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert load_file(tmp_path / "cut/best/model.safetensors").keys()
+    for name in ("events.jsonl", "best.json", "metrics.json", "best/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class Drawing(feature.Loss):
+    """A loss that draws from every generator, as a stranger's might."""
+
+    def forward(self, student, teacher, ids):
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return super().forward(student, teacher, ids) * (1 + noise)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "student",
+        "optimizer",
+        "losses",
+        "balance",
+        "position",
+        "best",
+        "rng_torch",
+        "rng_numpy",
+        "rng_python",
+    ],
+)
+def test_each_piece_of_state_matters(
+    cached, student, settings, tmp_path, die_after, monkeypatch, piece
+):
+    """Leave one piece out of a resume: the comparison above must notice every one."""
+    monkeypatch.setattr(module.objectives.feature, "Loss", Drawing)
+    if piece == "best":  # it matters to runs whose best epoch lies behind them
+        settings = settings.changed(["lr=1e-12"])
+    train(student, cached, settings, tmp_path / "whole")
+    die_after(14)
+    with pytest.raises(Interrupted):
+        train(module.Run(tmp_path / "whole").untrained, cached, settings, tmp_path / "cut")
+    die_after(None)
+    restore = module.Session.restore
+
+    def forgetful(self, state):
+        restore(self, state | {piece: self.state()[piece]})
+
+    monkeypatch.setattr(module.Session, "restore", forgetful)
+    train(None, cached, settings, tmp_path / "cut", resume=True)
+    assert not same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+def test_chunks_give_the_gradient_of_the_whole_batch(cached, student, settings, tmp_path):
+    steady = settings.changed(["epochs=1", "clip_norm=1.0"])
+    for module_ in student.modules():
+        if isinstance(module_, torch.nn.Dropout):
+            module_.p = 0.0  # the two ways draw their masks in different shapes
+    train(student, cached, steady, tmp_path / "whole")
+    again = module.Run(tmp_path / "whole").untrained
+    for module_ in again.modules():
+        if isinstance(module_, torch.nn.Dropout):
+            module_.p = 0.0
+    train(again, cached, steady.changed(["chunk_size=7"]), tmp_path / "chunks")
+    a, b = final(tmp_path / "whole")["student"], final(tmp_path / "chunks")["student"]
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_frozen_tower_stays_and_its_head_learns(cached, student, settings, tmp_path, side):
+    frozen = settings.changed([f"freeze={side}", "epochs=1"])
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    train(student, cached, frozen, tmp_path / "run")
+    after = final(tmp_path / "run")["student"]
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith(f"{side}_tower"))
+    assert not torch.equal(before[f"{side}_head.weight"], after[f"{side}_head.weight"])
+    other = "text" if side == "image" else "image"
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(f"{other}_t"))
+
+
+def test_a_run_without_a_teacher(scenes, student, settings, tmp_path):
+    captions = build(None, scenes, tmp_path / "captions")
+    config = settings.changed(["losses=info_nce", "balance=fixed", "epochs=1"])
+    run = train(student, captions, config, tmp_path / "run")
+    assert run.metrics["teacher"] is None
+
+
+def test_losses_that_read_what_the_teacher_did_not_leave_refuse_by_name(
+    scenes, student, settings, tmp_path
+):
+    class ImagesOnly(SmallTeacher):
+        modalities = frozenset({"image"})
+
+    cache = build(ImagesOnly(), scenes, tmp_path / "c")
+    with pytest.raises(MismatchError, match="loss 'contrastive' needs the teacher's text"):
+        train(student, cache, settings, tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
+    cached, student, settings, tmp_path, monkeypatch
+):
+    class Breaks(feature.Loss):
+        calls = 0
+
+        def forward(self, student, teacher, ids):
+            Breaks.calls += 1
+            return super().forward(student, teacher, ids) * (float("nan") if ids[0] == bad else 1)
+
+    order = module.stream.Sampler(cached.split("train"), 24, 1, settings.seed)
+    split = cached.split("train")
+    bad = int(cached.keys[split.images[order.pick(0, 4).images[0]]])
+    monkeypatch.setattr(module.objectives.feature, "Loss", Breaks)
+    with pytest.raises(NonFiniteError, match="loss 'feature' became nan at step 4.*resume"):
+        train(student, cached, settings, tmp_path / "run")
+    record = json.loads((tmp_path / "run/nonfinite.json").read_text())
+    assert record["image_ids"] == [
+        cached.image_ids[r] for r in split.images[order.pick(0, 4).images]
+    ]
+    assert len(record["captions"]) == 24
+    Breaks.calls = 0
+    with pytest.raises(NonFiniteError, match="at step 4"):
+        train(None, cached, settings, tmp_path / "run", resume=True)
+    assert Breaks.calls == 1
+
+
+def test_a_run_folder_is_not_shared_and_not_overwritten(cached, student, settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(LockedError, match="in use by process"):
+        train(student, cached, settings, tmp_path / "run")
+    with pytest.raises(InputError, match="no run to resume"):
+        train(None, cached, settings, tmp_path / "run", resume=True)
+    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run; give --resume"):
+        train(student, cached, settings, tmp_path / "run")
+    with pytest.raises(ConfigError, match="started with epochs = 1"):
+        train(None, cached, settings, tmp_path / "run", resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_cache(cached, scenes, student, settings, tmp_path):
+    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    other = build(SmallTeacher(weights=5), scenes, tmp_path / "other")
+    with pytest.raises(MismatchError, match="another teacher or dataset"):
+        train(None, other, settings.changed(["epochs=1"]), tmp_path / "run", resume=True)
+
+
+def test_a_width_that_does_not_fit_is_refused(scenes, student, settings, tmp_path):
+    wide = build(SmallTeacher(dim=20), scenes, tmp_path / "c")
+    with pytest.raises(MismatchError, match="width is 16 and the teacher's is 20"):
+        train(student, wide, settings, tmp_path / "run")
+
+
+def test_bf16_is_refused_where_it_would_crawl(cached, student, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False})
+    with pytest.raises(ConfigError, match="precision=fp32"):
+        train(student, cached, settings.changed(["precision=bf16"]), tmp_path / "run")
+
+
+def test_bf16_trains(cached, student, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
+    short = settings.changed(["precision=bf16", "epochs=1"])
+    run = train(student, cached, short, tmp_path / "run")
+    assert run.metrics["steps"] == 10
+
+
+@pytest.mark.slow
+def test_a_compiled_student_trains_to_nearly_the_same(cached, student, settings, tmp_path):
+    short = settings.changed(["epochs=1"])
+    train(student, cached, short, tmp_path / "plain")
+    again = module.Run(tmp_path / "plain").untrained
+    train(again, cached, short.changed(["compile=true"]), tmp_path / "compiled")
+    plain, fused = (events(tmp_path / n, "step")[0]["losses"] for n in ("plain", "compiled"))
+    assert fused == pytest.approx(plain, rel=0.2)
+
+
+def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, student, settings, tmp_path):
+    train(student, cached, settings, tmp_path / "whole")
+    step = module.Step.__call__
+
+    def interrupt(self, batch, lr):
+        outcome = step(self, batch, lr)
+        if not (tmp_path / "asked").exists():
+            (tmp_path / "asked").touch()
+            os.kill(os.getpid(), signal.SIGINT)
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Step, "__call__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(module.Run(tmp_path / "whole").untrained, cached, settings, tmp_path / "cut")
+    assert final(tmp_path / "cut")["position"] == {"epoch": 0, "step": 1, "total": 1}
+    train(None, cached, settings, tmp_path / "cut", resume=True)
+    assert same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+def test_tensorboard_gets_the_same_curves(cached, student, settings, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    assert list((tmp_path / "run/tensorboard").glob("events.out.*"))
+
+
+# --- SIGKILL ---
+
+KILLED = Path(__file__).with_name("killed_run.py")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_runs_killed_at_random_moments_end_with_the_same_bits(cached, tmp_path, kills):
+    """SIGKILL at any moment, saves included; each run is resumed until it is done."""
+    runner = [sys.executable, str(KILLED), str(cached.folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*runner, str(tmp_path / "whole"), "0"], check=True, env=environment)
+    whole = final(tmp_path / "whole")
+    delivered = 0
+    for trial in range(kills):
+        out = tmp_path / f"run-{trial}"
+        process = subprocess.run([*runner, str(out), str(1000 + trial)], env=environment)
+        delivered += process.returncode == -signal.SIGKILL
+        subprocess.run([*runner, str(out), "0"], check=True, env=environment)
+        assert same(final(out), whole), f"trial {trial}"
+        best = "best/model.safetensors"
+        assert (out / best).read_bytes() == (tmp_path / "whole" / best).read_bytes()
+        assert not [p for p in out.rglob(".writing-*")]
+    assert delivered >= 0.8 * kills
