@@ -77,34 +77,26 @@ class SmallTeacher:
                 raise KeyboardInterrupt
 
 
-def small_student(cached: Cache) -> Student:
-    config = StudentConfig.model_validate(
+def small_config(dropout: float = 0.1) -> StudentConfig:
+    """A ViT and a BERT of one layer and width 16."""
+    layer = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    image = {"model_type": "vit", "image_size": 16, "patch_size": 8, **layer}
+    return StudentConfig.model_validate(
         {
             "name": "small",
-            "image": {
-                "config": {
-                    "model_type": "vit",
-                    "image_size": 16,
-                    "patch_size": 8,
-                    "hidden_size": 16,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                    "intermediate_size": 16,
-                    "hidden_dropout_prob": 0.1,
-                },
-                "pooling": "cls",
-            },
-            "text": {
-                "config": {
-                    "model_type": "bert",
-                    "hidden_size": 16,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                    "intermediate_size": 16,
-                    "hidden_dropout_prob": 0.1,
-                },
-                "pooling": "mean",
-            },
+            "image": {"config": image, "pooling": "cls"},
+            "text": {"config": {"model_type": "bert", **layer}, "pooling": "mean"},
         }
     )
-    return students.build(config, dim=cached.dim, captions=cached.texts)
+
+
+def small_student(cached: Cache, dropout: float = 0.1) -> Student:
+    """The untrained student of that configuration, as wide as the cache."""
+    return students.build(small_config(dropout), dim=cached.dim, captions=cached.texts)

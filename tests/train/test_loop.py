@@ -23,7 +23,7 @@ from crosstill.files import locked
 from crosstill.objectives import feature
 from crosstill.train import checkpoint, train
 from crosstill.train import loop as module
-from support import SmallTeacher
+from support import SmallTeacher, small_student
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -148,20 +148,33 @@ def test_each_piece_of_state_matters(
     assert not same(final(tmp_path / "cut"), final(tmp_path / "whole"))
 
 
-def test_chunks_give_the_gradient_of_the_whole_batch(cached, student, settings, tmp_path):
+def test_chunks_give_the_gradient_of_the_whole_batch(cached, settings, tmp_path):
+    """Without dropout, whose masks the two ways draw in different shapes."""
     steady = settings.changed(["epochs=1", "clip_norm=1.0"])
-    for module_ in student.modules():
-        if isinstance(module_, torch.nn.Dropout):
-            module_.p = 0.0  # the two ways draw their masks in different shapes
-    train(student, cached, steady, tmp_path / "whole")
-    again = module.Run(tmp_path / "whole").untrained
-    for module_ in again.modules():
-        if isinstance(module_, torch.nn.Dropout):
-            module_.p = 0.0
-    train(again, cached, steady.changed(["chunk_size=7"]), tmp_path / "chunks")
+    train(small_student(cached, dropout=0.0), cached, steady, tmp_path / "whole")
+    chunks = steady.changed(["chunk_size=7"])
+    train(small_student(cached, dropout=0.0), cached, chunks, tmp_path / "chunks")
     a, b = final(tmp_path / "whole")["student"], final(tmp_path / "chunks")["student"]
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
+
+
+def test_chunks_replay_their_dropout(cached, settings, tmp_path):
+    """The graph of a chunk must belong to the very embeddings that the loss saw."""
+    config = settings.changed(["epochs=1", "chunk_size=7"])
+    seen: list[torch.Tensor] = []
+    features = module.Step._features
+
+    def note(self, batch, rows):
+        found = features(self, batch, rows)
+        seen.append(found.text.detach().clone())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Step, "_features", note)
+        train(small_student(cached), cached, config, tmp_path / "run")
+    first, again = seen[:4], seen[4:8]  # 24 pairs are four chunks of at most seven
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("side", ["image", "text"])

@@ -17,7 +17,7 @@ from crosstill.data import Pairs
 from crosstill.errors import DataError, ImageError
 from crosstill.evaluate.recall import Retrieval, retrieval
 from crosstill.students.student import Student
-from crosstill.teachers.base import Teacher
+from crosstill.teachers.base import Teacher, embed_pixels
 from crosstill.types import Example
 
 BATCH = 128  # rows per pass; no gradient is kept, so memory is small
@@ -126,13 +126,12 @@ def teacher_recall(cache: Cache, split: Split) -> Retrieval | None:
 def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:
     """Pooled image states (I * views, W) of a whole split, image by image, view by view."""
     rows = np.arange(len(store) * views)
-    device = student.image_head.weight.device
     out = []
     with evaluating(student), progress.bar("encoding images", len(rows)) as bar:
         for start in range(0, len(rows), BATCH):
             chunk = rows[start : start + BATCH]
-            photos = store.take(chunk // views, chunk % views).to(device)
-            out.append(student.pool_image(photos))
+            photos = store.take(chunk // views, chunk % views)
+            out.append(embed_pixels(photos, student.pool_image, student.device))
             bar.advance(len(chunk))
     return torch.cat(out)
 
@@ -140,16 +139,17 @@ def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:
 def pool_texts(student: Student, tokens: Sequence[list[int]]) -> Tensor:
     """Pooled text states (T, W) of tokenized captions, in their order."""
     order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
-    device = student.text_head.weight.device
     out: list[Tensor] = []
     with evaluating(student), progress.bar("encoding captions", len(order)) as bar:
         for start in range(0, len(order), BATCH):
             chunk = order[start : start + BATCH]
             batch = student.pad([tokens[row] for row in chunk])
-            out.append(student.pool_text(*(part.to(device) for part in batch)))
+            out.append(student.pool_text(*(part.to(student.device) for part in batch)))
             bar.advance(len(chunk))
     pooled = torch.cat(out)
-    return torch.empty_like(pooled).index_copy_(0, torch.tensor(order, device=device), pooled)
+    return torch.empty_like(pooled).index_copy_(
+        0, torch.tensor(order, device=student.device), pooled
+    )
 
 
 @contextmanager

@@ -1,0 +1,266 @@
+"""The command line as a user meets it: real files, one line an error."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from crosstill import data, students
+from crosstill.cli.app import app
+from crosstill.data import scenes as scenery
+from support import small_config
+
+
+def crosstill(*arguments: object, code: int = 0) -> Result:
+    """Run a verb in this process; its exit code must be `code`, and nothing may escape it."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def refusal(*arguments: object) -> str:
+    """The one line with which a verb refuses wrong input."""
+    lines = crosstill(*arguments, code=2).stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0], lines
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A dataset of files, a teacher of its own, a cache and a finished run."""
+    home = tmp_path_factory.mktemp("home")
+    scenery.write(home / "photos", 60)
+    pairs = data.open(home / "photos/dataset.json")
+    texts = [text for example in pairs.examples for text in example.captions]
+    students.build(small_config(), dim=16, captions=texts).save(home / "teacher")
+    (home / "student.toml").write_text(TOML)
+    crosstill("cache", home / "teacher", home / "photos/dataset.json", "--out", home / "cache")
+    crosstill("train", home / "cache", *TRAIN, "--out", home / "run", *student(home))
+    return home
+
+
+TOML = """
+name = "small"
+
+[image.config]
+model_type = "vit"
+image_size = 16
+patch_size = 8
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+
+[text.config]
+model_type = "bert"
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+"""
+TRAIN = ["--set", "epochs=1", "--set", "batch_size=40"]
+
+
+def student(home: Path) -> list[object]:
+    return ["--student", home / "student.toml"]
+
+
+def test_the_three_commands_and_the_table(home):
+    found = crosstill("evaluate", home / "run", home / "photos/dataset.json", "--efficiency")
+    head, _, *rows = found.stdout.splitlines()
+    assert "image→text R@1" in head and "RSUM" in head and "ms/image" in head
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == ["teacher (small)", "student (run)", "student, untrained"]
+
+
+def test_the_json_of_an_evaluation(home):
+    found = crosstill("evaluate", home / "run", home / "photos/dataset.json", "--json")
+    values = json.loads(found.stdout)
+    for direction in ("i2t", "t2i"):
+        assert set(values[direction]) == {"r1", "r5", "r10"}
+        assert all(0 <= value <= 100 for value in values[direction].values())
+    assert values["images"] == 6 and values["captions"] == 30
+    six = [v for d in ("i2t", "t2i") for v in values[d].values()]
+    assert values["rsum"] == pytest.approx(sum(six))
+    assert values["teacher"]["images"] == 6
+
+
+def test_a_teacher_and_its_cache_agree(home):
+    direct = crosstill("evaluate", home / "teacher", home / "photos/dataset.json", "--json")
+    cached = crosstill("evaluate", home / "run", home / "photos/dataset.json", "--json")
+    rsum = json.loads(cached.stdout)["teacher"]["rsum"]
+    # half-precision rows may move a near tie among six images by one rank
+    assert json.loads(direct.stdout)["rsum"] == pytest.approx(rsum, abs=20)
+
+
+def test_verify_and_a_second_build_find_the_cache_whole(home):
+    assert "whole; 60 images" in crosstill("cache", "verify", home / "cache").stdout
+    again = ("cache", home / "teacher", home / "photos/dataset.json", "--out", home / "cache")
+    assert "whole; 60 images" in crosstill(*again).stdout
+
+
+def test_a_finished_run_resumes_to_itself(home):
+    before = (home / "run/metrics.json").read_bytes()
+    crosstill("train", home / "cache", "--out", home / "run", "--resume")
+    assert (home / "run/metrics.json").read_bytes() == before
+
+
+def test_doctor_describes_machine_and_data(home, tmp_path):
+    assert "torch" in crosstill("doctor").stdout
+    scenery.write(tmp_path, 20)
+    (tmp_path / "000007.png").write_bytes(b"rubbish")
+    found = crosstill("doctor", tmp_path / "dataset.json", "--model", home / "run", "--json")
+    report = json.loads(found.stdout)["data"]
+    assert report["splits"] == {"train": 16, "val": 2, "test": 2}
+    assert [row["path"] for row in report["unreadable"]] == ["000007.png"]
+    assert report["captions_per_image"]["histogram"] == {"5": 20}
+    text = crosstill("doctor", tmp_path / "dataset.json").stdout
+    assert "000007.png: not an image" in text
+
+
+def test_bad_images_are_counted_on_screen(home, tmp_path):
+    scenery.write(tmp_path / "photos", 20)
+    (tmp_path / "photos/000007.png").write_bytes(b"rubbish")
+    listing = tmp_path / "photos/dataset.json"
+    made = crosstill("cache", home / "teacher", listing, "--out", tmp_path / "cache")
+    assert "1 unreadable images left out" in made.stderr
+    strict = ("cache", home / "teacher", listing, "--out", tmp_path / "other", "--strict")
+    assert "000007.png: not an image" in refusal(*strict)
+
+
+# --- wrong input: one line, exit code 2 ---
+
+
+def test_an_unknown_key(home, tmp_path):
+    change = ("train", home / "cache", "--out", tmp_path / "r", "--set", "epoch=3")
+    assert "unknown key 'epoch'; did you mean 'epochs'" in refusal(*change)
+
+
+def test_an_unknown_option_of_a_loss(home, tmp_path):
+    change = ("--set", "losses.contrastive.temprature=0.1")
+    line = refusal("train", home / "cache", *student(home), "--out", tmp_path / "r", *change)
+    assert "temprature" in line and "temperature" in line
+
+
+def test_a_missing_image_file(home, tmp_path):
+    scenery.write(tmp_path, 20)
+    (tmp_path / "000007.png").unlink()
+    line = refusal("cache", home / "teacher", tmp_path / "dataset.json", "--out", tmp_path / "c")
+    assert "000007.png" in line
+
+
+def test_a_caption_file_without_captions(home, tmp_path):
+    (tmp_path / "pairs.csv").write_text("filepath,caption\n")
+    line = refusal("cache", home / "teacher", tmp_path / "pairs.csv", "--out", tmp_path / "c")
+    assert "pairs.csv" in line
+
+
+def test_a_teacher_folder_without_tokenizer(home, tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    CLIPModel(CLIPConfig()).config.save_pretrained(tmp_path / "clip")
+    listing = home / "photos/dataset.json"
+    line = refusal("cache", tmp_path / "clip", listing, "--out", tmp_path / "c")
+    assert "tokenizer" in line
+
+
+def test_a_model_that_is_nowhere(home, tmp_path):
+    listing = home / "photos/dataset.json"
+    assert "no such folder" in refusal("cache", "./nowhere", listing, "--out", tmp_path / "c")
+
+
+def test_a_cache_of_another_dataset_and_of_another_teacher(home, tmp_path):
+    scenery.write(tmp_path / "photos", 20)
+    listing = tmp_path / "photos/dataset.json"
+    line = refusal("cache", home / "teacher", listing, "--out", home / "cache")
+    assert "another dataset" in line
+    listing = home / "photos/dataset.json"
+    assert "another teacher" in refusal("cache", "none", listing, "--out", home / "cache")
+
+
+def test_a_run_folder_that_holds_a_run(home):
+    line = refusal("train", home / "cache", *student(home), "--out", home / "run")
+    assert "already holds a run" in line
+
+
+def test_a_split_without_images(home):
+    line = refusal("evaluate", home / "run", home / "photos/dataset.json", "--split", "tset")
+    assert "'tset' has no images" in line and "test (6)" in line
+
+
+def test_a_width_that_does_not_fit(home, tmp_path):
+    (tmp_path / "wide.toml").write_text("dim = 99\n" + TOML)
+    options = ("--student", tmp_path / "wide.toml", "--out", tmp_path / "r")
+    line = refusal("train", home / "cache", *options)
+    assert "99" in line and "16" in line
+
+
+def test_all_images_unreadable(home, tmp_path):
+    scenery.write(tmp_path, 10)
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"rubbish " + path.name.encode())
+    line = refusal("cache", home / "teacher", tmp_path / "dataset.json", "--out", tmp_path / "c")
+    assert "all 10 images are unreadable" in line
+
+
+def test_an_unknown_preset_recipe_and_protocol(home, tmp_path):
+    line = refusal("train", home / "cache", "--student", "mobil", "--out", tmp_path / "r")
+    assert "did you mean 'mobile'" in line
+    line = refusal("train", home / "cache", "--recipe", "dsmb", "--out", tmp_path / "r")
+    assert "did you mean 'dsmd'" in line
+    listing = home / "photos/dataset.json"
+    line = refusal("evaluate", home / "run", listing, "--protocol", "fulll")
+    assert "did you mean 'full'" in line
+
+
+def test_a_folder_that_cannot_be_written(home, tmp_path):
+    (tmp_path / "file").touch()
+    listing = home / "photos/dataset.json"
+    line = refusal("cache", home / "teacher", listing, "--out", tmp_path / "file")
+    assert "cannot write there" in line
+
+
+def test_a_wrong_option_is_wrong_input():
+    assert "No such option" in crosstill("train", "--nonsense", code=2).stderr
+
+
+# --- in a process of its own ---
+
+
+def process(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "crosstill", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_errors_leave_through_stderr_and_the_exit_code(home, tmp_path):
+    done = process("train", home / "cache", "--out", tmp_path / "r", "--set", "epoch=3")
+    out, err = done.communicate()
+    assert (done.returncode, out) == (2, "")
+    assert err.startswith("error: unknown key 'epoch'") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_so_and_goes_on(home, tmp_path, number, code):
+    long = ["--set", "epochs=200", "--set", "batch_size=40"]
+    run = process("train", home / "cache", *student(home), *long, "--out", tmp_path / "r")
+    while not (tmp_path / "r/best.json").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == code, err
+    assert "checkpoint" in err and "Traceback" not in err
+    assert list((tmp_path / "r/checkpoints").glob("*.json"))

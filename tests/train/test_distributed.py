@@ -1,0 +1,55 @@
+"""Two processes must do what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crosstill.errors import ConfigError
+from crosstill.train import checkpoint
+from crosstill.train.distributed import Group
+
+RUNNER = Path(__file__).with_name("steady_run.py")
+
+
+def test_shares_are_equal_and_cover_the_batch():
+    rows = list(range(12))
+    parts = [rows[Group(rank, 3).slice_of(12)] for rank in range(3)]
+    assert [len(part) for part in parts] == [4, 4, 4]
+    assert [row for part in parts for row in part] == rows
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match="batch_size = 25 does not divide among 2"):
+        Group(0, 2).check(25)
+
+
+def launch(cached, out: Path, processes: int, *changes: str) -> checkpoint.State:
+    out.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(RUNNER), str(cached.folder), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *changes], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return checkpoint.load_latest(out / "checkpoints")
+
+
+@pytest.mark.parametrize("changes", [(), ("chunk_size=5", "balance=uncertainty")])
+def test_two_processes_do_what_one_does(cached, tmp_path, changes):
+    """The same gradient, and after an epoch the same queue to the bit."""
+    one = launch(cached, tmp_path / "one", 1, *changes)
+    two = launch(cached, tmp_path / "two", 2, *changes)
+    assert one["position"] == two["position"]
+    for name in ("entries", "ids", "pointer"):
+        key = f"contrastive.queue.{name}"
+        assert torch.equal(one["losses"][key], two["losses"][key])
+    single = load_file(tmp_path / "one/gradient.safetensors")
+    double = load_file(tmp_path / "two/gradient.safetensors")
+    assert single.keys() == double.keys()
+    size = max(gradient.abs().max() for gradient in single.values())
+    for name, gradient in single.items():
+        torch.testing.assert_close(double[name], gradient, atol=1e-6 * size.item(), rtol=1e-4)
