@@ -3,29 +3,24 @@
 The baseline is what any implementation has to do at least: score blocks of 500 images against
 all captions, take the ten best captions of each image, and keep the ten best images of each
 caption over the blocks so far. It neither treats ties nor looks at which candidate is true.
-Both run in one process with the same threads, in turn; the figures are medians.
+Both run in one process on one thread, in turn; the figures are medians of CPU time.
 
-    python benchmarks/recall.py
+    python -m benchmarks.recall
 """
 
 from __future__ import annotations
-
-import json
-import time
-from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.timing import medians, report
 from crosstill.evaluate.recall import retrieval
 
 IMAGES, CAPTIONS_EACH, WIDTH = 5000, 5, 512
 ROWS = 500  # images in a block of the baseline
 REPETITIONS = 5
-THREADS = 2
-LIMIT = 1.5
+THREADS = 1
 
 
 def baseline(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,13 +43,6 @@ def products(image: Tensor, text: Tensor) -> None:
         _ = image[start : start + ROWS] @ text.T
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def main() -> dict[str, float]:
     """Measure, print one line and the figures as JSON, and return them."""
     torch.set_num_threads(THREADS)
@@ -64,21 +52,13 @@ def main() -> dict[str, float]:
     noise = torch.randn(len(owner), WIDTH, generator=generator) / WIDTH**0.5
     text = normalize(image[owner] + 3 * noise, dim=1)
     works = {
-        "recall_s": lambda: retrieval(image, text, owner),
-        "baseline_s": lambda: baseline(image, text),
-        "matmul_s": lambda: products(image, text),
+        "recall": lambda: retrieval(image, text, owner),
+        "baseline": lambda: baseline(image, text),
+        "matmul": lambda: products(image, text),
     }
-    times = [{name: seconds(work) for name, work in works.items()} for _ in range(REPETITIONS + 1)]
-    # the first round touches fresh memory and is left out
-    result = {name: median(t[name] for t in times[1:]) for name in works}
-    result["ratio"] = result["recall_s"] / result["baseline_s"]
-    result["limit"] = LIMIT
-    print(
-        f"recall ratio {result['ratio']:.2f} (limit {LIMIT}): {result['recall_s']:.2f} s over "
-        f"{result['baseline_s']:.2f} s, of which the matmul is {result['matmul_s']:.2f} s"
-    )
-    print(json.dumps({"recall": result}))
-    return result
+    result = medians(works, REPETITIONS)
+    result["ratio"] = result["recall"] / result["baseline"]
+    return report("recall", result, "at most 1.5 of matmul and top-10")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from crosstill import cache, data, recipes, students
+from crosstill import cache, data, images, recipes, students
 from crosstill.data import Pairs, scenes
 from crosstill.evaluate import Embedded, embed
 from crosstill.evaluate.report import judge, table
 from crosstill.students.student import Student
 from crosstill.train import Run, folder
+from crosstill.types import Example
 
 log = logging.getLogger(__name__)
 
@@ -93,20 +94,25 @@ def _report(out: Path, held_out: Pairs, teacher: Student, run: Run) -> str:
 
 def sheet(pairs: Pairs, seen: Embedded, path: Path, queries: int = 5, top: int = 5) -> None:
     """Draw a picture: a row a caption, the images found for it, the right one framed."""
-    cell, head, edge = 128, 24, 4
-    canvas = Image.new("RGB", (top * cell, queries * (cell + head)), "white")
+    cell, head, gap = 128, 24, 4
+    canvas = Image.new("RGB", (top * (cell + gap) + gap, queries * (cell + head + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     by_id = {example.image_id: example for example in pairs.examples}
     texts = [text for key in seen.image_ids for text in by_id[key].captions]
     for line, row in enumerate(torch.linspace(0, len(texts) - 1, queries).long().tolist()):
-        y = line * (cell + head)
-        draw.text((edge, y + edge), texts[row], fill="black", font_size=14)
+        y = line * (cell + head + gap)
+        size = min(14, 1.9 * canvas.width / len(texts[row]))
+        draw.text((gap, y + gap), texts[row], fill="black", font_size=size)
         order = (seen.image @ seen.text[row]).argsort(descending=True)[:top].tolist()
         for column, found in enumerate(order):
-            example = by_id[seen.image_ids[found]]
-            tile = Image.open(pairs.root / example.path if pairs.root else example.path)
-            canvas.paste(tile.resize((cell, cell)), (column * cell, y + head))
+            x = gap + column * (cell + gap)
+            tile = _picture(pairs, by_id[seen.image_ids[found]]).resize((cell, cell))
+            canvas.paste(tile, (x, y + head))
             if found == seen.owner[row]:
-                box = (column * cell, y + head, (column + 1) * cell - 1, y + head + cell - 1)
-                draw.rectangle(box, outline="limegreen", width=edge)
+                frame = (x - gap, y + head - gap, x + cell + gap - 1, y + head + cell + gap - 1)
+                draw.rectangle(frame, outline="limegreen", width=gap)
     canvas.save(path)
+
+
+def _picture(pairs: Pairs, example: Example) -> Image.Image:
+    return Image.fromarray(images.decode(pairs.read(example), example.path).numpy())

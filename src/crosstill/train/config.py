@@ -56,12 +56,7 @@ class TrainConfig(BaseModel):
     @field_validator("losses", mode="before")
     @classmethod
     def _losses(cls, value: object) -> object:
-        """Accept a list of names, and `name = false` to leave a loss out."""
-        if isinstance(value, Mapping):
-            return {k: {} if v is True else v for k, v in value.items() if v is not False}
-        if isinstance(value, str):
-            value = value.split("+")
-        return {name: {} for name in value} if isinstance(value, Sequence) else value
+        return _spelt_out("losses", value)
 
     @field_validator("losses")
     @classmethod
@@ -73,7 +68,7 @@ class TrainConfig(BaseModel):
     @field_validator("balance", mode="before")
     @classmethod
     def _balance(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+        return _spelt_out("balance", value)
 
     def changed(self, changes: Sequence[str]) -> TrainConfig:
         """A copy with `key=value` changes applied; dots reach inside, values are TOML.
@@ -102,12 +97,24 @@ def parse(values: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
 
 
+def _spelt_out(key: str, value: object) -> object:
+    """Short ways of writing losses and balance: `a+b`, a list, `name = false`, a bare name."""
+    if key == "balance":
+        return {"name": value} if isinstance(value, str) else value
+    if key != "losses":
+        return value
+    if isinstance(value, Mapping):
+        return {k: {} if v is True else v for k, v in value.items() if v is not False}
+    names = value.split("+") if isinstance(value, str) else value
+    return {name: {} for name in names} if isinstance(names, Sequence) else names
+
+
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     head, *rest = key.split(".")
     if head not in TrainConfig.model_fields:
         raise _unknown_key(key)
     if not rest:
-        values[head] = value
+        values[head] = _spelt_out(head, value)
         return
     inner = values[head]
     for part in rest[:-1]:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -24,6 +19,7 @@ from crosstill.train import checkpoint, distributed, folder, optim, stream, warm
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Run
+from crosstill.train.interrupt import Stop, stop_signals
 from crosstill.train.step import Outcome, Step, check_precision
 
 log = logging.getLogger(__name__)
@@ -158,7 +154,7 @@ class Session:
         """Train to the last epoch, saving on the way and when asked to stop."""
         total = self.config.epochs * self.stream.sampler.steps_per_epoch
         self.student.train()
-        with _stop_signals() as stop, self._bar(total) as bar:
+        with stop_signals() as stop, self._bar(total) as bar:
             for epoch in range(self.position["epoch"], self.config.epochs):
                 self._epoch(epoch, bar, stop)
         if self.group.leads:
@@ -170,7 +166,7 @@ class Session:
         if self.events is not None:
             self.events.close()
 
-    def _epoch(self, epoch: int, bar: progress.Bar | None, stop: _Stop) -> None:
+    def _epoch(self, epoch: int, bar: progress.Bar | None, stop: Stop) -> None:
         per_epoch = self.stream.sampler.steps_per_epoch
         began, waited, seen = time.perf_counter(), 0.0, 0.0
         for step, batch, wait in self.stream.ahead(epoch, self.position["step"]):
@@ -227,7 +223,7 @@ class Session:
             lr=optim.lr_at(self.position["total"] - 1, per_epoch, self.config),
         )
 
-    def _save_or_stop(self, within: bool, stop: _Stop) -> None:
+    def _save_or_stop(self, within: bool, stop: Stop) -> None:
         due = self.position["step"] % self.config.save_every == 0
         # the end of an epoch saves by itself, after its validation
         if within and (due or stop.asked) and self.group.leads:
@@ -321,42 +317,3 @@ class Session:
 
 def _copied(module: nn.Module) -> dict[str, Any]:
     return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-class _Stop:
-    """Whether someone asked the run to stop, and by which signal."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @property
-    def asked(self) -> bool:
-        return self.signal is not None
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the first signal; the second one ends the process at once."""
-        if self.asked:
-            os._exit(128 + number)
-        self.signal = number
-        log.info("stopping after this step; a checkpoint is being saved")
-
-    def obey(self) -> None:
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.asked:
-            raise SystemExit(128 + (self.signal or 0))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turn Ctrl-C and SIGTERM into a question that the loop asks after each step."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    earlier = {s: signal.signal(s, stop.note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

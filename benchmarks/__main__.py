@@ -1,0 +1,15 @@
+"""`make bench`: every ratio, one line each."""
+
+from __future__ import annotations
+
+from benchmarks import caching, decode, recall, step
+
+
+def main() -> None:
+    """Run all of them, the quick ones first."""
+    for module in (decode, step, caching, recall):
+        module.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What holds for the project as a whole."""
+
+import ast
+import importlib
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import crosstill
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "src/crosstill").rglob("*.py"))
+
+
+def listed(text: str) -> list[str]:
+    """The names that open the lines of the first indented list."""
+    return re.findall(r"^    (\w+) {2,}\S", text, re.MULTILINE)
+
+
+def test_readme_docstring_and_import_contract_are_one_list():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = [layer.partition(".")[2] for layer in contracts["contracts"][0]["layers"]]
+    assert listed(crosstill.__doc__) == layers[::-1]
+    section = (ROOT / "README.md").read_text().partition("## How it is built")[2]
+    assert listed(section) == layers[::-1]
+
+
+def test_every_part_is_on_the_list():
+    parts = {p.stem for p in (ROOT / "src/crosstill").iterdir() if p.suffix in ("", ".py")}
+    assert parts - {"__init__", "__main__", "__pycache__", "py"} == set(listed(crosstill.__doc__))
+
+
+def test_all_names_are_importable():
+    for name in crosstill.__all__:
+        assert getattr(crosstill, name) is not None
+    for package in ("cache", "data", "evaluate", "objectives", "students", "teachers", "train"):
+        module = importlib.import_module(f"crosstill.{package}")
+        for name in module.__all__:
+            assert hasattr(module, name), f"{package}.{name}"
+
+
+def test_torchvision_is_not_pulled_in():
+    """A half-installed torchvision breaks transformers; nothing here needs it."""
+    assert importlib.util.find_spec("torchvision") is None
+
+
+def test_nothing_is_pickled():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] + [getattr(node, "module", None)]
+                assert not {"pickle", "cPickle", "dill", "joblib"} & set(names), path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) != ("torch", "load"), path
+
+
+def test_functions_and_files_stay_short():
+    for path in SOURCES:
+        text = path.read_text()
+        assert len([line for line in text.splitlines() if line.strip()]) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
