@@ -54,10 +54,9 @@ def _train(
     out: Path, preset: str, source: cache.Cache, recipe: str, changes: tuple[str, ...]
 ) -> Run:
     resume = folder.is_run(out)
-    texts = [source.texts[row] for row in source.split("train").captions]
     student = None
     if not resume:
-        student = students.build(preset, dim=source.dim or DIM, captions=texts)
+        student = students.build(preset, dim=source.dim or DIM, captions=source.captions("train"))
     return recipes.distill(student, source, recipe, out=out, changes=changes, resume=resume)
 
 

@@ -131,7 +131,11 @@ def test_bad_images_are_counted_on_screen(home, tmp_path):
     (tmp_path / "photos/000007.png").write_bytes(b"rubbish")
     listing = tmp_path / "photos/dataset.json"
     made = crosstill("cache", home / "teacher", listing, "--out", tmp_path / "cache")
-    assert "1 unreadable images left out" in made.stderr
+    assert "1 unreadable image left out" in made.stderr
+    run = ("train", tmp_path / "cache", *student(home), *TRAIN, "--out", tmp_path / "run")
+    assert "1 unreadable image left out" in crosstill(*run).stderr
+    (row,) = map(json.loads, (tmp_path / "run/quarantine.jsonl").read_text().splitlines())
+    assert row["path"] == "000007.png"
     strict = ("cache", home / "teacher", listing, "--out", tmp_path / "other", "--strict")
     assert "000007.png: not an image" in refusal(*strict)
 

@@ -136,6 +136,10 @@ class Cache:
         captions = np.flatnonzero(position[self.owner] >= 0)
         return Split(name, images, captions, position[self.owner[captions]])
 
+    def captions(self, split: str) -> list[str]:
+        """The captions of a split: what a trimmed or learnt vocabulary is made from."""
+        return [self.texts[row] for row in self.split(split).captions]
+
     def image_features(self, images: np.ndarray, view: int | np.ndarray = 0) -> Tensor:
         """Teacher features (len(images), D) of image rows; `view` says of which view."""
         return self._kind("image").take(np.asarray(images) * self.views + view)

@@ -44,6 +44,7 @@ def command(
     if resume and folder.is_run(out):
         settings = folder.settings_of(out).changed(changes or [])
     source = Opened(cache)
+    common.quarantine_note(source.header["quarantined"], str(out / "quarantine.jsonl"))
     made = None if resume else _build(student, source, settings.train_split, settings.seed)
     command_line = shlex.join(["crosstill", *sys.argv[1:]])
     run = train(made, source, settings, out, resume=resume, command=command_line)
@@ -54,5 +55,4 @@ def command(
 def _build(student: str, cache: Cache, split: str, seed: int) -> Student:
     from crosstill import students
 
-    texts = [cache.texts[row] for row in cache.split(split).captions]
-    return students.build(student, dim=cache.dim, captions=texts, seed=seed)
+    return students.build(student, dim=cache.dim, captions=cache.captions(split), seed=seed)

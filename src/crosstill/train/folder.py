@@ -23,6 +23,7 @@ import transformers
 import crosstill.students as students
 from crosstill import files
 from crosstill.cache import Cache
+from crosstill.cache.store import QUARANTINE
 from crosstill.errors import ConfigError, InputError, MismatchError
 from crosstill.students.student import Student
 from crosstill.train.config import TrainConfig, parse
@@ -69,6 +70,7 @@ def create(folder: Path, config: TrainConfig, student: Student, cache: Cache, co
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "checkpoints").mkdir()
     student.save(folder / "student")
+    shutil.copyfile(cache.folder / QUARANTINE, folder / QUARANTINE)
     record = {
         "format": FORMAT,
         "settings": config.model_dump(mode="json"),
