@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from crosstill import balance, evaluate, files, objectives, progress
+from crosstill.balance import Rule
 from crosstill.cache import Cache, pixels
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
@@ -20,6 +21,7 @@ from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Run
 from crosstill.train.interrupt import Stop, stop_signals
+from crosstill.train.sampler import Sampler
 from crosstill.train.step import Outcome, Step, check_precision
 
 log = logging.getLogger(__name__)
@@ -53,9 +55,7 @@ def train(
     """
     path = Path(out)
     with distributed.group() as group, ExitStack() as stack:
-        losses = build_losses(config, cache)
-        check_precision(config, group.device)
-        group.check(config.batch_size)
+        losses, rule = prepare(config, cache, group)
         if group.leads:
             files.writable_folder(path)
             stack.enter_context(files.locked(path))
@@ -65,22 +65,40 @@ def train(
             student = Run(path).untrained
         _check_width(student, cache)
         _decode_once(cache, config, student, group)
-        session = Session(path, student, losses, cache, config, group)
+        session = Session(path, student, losses, rule, cache, config, group)
         stack.callback(session.close)
         session.run()
     return Run(path)
+
+
+def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleDict, Rule]:
+    """Losses and balancer of a run, everything checked that can be before a folder is made."""
+    check_precision(config, group.device)
+    group.check(config.batch_size)
+    cache.split(config.val_split)
+    Sampler(cache.split(config.train_split), config.batch_size, config.captions_per_image, 0)
+    if config.init_heads == "ridge" and cache.modalities != {"image", "text"}:
+        raise MismatchError(
+            f"init_heads = ridge needs the teacher's image and text features, and {cache.folder} "
+            "lacks some; use init_heads=random"
+        )
+    losses = build_losses(config, cache)
+    options = dict(config.balance)
+    return losses, balance.build(options.pop("name", "fixed"), list(losses), **options)
 
 
 def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:
     """The losses of a run, each refused by name if the teacher did not leave what it reads."""
     losses = nn.ModuleDict()
     for name, options in config.losses.items():
-        loss = objectives.build(name, dim=cache.dim, seed=config.seed, **options)
+        # a width of 1 stands in for that of a cache without features, which is refused next
+        loss = objectives.build(name, dim=cache.dim or 1, seed=config.seed, **options)
         missing = sorted(loss.needs - cache.modalities)
         if missing:
             raise MismatchError(
                 f"loss {name!r} needs the teacher's {' and '.join(missing)} features, which "
-                f"{cache.folder} lacks; leave it out with --set losses.{name}=false"
+                f"{cache.folder} lacks; leave it out with --set losses.{name}=false, or use "
+                "--recipe info_nce"
             )
         losses[name] = loss
     return losses
@@ -130,6 +148,7 @@ class Session:
         path: Path,
         student: Student,
         losses: nn.ModuleDict,
+        rule: Rule,
         cache: Cache,
         config: TrainConfig,
         group: Group,
@@ -138,9 +157,7 @@ class Session:
         self.path, self.config, self.group, self.cache = path, config, group, cache
         self.student = student.to(group.device)
         self._freeze()
-        self.losses = losses.to(group.device)
-        rule = dict(config.balance)
-        self.balance = balance.build(rule.pop("name"), list(losses), **rule).to(group.device)
+        self.losses, self.balance = losses.to(group.device), rule.to(group.device)
         self.optimizer = optim.build((student, self.losses), self.balance, config)
         self.stream = stream.Stream(cache, cache.split(config.train_split), student, config, group)
         self.val = evaluate.CachedSplit(cache, cache.split(config.val_split), student)
