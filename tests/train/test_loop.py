@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -277,6 +278,13 @@ def test_a_run_folder_is_not_shared_and_not_overwritten(cached, student, setting
         train(None, cached, settings, tmp_path / "run", resume=True)
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(cached, student, settings, tmp_path):
+    (tmp_path / "thesis/best").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds best and no run; give another --out"):
+        train(student, cached, settings, tmp_path / "thesis")
+    assert (tmp_path / "thesis/best").is_dir()
+
+
 def test_a_run_does_not_go_on_with_another_cache(cached, scenes, student, settings, tmp_path):
     train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
     other = build(SmallTeacher(weights=5), scenes, tmp_path / "other")
@@ -304,6 +312,7 @@ def test_bf16_trains(cached, student, settings, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_student_trains_to_nearly_the_same(cached, student, settings, tmp_path):
     short = settings.changed(["epochs=1"])
     train(student, cached, short, tmp_path / "plain")

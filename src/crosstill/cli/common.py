@@ -18,7 +18,7 @@ Data = Annotated[str, typer.Argument(help=DATA)]
 Images = Annotated[
     Path | None, typer.Option(help="Folder of the image files, where it is not DATA's own.")
 ]
-Strict = Annotated[bool, typer.Option(help="Stop at the first unreadable image.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 

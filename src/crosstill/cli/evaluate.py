@@ -17,7 +17,7 @@ def command(
     images: common.Images = None,
     split: Annotated[str, typer.Option(help="Which split.")] = "test",
     protocol: Annotated[str, typer.Option(help="full or coco-1k-5fold.")] = "full",
-    efficiency: Annotated[bool, typer.Option(help="Also measure latency.")] = False,
+    efficiency: Annotated[bool, typer.Option("--efficiency", help="Also measure latency.")] = False,
     strict: common.Strict = False,
     as_json: common.AsJson = False,
 ) -> None:

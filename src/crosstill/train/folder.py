@@ -29,6 +29,7 @@ from crosstill.students.student import Student
 from crosstill.train.config import TrainConfig, parse
 
 FORMAT = 1
+STARTING = ".starting"  # there while a run is being laid out
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ def is_run(folder: Path) -> bool:
 
 
 def create(folder: Path, config: TrainConfig, student: Student, cache: Cache, command: str) -> None:
-    """Lay out a new run; the folder is held by the caller."""
-    files.sweep(folder)
-    for name in ("checkpoints", "best", "student"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    """Lay out a new run; the folder is held by the caller.
+
+    Raises:
+        ConfigError: the folder holds something else, which stays as it is.
+    """
+    _clear(folder)
+    (folder / STARTING).touch()
     (folder / "checkpoints").mkdir()
     student.save(folder / "student")
     shutil.copyfile(cache.folder / QUARANTINE, folder / QUARANTINE)
@@ -82,6 +86,16 @@ def create(folder: Path, config: TrainConfig, student: Student, cache: Cache, co
     }
     # last, because a folder with it is a run
     files.write_json(folder / "config.json", files.sealed(record))
+    (folder / STARTING).unlink()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run left that was killed while it was being laid out, and nothing else."""
+    found = [path for path in folder.iterdir() if path.name != ".lock"]
+    if found and not (folder / STARTING).exists():
+        raise ConfigError(f"{folder} holds {found[0].name} and no run; give another --out")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def reopen(folder: Path, config: TrainConfig, cache: Cache) -> Student:
@@ -112,6 +126,7 @@ def reopen(folder: Path, config: TrainConfig, cache: Cache) -> Student:
         )
     files.sweep(folder)
     files.sweep(folder / "checkpoints")
+    (folder / STARTING).unlink(missing_ok=True)
     _finish_swap(folder)
     return students.load(folder / "student")
 

@@ -170,6 +170,9 @@ class Session:
     def run(self) -> None:
         """Train to the last epoch, saving on the way and when asked to stop."""
         total = self.config.epochs * self.stream.sampler.steps_per_epoch
+        if self.group.leads:
+            parts = self.student.parameters_by_part().items()
+            log.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in parts))
         self.student.train()
         with stop_signals() as stop, self._bar(total) as bar:
             for epoch in range(self.position["epoch"], self.config.epochs):
