@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 COUNT = 2000  # scenes: 80 % to train on, 10 % to choose the best epoch, 10 % held out
 SHARED = ("batch_size=100", "captions_per_image=4", "lr=1e-3", "schedule=cosine", "warmup_steps=20")
-TEACHER = ("epochs=3", *SHARED)
+TEACHER = ("epochs=2", *SHARED)
 STUDENT = ("epochs=4", "init_heads=ridge", *SHARED)
 DIM = 128
 
