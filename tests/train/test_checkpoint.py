@@ -6,6 +6,7 @@ import torch
 
 from crosstill.errors import CorruptError
 from crosstill.train import checkpoint
+from support import same
 
 
 def state(value: float) -> checkpoint.State:
@@ -18,16 +19,6 @@ def state(value: float) -> checkpoint.State:
         "best": {"rsum": 0.1 + 0.2, "epoch": None},
         **checkpoint.rng_state(),
     }
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):

@@ -24,7 +24,7 @@ from crosstill.files import locked
 from crosstill.objectives import feature
 from crosstill.train import checkpoint, train
 from crosstill.train import loop as module
-from support import SmallTeacher, small_student
+from support import SmallTeacher, same, small_student
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -50,17 +50,6 @@ def test_a_run_learns_and_leaves_its_folder(cached, student, settings, tmp_path)
 
 def final(folder: Path) -> checkpoint.State:
     return checkpoint.load_latest(folder / "checkpoints")
-
-
-def same(a, b) -> bool:
-    """Equal to the last bit, through nested dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 class Interrupted(Exception):
