@@ -268,3 +268,16 @@ def test_an_interrupted_run_says_so_and_goes_on(home, tmp_path, number, code):
     assert run.returncode == code, err
     assert "checkpoint" in err and "Traceback" not in err
     assert list((tmp_path / "r/checkpoints").glob("*.json"))
+
+
+def test_two_processes_through_torchrun_speak_once(home, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    verb = ["-m", "crosstill", "train", home / "cache", *student(home), *TRAIN]
+    done = subprocess.run(
+        [*map(str, [*launcher, "--nproc-per-node=2", *verb, "--out", tmp_path / "r"])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best val RSUM") == 1

@@ -40,16 +40,23 @@ def command(
     common.hush()
     from crosstill.cache import Cache as Opened
     from crosstill.train import folder, train
+    from crosstill.train.distributed import leads
 
     if resume and folder.is_run(out):
         settings = folder.settings_of(out).changed(changes or [])
     source = Opened(cache)
     common.quarantine_note(source.header["quarantined"], str(out / "quarantine.jsonl"))
-    made = None if resume else _build(student, source, settings.train_split, settings.seed)
+    # the other processes of torchrun read the student that the first one saves
+    made = (
+        None
+        if resume or not leads()
+        else _build(student, source, settings.train_split, settings.seed)
+    )
     command_line = shlex.join(["crosstill", *sys.argv[1:]])
     run = train(made, source, settings, out, resume=resume, command=command_line)
-    best = run.metrics["best"]
-    common.say(f"{out}: best val RSUM {best['rsum']:.2f} at epoch {best['epoch']}")
+    if leads():
+        best = run.metrics["best"]
+        common.say(f"{out}: best val RSUM {best['rsum']:.2f} at epoch {best['epoch']}")
 
 
 def _build(student: str, cache: Cache, split: str, seed: int) -> Student:

@@ -58,6 +58,11 @@ class Group:
             distributed.barrier()
 
 
+def leads() -> bool:
+    """Whether this process is alone or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def group() -> Iterator[Group]:
     """Join the processes that torchrun started, or be alone; leave them when the block ends."""
@@ -68,6 +73,8 @@ def group() -> Iterator[Group]:
     if world == 1:
         yield Group(device=device)
         return
+    if cuda:
+        torch.cuda.set_device(device)
     joined = not distributed.is_initialized()
     if joined:
         distributed.init_process_group("nccl" if cuda else "gloo")
