@@ -24,8 +24,8 @@ from crosstill import balance, cache, data, students
 from crosstill.images import Preprocess
 from crosstill.students.config import StudentConfig
 from crosstill.train import TrainConfig, optim
+from crosstill.train.checks import build_losses
 from crosstill.train.distributed import Group
-from crosstill.train.loop import build_losses
 from crosstill.train.step import Step
 from crosstill.train.stream import Batch, Stream
 

@@ -51,7 +51,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise CorruptError(f"{path}: not readable JSON ({error}); restore or rebuild it") from None
+        raise CorruptError(
+            f"{path}: not readable JSON ({error}); restore it from a copy, or make it anew"
+        ) from None
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
@@ -68,11 +70,13 @@ def read_sealed(path: Path, versions: set[int]) -> dict[str, Any]:
     """
     value = read_json(path)
     if not isinstance(value, dict) or sealed(value) != value:
-        raise CorruptError(f"{path}: its checksum is wrong; restore or rebuild it")
+        raise CorruptError(
+            f"{path}: its checksum is wrong; restore it from a copy, or make it anew"
+        )
     if value.get("format") not in versions:
         raise CorruptError(
             f"{path}: format {value.get('format')} is unknown here (known: "
-            f"{', '.join(map(str, sorted(versions)))}); upgrade crosstill or rebuild it"
+            f"{', '.join(map(str, sorted(versions)))}); upgrade crosstill, or make it anew"
         )
     return value
 
@@ -91,9 +95,11 @@ def digest_file(path: Path) -> str:
 def check_digest(path: Path, expected: str) -> None:
     """Refuse a file that is missing or whose SHA-256 is not the expected one."""
     if not path.is_file():
-        raise CorruptError(f"{path}: the file is missing; restore or rebuild it")
+        raise CorruptError(f"{path}: the file is missing; restore it from a copy, or make it anew")
     if digest_file(path) != expected:
-        raise CorruptError(f"{path}: its checksum is wrong; restore or rebuild it")
+        raise CorruptError(
+            f"{path}: its checksum is wrong; restore it from a copy, or make it anew"
+        )
 
 
 def writable_folder(path: Path) -> Path:

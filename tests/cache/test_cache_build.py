@@ -203,6 +203,20 @@ def test_a_second_builder_is_told_who_is_first(scenes, teacher, tmp_path):
         build(teacher, scenes, tmp_path / "c")
 
 
+def test_a_folder_with_other_files_is_left_alone(scenes, teacher, tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(ConfigError, match="holds photo.jpg and no cache; give another --out"):
+        build(teacher, scenes, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_damaged_cache_says_how_to_make_it_anew(scenes, teacher, tmp_path):
+    build(teacher, scenes, tmp_path / "c")
+    (tmp_path / "c/text-00000.npy").unlink()
+    with pytest.raises(CorruptError, match="text-00000.*delete .* and run the same command again"):
+        build(teacher, scenes, tmp_path / "c")
+
+
 def test_no_teacher_keeps_captions_and_no_features(scenes, tmp_path):
     cache = build(None, scenes, tmp_path / "c")
     assert cache.dim is None

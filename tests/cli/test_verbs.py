@@ -131,13 +131,22 @@ def test_bad_images_are_counted_on_screen(home, tmp_path):
     (tmp_path / "photos/000007.png").write_bytes(b"rubbish")
     listing = tmp_path / "photos/dataset.json"
     made = crosstill("cache", home / "teacher", listing, "--out", tmp_path / "cache")
-    assert "1 unreadable image left out" in made.stderr
+    assert "unreadable images left out: 1" in made.stderr
     run = ("train", tmp_path / "cache", *student(home), *TRAIN, "--out", tmp_path / "run")
-    assert "1 unreadable image left out" in crosstill(*run).stderr
+    crosstill(*run)
     (row,) = map(json.loads, (tmp_path / "run/quarantine.jsonl").read_text().splitlines())
     assert row["path"] == "000007.png"
     strict = ("cache", home / "teacher", listing, "--out", tmp_path / "other", "--strict")
     assert "000007.png: not an image" in refusal(*strict)
+
+
+def test_captions_without_a_teacher_train_with_info_nce(home, tmp_path):
+    listing = home / "photos/dataset.json"
+    crosstill("cache", "none", listing, "--out", tmp_path / "none")
+    options = (*student(home), *TRAIN, "--recipe", "info_nce", "--out", tmp_path / "run")
+    crosstill("train", tmp_path / "none", *options)
+    found = crosstill("evaluate", tmp_path / "run", listing)
+    assert "no teacher's row" not in found.stderr and "teacher" not in found.stdout
 
 
 # --- wrong input: one line, exit code 2 ---
@@ -193,6 +202,11 @@ def test_a_cache_of_another_dataset_and_of_another_teacher(home, tmp_path):
 def test_a_run_folder_that_holds_a_run(home):
     line = refusal("train", home / "cache", *student(home), "--out", home / "run")
     assert "already holds a run" in line
+
+
+def test_a_cache_is_no_model(home):
+    listing = home / "photos/dataset.json"
+    assert "a cache, not a model" in refusal("evaluate", home / "cache", listing)
 
 
 def test_a_split_without_images(home):

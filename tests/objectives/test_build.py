@@ -41,8 +41,19 @@ def test_unknown_option_names_loss_option_and_signature():
     assert "queue_size = 8192" in message
 
 
-def test_a_loss_without_options_says_so():
-    assert refusal("feature", x=1) == "loss 'feature' has no option 'x'; it has none, remove it"
+PLAIN = """
+from crosstill.objectives.base import Objective
+
+
+class Loss(Objective):
+    pass
+"""
+
+
+def test_a_loss_without_options_says_so(tmp_path, monkeypatch):
+    (tmp_path / "plain.py").write_text(PLAIN)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path)])
+    assert refusal("plain", x=1) == "loss 'plain' has no option 'x'; it has none, remove it"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_each_piece_of_state_matters(
     cached, student, settings, tmp_path, die_after, monkeypatch, piece
 ):
     """Leave one piece out of a resume: the comparison above must notice every one."""
-    monkeypatch.setattr(module.objectives.feature, "Loss", Drawing)
+    monkeypatch.setattr(feature, "Loss", Drawing)
     if piece == "best":  # it matters to runs whose best epoch lies behind them
         settings = settings.changed(["lr=1e-12"])
     train(student, cached, settings, tmp_path / "whole")
@@ -193,9 +193,14 @@ def test_losses_that_read_what_the_teacher_did_not_leave_refuse_by_name(
         modalities = frozenset({"image"})
 
     cache = build(ImagesOnly(), scenes, tmp_path / "c")
-    with pytest.raises(MismatchError, match="loss 'contrastive' needs the teacher's text"):
+    lacking = "no text features .* contrastive, feature, similarity, hard_negative need; use --rec"
+    with pytest.raises(MismatchError, match=lacking):
         train(student, cache, settings, tmp_path / "run")
-    assert not (tmp_path / "run/config.json").exists()
+    assert not (tmp_path / "run").exists()
+    # what the message says to do
+    advice = ["losses=info_nce", 'losses.feature.side="image"', "balance=fixed", "epochs=1"]
+    run = train(student, cache, settings.changed(advice), tmp_path / "run")
+    assert events(run.folder, "step")[0]["losses"].keys() == {"info_nce", "feature"}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_a_cache_without_a_teacher_refuses_losses_and_ridge_by_name(
     scenes, student, settings, tmp_path
 ):
     captions = build(None, scenes, tmp_path / "captions")
-    with pytest.raises(MismatchError, match="'contrastive' needs the teacher's image and text"):
+    with pytest.raises(MismatchError, match="no image and text features.* use --recipe info_nce"):
         train(student, captions, settings, tmp_path / "run")
     config = settings.changed(["losses=info_nce", "init_heads=ridge"])
     with pytest.raises(MismatchError, match="init_heads=random"):
@@ -240,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
     order = module.stream.Sampler(cached.split("train"), 24, 1, settings.seed)
     split = cached.split("train")
     bad = int(cached.keys[split.images[order.pick(0, 4).images[0]]])
-    monkeypatch.setattr(module.objectives.feature, "Loss", Breaks)
+    monkeypatch.setattr(feature, "Loss", Breaks)
     with pytest.raises(NonFiniteError, match="loss 'feature' became nan at step 4.*resume"):
         train(student, cached, settings, tmp_path / "run")
     record = json.loads((tmp_path / "run/nonfinite.json").read_text())

@@ -7,7 +7,7 @@ after its last whole shard and ends with the very bytes of a build that was not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +18,17 @@ import torch
 from torch import Tensor
 
 from crosstill import files, images, progress
-from crosstill.cache import store
+from crosstill.cache import journal, sources, store
 from crosstill.cache.journal import Journal
 from crosstill.data import Pairs
-from crosstill.errors import ConfigError, DataError, ImageError, MismatchError, ModelError
+from crosstill.errors import (
+    ConfigError,
+    CorruptError,
+    DataError,
+    ImageError,
+    MismatchError,
+    ModelError,
+)
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
@@ -64,6 +71,7 @@ def build(
     Raises:
         MismatchError: the folder holds a cache of another teacher, dataset or setting.
         LockedError: another process is building in the folder.
+        ConfigError: an option that cannot be, or a folder that holds something else.
         ImageError: an image is unreadable and `strict` is set.
         DataError: no image is readable.
     """
@@ -72,10 +80,21 @@ def build(
     except TypeError as error:
         raise ConfigError(f"cache: {error}") from None
     path = files.writable_folder(Path(folder))
+    _refuse_foreign(path)
     with files.locked(path):
         files.sweep(path)
         work = _Build(teacher, pairs, path, settings)
         return work.reuse() or work.run()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A cache moves into an empty folder or into its own, never among someone's files."""
+    names = {path.name for path in folder.iterdir()}
+    if names & {store.HEADER, journal.NAME}:
+        return
+    others = sorted(n for n in names if n != ".lock" and not n.startswith(files.TEMPORARY))
+    if others:
+        raise ConfigError(f"{folder} holds {others[0]} and no cache; give another --out")
 
 
 class _Build:
@@ -111,7 +130,12 @@ class _Build:
             return None
         header = files.read_sealed(path, {store.FORMAT})
         self._refuse_other(header["key"], "a cache")
-        cache = store.Cache(self.folder)
+        try:
+            cache = store.Cache(self.folder)
+        except CorruptError as error:
+            raise CorruptError(
+                f"{error}: delete {self.folder} and run the same command again"
+            ) from None
         if header["data"]["source"] == self.pairs.source:
             return cache
         known = set(cache.image_ids)
@@ -125,7 +149,7 @@ class _Build:
         different = {name for name in self.key if key.get(name) != self.key[name]}
         if not different:
             return
-        words = {"data": "dataset", "modalities": "teacher"}
+        words = {"data": "dataset", "modalities": "teacher", "views": "number of views"}
         parts = sorted({words.get(name, name) for name in different})
         raise MismatchError(
             f"{self.folder} holds {what} of another {' and another '.join(parts)}"
@@ -144,6 +168,7 @@ class _Build:
         if earlier:
             self._refuse_other(earlier["key"], "an unfinished cache")
             self.journal.adopt(earlier)
+        self.journal.save()
         self._image_shards()
         bad = {row["image_id"] for row in self._unreadable()}
         readable = [example for example in self.examples if example.image_id not in bad]
@@ -154,21 +179,21 @@ class _Build:
         return self._finish(readable, len(texts))
 
     def _image_shards(self) -> None:
-        source = _row_source(self.teacher)
-        rows = [(e, view) for e in self.examples for view in range(self.options.views)]
+        source = sources.source_for(self.teacher)
+        wanted = [(e, view) for e in self.examples for view in range(self.options.views)]
         # all views of an image share a shard
         size = max(1, SHARD_ROWS // self.options.views) * self.options.views
         first = len(self.journal.shards["image"]) * size
         with (
             ThreadPoolExecutor(max_workers=4) as pool,
-            progress.bar("images", len(rows), first) as bar,
+            progress.bar("images", len(wanted), first) as bar,
         ):
-            for start in range(first, len(rows), size):
+            for start in range(first, len(wanted), size):
                 loaded: list[Any] = []
                 features: list[Tensor] = []
-                chunk = rows[start : start + size]
+                chunk = wanted[start : start + size]
                 load = self._loader(source)
-                for batch in _ahead(chunk, self.options.batch_size, pool, load):
+                for batch in sources.ahead(chunk, self.options.batch_size, pool, load):
                     good = [item for item in batch if isinstance(item, Tensor)]
                     features += [source.embed(torch.stack(good)).cpu()] if good else []
                     loaded += batch
@@ -177,7 +202,7 @@ class _Build:
                 array = self._array(features)
                 self.journal.commit("image", array, quarantined=list(bad.values()))
 
-    def _loader(self, source: _Pixels) -> Callable[[tuple[Example, int]], Any]:
+    def _loader(self, source: sources.Pixels) -> Callable[[tuple[Example, int]], Any]:
         def load(row: tuple[Example, int]) -> Tensor | dict[str, Any] | None:
             example, view = row
             size = 0
@@ -255,55 +280,6 @@ class _Build:
         return {"name": self.pairs.name, "source": self.pairs.source}
 
 
-class _Pixels:
-    """Image rows from a teacher that looks at photos."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-
-    def load(self, data: bytes, example: Example, view: images.View | None) -> Tensor | None:
-        return images.load(data, example.path, self._teacher.preprocess, view)
-
-    def embed(self, loaded: Tensor) -> Tensor:
-        return self._teacher.embed_images(loaded)
-
-
-class _Vectors(_Pixels):
-    """Image rows from vectors made elsewhere, found by file name."""
-
-    def __init__(self, teacher: FeaturesTeacher) -> None:
-        self._vectors = teacher
-
-    def load(self, data: bytes, example: Example, view: images.View | None) -> Tensor | None:
-        images.decode(data, example.path)
-        rows, missing = self._vectors.lookup_images([example.path])
-        if missing:
-            raise ImageError(example.path, f"no vector in {self._vectors.name}")
-        return rows[0]
-
-    def embed(self, loaded: Tensor) -> Tensor:
-        return loaded
-
-
-class _Nothing(_Pixels):
-    """No rows at all, only the check that a photo can be read."""
-
-    def __init__(self) -> None:
-        pass
-
-    def load(self, data: bytes, example: Example, view: images.View | None) -> Tensor | None:
-        images.decode(data, example.path)
-        return None
-
-
-def _row_source(teacher: Teacher | FeaturesTeacher | None) -> _Pixels:
-    if teacher is None:
-        return _Nothing()
-    if "image" not in teacher.modalities:
-        raise ModelError(f"{teacher.name}: a teacher needs image features")
-    return _Vectors(teacher) if isinstance(teacher, FeaturesTeacher) else _Pixels(teacher)
-
-
 def _describe(teacher: Teacher | FeaturesTeacher | None) -> dict[str, Any]:
     if teacher is None:
         return dict.fromkeys(("name", "source", "dim", "licence", "parameters")) | {
@@ -319,14 +295,3 @@ def _describe(teacher: Teacher | FeaturesTeacher | None) -> dict[str, Any]:
         "identity": teacher.identity(),
         "modalities": sorted(teacher.modalities),
     }
-
-
-def _ahead(
-    rows: Sequence[Any], size: int, pool: ThreadPoolExecutor, load: Callable[[Any], Any]
-) -> Iterator[list[Any]]:
-    """Loaded batches; the next one is being loaded while the caller works on this one."""
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    pending = [pool.submit(load, row) for row in batches[0]] if batches else []
-    for following in [*batches[1:], []]:
-        ready, pending = pending, [pool.submit(load, row) for row in following]
-        yield [future.result() for future in ready]

@@ -58,6 +58,10 @@ class Journal:
             files.write_atomic(path, lambda temporary: save_array(temporary, array))
             entry |= {"file": path.name, "rows": len(array), "sha256": files.digest_file(path)}
         shards.append(entry)
+        self.save()
+
+    def save(self) -> None:
+        """Put the journal itself on disk; its presence also says that the folder is a cache's."""
         files.write_json(self._folder / NAME, files.sealed({**self._head, **self.shards}))
 
     def stored(self, kind: str) -> list[dict[str, Any]]:

@@ -49,4 +49,4 @@ def hush() -> None:
 def quarantine_note(count: int, where: str) -> None:
     """Say that images were left out; never silently."""
     if count:
-        note(f"{count} unreadable {'image' if count == 1 else 'images'} left out: see {where}")
+        note(f"unreadable images left out: {count}, listed in {where}")

@@ -20,7 +20,7 @@ def command(
     cache: Annotated[Path, typer.Argument(help="The cache to learn from.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     student: Annotated[
-        str, typer.Option(help="A preset (paper, mobile, tiny) or a TOML file.")
+        str, typer.Option(help="A preset (paper, mobile, tiny, tiny-teacher) or a TOML file.")
     ] = "mobile",
     recipe: Annotated[str, typer.Option(help="A published setting: dsmd, info_nce.")] = "dsmd",
     changes: Annotated[
@@ -42,10 +42,11 @@ def command(
     from crosstill.train import folder, train
     from crosstill.train.distributed import leads
 
-    if resume and folder.is_run(out):
+    if not resume:
+        folder.check_new(out)  # before a student is fetched or built
+    elif folder.is_run(out):
         settings = folder.settings_of(out).changed(changes or [])
     source = Opened(cache)
-    common.quarantine_note(source.header["quarantined"], str(out / "quarantine.jsonl"))
     # the other processes of torchrun read the student that the first one saves
     made = (
         None

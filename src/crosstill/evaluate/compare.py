@@ -16,6 +16,7 @@ from crosstill.evaluate import efficiency as cost
 from crosstill.evaluate import protocols
 from crosstill.evaluate.encode import Embedded, embed
 from crosstill.evaluate.models import open_encoder
+from crosstill.evaluate.recall import DEPTHS
 from crosstill.evaluate.report import Evaluation, judge, table
 from crosstill.files import read_json
 
@@ -58,7 +59,11 @@ def run(
     found = Comparison(replace(judge(model, rows, protocol), name=_label(source)))
     if rows.quarantine.rows:
         found.notes += [f"left out: {bad['path']}: {bad['reason']}" for bad in rows.quarantine.rows]
-        found.notes.append(f"{len(rows.quarantine)} unreadable images left out")
+        found.notes.append(f"unreadable images left out: {len(rows.quarantine)}")
+    if len(rows.image) <= DEPTHS[-1]:
+        found.notes.append(
+            f"only {len(rows.image)} images: recall at {DEPTHS[-1]} is 100 for any model"
+        )
     if found.model.recall.warning:
         found.notes.append(found.model.recall.warning)
     if (Path(source) / "config.json").is_file() and (Path(source) / "student").is_dir():
@@ -78,6 +83,8 @@ def _add_run(found: Comparison, folder: Path, rows: Embedded, pairs: Pairs, prot
     before = judge(untrained, embed(untrained, pairs), protocol)
     found.others["untrained"] = replace(before, name="student, untrained")
     record = read_json(folder / "config.json")
+    if not record["teacher"]["modalities"]:
+        return  # a run without a teacher
     try:
         found.others["teacher"] = _teacher(record, rows, protocol)
     except CrosstillError as error:

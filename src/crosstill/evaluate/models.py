@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosstill import students, teachers
+from crosstill.cache.store import HEADER
 from crosstill.errors import ModelError
 from crosstill.students.storage import RECORD
 from crosstill.students.student import Student
@@ -22,6 +23,8 @@ def open_model(source: str | Path) -> Student | Teacher | FeaturesTeacher:
     for candidate in (folder, folder / "best"):
         if (candidate / RECORD).is_file():
             return students.load(candidate)
+    if (folder / HEADER).is_file():
+        raise ModelError(f"{source}: a cache, not a model; give a run, a student or a teacher")
     return teachers.load(str(source))
 
 

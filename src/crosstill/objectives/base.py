@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from crosstill.types import Features
@@ -16,7 +14,7 @@ class Objective(nn.Module):
     them refuses at start.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    needs: frozenset[str] = frozenset({"image", "text"})
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         """The loss of one batch.

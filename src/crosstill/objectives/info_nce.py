@@ -5,8 +5,6 @@ van den Oord et al., arXiv 1807.03748, eq. 4, both ways as in CLIP (arXiv 2103.0
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ class Loss(Objective):
         temperature: what the cosines are divided by.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs = frozenset[str]()
 
     def __init__(self, *, temperature: float = 0.05) -> None:
         super().__init__()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "load", "load_config"]
 
+ALONE = 256  # embedding width where neither a teacher nor the configuration says one
+
 
 def load_config(preset_or_toml: str | Path) -> StudentConfig:
     """Read a student's configuration: see `crosstill.students.config.load_config`."""
@@ -32,7 +34,8 @@ def build(
 
     Args:
         student: a configuration, a preset's name, or a TOML file.
-        dim: D, the width of the teacher's embeddings; None takes the configuration's.
+        dim: D, the width of the teacher's embeddings; None takes the configuration's, or 256
+            for a student without a teacher.
         captions: the training captions, for vocabularies that are trimmed to or learnt from them.
         seed: of all that starts at random; equal seeds give equal weights.
 
@@ -45,8 +48,8 @@ def build(
     from crosstill.students import building
 
     config = load_config(student) if isinstance(student, str | Path) else student
-    width = dim or config.dim
-    if width is None or width != (config.dim or width):
+    width = dim or config.dim or ALONE
+    if width != (config.dim or width):
         raise MismatchError(
             f"student {config.name}: embedding width {config.dim} does not fit the teacher's "
             f"{dim}; leave dim out of the student, or choose another teacher"

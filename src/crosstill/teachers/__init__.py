@@ -34,6 +34,8 @@ def load(source: str | Path, device: torch.device | None = None) -> Teacher | Fe
     name = hugging_face.display_name(source)
     if features.is_features(folder):
         return features.FeaturesTeacher(folder, name)
-    if (folder / "student.json").is_file():
-        raise ModelError(f"{folder}: a crosstill student; load it with students.load")
+    if any((folder / place / "student.json").is_file() for place in ("", "best")):
+        raise ModelError(
+            f"{folder}: a crosstill student; open it with crosstill.evaluate.open_model"
+        )
     return dual.DualEncoder(folder, name, device)

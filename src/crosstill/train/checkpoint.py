@@ -70,7 +70,8 @@ def load_latest(folder: Path) -> State | None:
         try:
             return load(record)
         except CorruptError as error:
-            log.warning("%s; going back to the checkpoint before it", error)
+            before = "; going back to the checkpoint before it" if record != records[-1] else ""
+            log.warning("%s%s", error, before)
     if records:
         raise CorruptError(f"{folder}: every checkpoint is damaged; start the run anew")
     return None

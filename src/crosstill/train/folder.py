@@ -98,8 +98,18 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def reopen(folder: Path, config: TrainConfig, cache: Cache) -> Student:
-    """Check that a run may go on as asked, tidy it up, and give its untrained student.
+def check_new(folder: Path) -> None:
+    """Refuse to start a run where one is.
+
+    Raises:
+        ConfigError: there is a run in the folder.
+    """
+    if is_run(folder):
+        raise ConfigError(f"{folder} already holds a run; give --resume, or another --out")
+
+
+def check_resumable(folder: Path, config: TrainConfig, cache: Cache) -> None:
+    """Refuse to go on with a run in another way than it was started.
 
     Raises:
         InputError: there is no run in the folder.
@@ -124,6 +134,10 @@ def reopen(folder: Path, config: TrainConfig, cache: Cache) -> Student:
             f"{folder} was started with {name} = {getattr(theirs, name)!r}; "
             "a resumed run keeps its settings: leave that --set out, or start another run"
         )
+
+
+def reopen(folder: Path) -> Student:
+    """Tidy up a run that was stopped, and give its untrained student."""
     files.sweep(folder)
     files.sweep(folder / "checkpoints")
     (folder / STARTING).unlink(missing_ok=True)

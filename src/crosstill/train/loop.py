@@ -10,19 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from crosstill import balance, evaluate, files, objectives, progress
+from crosstill import evaluate, files, progress
 from crosstill.balance import Rule
 from crosstill.cache import Cache, pixels
-from crosstill.errors import ConfigError, MismatchError, NonFiniteError
+from crosstill.errors import ConfigError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
-from crosstill.train import checkpoint, distributed, folder, optim, stream, warm
+from crosstill.train import checkpoint, checks, distributed, folder, optim, stream, warm
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Run
 from crosstill.train.interrupt import Stop, stop_signals
-from crosstill.train.sampler import Sampler
-from crosstill.train.step import Outcome, Step, check_precision
+from crosstill.train.step import Outcome, Step
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +53,13 @@ def train(
         NonFiniteError: a loss became NaN or infinite; a checkpoint to replay it was saved.
     """
     path = Path(out)
+    if resume:
+        folder.check_resumable(path, config, cache)
+    elif student is not None:
+        folder.check_new(path)
+        checks.width(student, cache)
     with distributed.group() as group, ExitStack() as stack:
-        losses, rule = prepare(config, cache, group)
+        losses, rule = checks.prepare(config, cache, group)
         if group.leads:
             files.writable_folder(path)
             stack.enter_context(files.locked(path))
@@ -63,45 +67,12 @@ def train(
         group.wait()
         if student is None or not group.leads:
             student = Run(path).untrained
-        _check_width(student, cache)
+        checks.width(student, cache)
         _decode_once(cache, config, student, group)
         session = Session(path, student, losses, rule, cache, config, group)
         stack.callback(session.close)
         session.run()
     return Run(path)
-
-
-def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleDict, Rule]:
-    """Losses and balancer of a run, everything checked that can be before a folder is made."""
-    check_precision(config, group.device)
-    group.check(config.batch_size)
-    cache.split(config.val_split)
-    Sampler(cache.split(config.train_split), config.batch_size, config.captions_per_image, 0)
-    if config.init_heads == "ridge" and cache.modalities != {"image", "text"}:
-        raise MismatchError(
-            f"init_heads = ridge needs the teacher's image and text features, and {cache.folder} "
-            "lacks some; use init_heads=random"
-        )
-    losses = build_losses(config, cache)
-    options = dict(config.balance)
-    return losses, balance.build(options.pop("name", "fixed"), list(losses), **options)
-
-
-def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:
-    """The losses of a run, each refused by name if the teacher did not leave what it reads."""
-    losses = nn.ModuleDict()
-    for name, options in config.losses.items():
-        # a width of 1 stands in for that of a cache without features, which is refused next
-        loss = objectives.build(name, dim=cache.dim or 1, seed=config.seed, **options)
-        missing = sorted(loss.needs - cache.modalities)
-        if missing:
-            raise MismatchError(
-                f"loss {name!r} needs the teacher's {' and '.join(missing)} features, which "
-                f"{cache.folder} lacks; leave it out with --set losses.{name}=false, or use "
-                "--recipe info_nce"
-            )
-        losses[name] = loss
-    return losses
 
 
 def _prepare(
@@ -114,22 +85,15 @@ def _prepare(
 ) -> Student:
     """Lay out or reopen the run's folder."""
     if resume:
-        return folder.reopen(path, config, cache)
-    if folder.is_run(path):
-        raise ConfigError(f"{path} already holds a run; give --resume, or another --out")
+        return folder.reopen(path)
+    folder.check_new(path)
     if student is None:
         raise ConfigError("a new run needs a student")
-    _check_width(student, cache)
     folder.create(path, config, student, cache, command)
+    bad = cache.header["quarantined"]
+    if bad:
+        log.warning("unreadable images left out: %d, listed in %s", bad, path / folder.QUARANTINE)
     return student
-
-
-def _check_width(student: Student, cache: Cache) -> None:
-    if cache.dim is not None and student.dim != cache.dim:
-        raise MismatchError(
-            f"the student's embedding width is {student.dim} and the teacher's is {cache.dim}; "
-            f"build the student with dim = {cache.dim}"
-        )
 
 
 def _decode_once(cache: Cache, config: TrainConfig, student: Student, group: Group) -> None:

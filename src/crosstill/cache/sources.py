@@ -1,0 +1,80 @@
+"""Where the image rows of a cache come from: a model's eyes, a file of vectors, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from crosstill import images
+from crosstill.errors import ImageError, ModelError
+from crosstill.teachers.base import Teacher
+from crosstill.teachers.features import FeaturesTeacher
+from crosstill.types import Example
+
+
+class Pixels:
+    """Image rows from a teacher that looks at photos."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+
+    def load(self, data: bytes, example: Example, view: images.View | None) -> Tensor | None:
+        return images.load(data, example.path, self._teacher.preprocess, view)
+
+    def embed(self, loaded: Tensor) -> Tensor:
+        return self._teacher.embed_images(loaded)
+
+
+class Vectors(Pixels):
+    """Image rows from vectors made elsewhere, found by file name."""
+
+    def __init__(self, teacher: FeaturesTeacher) -> None:
+        self._vectors = teacher
+
+    def load(self, data: bytes, example: Example, view: images.View | None) -> Tensor | None:
+        images.decode(data, example.path)
+        rows, missing = self._vectors.lookup_images([example.path])
+        if missing:
+            raise ImageError(example.path, f"no vector in {self._vectors.name}")
+        return rows[0]
+
+    def embed(self, loaded: Tensor) -> Tensor:
+        return loaded
+
+
+class Nothing(Pixels):
+    """No rows at all, only the check that a photo can be read."""
+
+    def __init__(self) -> None:
+        pass
+
+    def load(self, data: bytes, example: Example, view: images.View | None) -> Tensor | None:
+        images.decode(data, example.path)
+        return None
+
+
+def source_for(teacher: Teacher | FeaturesTeacher | None) -> Pixels:
+    """The source that suits a teacher.
+
+    Raises:
+        ModelError: the teacher has no image side.
+    """
+    if teacher is None:
+        return Nothing()
+    if "image" not in teacher.modalities:
+        raise ModelError(f"{teacher.name}: a teacher needs image features")
+    return Vectors(teacher) if isinstance(teacher, FeaturesTeacher) else Pixels(teacher)
+
+
+def ahead(
+    rows: Sequence[Any], size: int, pool: ThreadPoolExecutor, load: Callable[[Any], Any]
+) -> Iterator[list[Any]]:
+    """Loaded batches; the next one is being loaded while the caller works on this one."""
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    pending = [pool.submit(load, row) for row in batches[0]] if batches else []
+    for following in [*batches[1:], []]:
+        ready, pending = pending, [pool.submit(load, row) for row in following]
+        yield [future.result() for future in ready]

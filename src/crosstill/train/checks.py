@@ -1,0 +1,65 @@
+"""What is made and checked before a run touches its folder."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from crosstill import balance, objectives
+from crosstill.balance import Rule
+from crosstill.cache import Cache
+from crosstill.errors import MismatchError
+from crosstill.students.student import Student
+from crosstill.train.config import TrainConfig
+from crosstill.train.distributed import Group
+from crosstill.train.sampler import Sampler
+from crosstill.train.step import check_precision
+
+
+def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleDict, Rule]:
+    """Losses and balancer of a run, after all that can be checked has been."""
+    check_precision(config, group.device)
+    group.check(config.batch_size)
+    cache.split(config.val_split)
+    Sampler(cache.split(config.train_split), config.batch_size, config.captions_per_image, 0)
+    if config.init_heads == "ridge" and cache.modalities != {"image", "text"}:
+        raise MismatchError(
+            f"init_heads = ridge needs the teacher's image and text features, and {cache.folder} "
+            "lacks some; use init_heads=random"
+        )
+    losses = build_losses(config, cache)
+    options = dict(config.balance)
+    return losses, balance.build(options.pop("name", "fixed"), list(losses), **options)
+
+
+def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:
+    """The losses of a run, each refused by name if the teacher did not leave what it reads."""
+    losses: dict[str, objectives.Objective] = {}
+    for name, options in config.losses.items():
+        # a width of 1 stands in for that of a cache without features, which is refused next
+        losses[name] = objectives.build(name, dim=cache.dim or 1, seed=config.seed, **options)
+    starved = [name for name, loss in losses.items() if loss.needs - cache.modalities]
+    if starved:
+        lacking = sorted({kind for n in starved for kind in losses[n].needs - cache.modalities})
+        raise MismatchError(
+            f"{cache.folder} has no {' and '.join(lacking)} features of a teacher, which "
+            f"{', '.join(starved)} {'need' if len(starved) > 1 else 'needs'}; "
+            + _without(cache.modalities)
+        )
+    return nn.ModuleDict(losses)
+
+
+def _without(has: frozenset[str]) -> str:
+    """What can be trained from a teacher that left only one side, or none."""
+    if not has:
+        return "use --recipe info_nce"
+    (side,) = has
+    return f"""use --recipe info_nce --set 'losses.feature.side="{side}"'"""
+
+
+def width(student: Student, cache: Cache) -> None:
+    """Refuse a student whose embeddings are not as wide as the teacher's."""
+    if cache.dim is not None and student.dim != cache.dim:
+        raise MismatchError(
+            f"the student's embedding width is {student.dim} and the teacher's is {cache.dim}; "
+            f"build the student with dim = {cache.dim}"
+        )
