@@ -279,6 +279,17 @@ def test_a_folder_that_holds_something_else_is_left_alone(cached, student, setti
     assert (tmp_path / "thesis/best").is_dir()
 
 
+def test_what_a_kill_leaves_of_a_beginning_is_cleared(cached, student, settings, tmp_path):
+    for name in (".writing-1-probe", ".starting", "student/half"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.writing-1-probe").touch()
+    again = module.Run(tmp_path / "run").untrained
+    train(again, cached, settings.changed(["epochs=1"]), tmp_path / "other")
+
+
 def test_a_run_does_not_go_on_with_another_cache(cached, scenes, student, settings, tmp_path):
     train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
     other = build(SmallTeacher(weights=5), scenes, tmp_path / "other")

@@ -91,7 +91,9 @@ def create(folder: Path, config: TrainConfig, student: Student, cache: Cache, co
 
 def _clear(folder: Path) -> None:
     """Remove what a run left that was killed while it was being laid out, and nothing else."""
-    found = [path for path in folder.iterdir() if path.name != ".lock"]
+    files.sweep(folder)
+    # the mark itself stays, or a kill during the clearing would leave files without it
+    found = [path for path in folder.iterdir() if path.name not in (".lock", STARTING)]
     if found and not (folder / STARTING).exists():
         raise ConfigError(f"{folder} holds {found[0].name} and no run; give another --out")
     for path in found:
