@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -111,3 +112,15 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def flip(whole: bytes, choose: np.random.Generator) -> bytes:
+    """One bit turned."""
+    damaged = bytearray(whole)
+    damaged[choose.integers(len(whole))] ^= 1 << int(choose.integers(8))
+    return bytes(damaged)
+
+
+def cut(whole: bytes, choose: np.random.Generator) -> bytes:
+    """The end gone."""
+    return whole[: choose.integers(len(whole) - 1)]

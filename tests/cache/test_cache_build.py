@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from crosstill.errors import (
 )
 from crosstill.files import locked
 from crosstill.types import Example
-from support import SmallTeacher
+from support import SmallTeacher, cut, flip
 
 ROWS = 16  # in a shard, so that sixty scenes make several
 
@@ -237,37 +238,32 @@ def test_a_split_without_images_names_those_that_have_some(cached):
         cached.split("trian")
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
-def test_flipped_bits_anywhere_are_found_on_opening(cached, tmp_path, count):
+def damaged(cached: Cache, copy: Path, count: int, damage) -> Iterator[Path]:
+    """Damage a random file of a copied cache `count` times, putting it back each time."""
     random = np.random.default_rng(0)
-    copy = tmp_path / "copy"
     shutil.copytree(cached.folder, copy)
     paths = [p for p in copy.iterdir() if p.is_file() and p.name != ".lock" and p.stat().st_size]
     for _ in range(count):
         path = paths[random.integers(len(paths))]
         whole = path.read_bytes()
-        damaged = bytearray(whole)
-        damaged[random.integers(len(whole))] ^= 1 << int(random.integers(8))
-        path.write_bytes(damaged)
+        path.write_bytes(damage(whole, random))
+        yield path
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_flipped_bits_anywhere_are_found_on_opening(cached, tmp_path, count):
+    for path in damaged(cached, tmp_path / "copy", count, flip):
         try:
-            header = Cache(copy).header
+            header = Cache(tmp_path / "copy").header
         except CorruptError as error:
             assert path.name in str(error)
         else:  # white space of the JSON header is all that may change unnoticed
             assert path.name == "cache.json" and header == cached.header
-        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_truncated_files_are_found_on_opening(cached, tmp_path, count):
-    random = np.random.default_rng(1)
-    copy = tmp_path / "copy"
-    shutil.copytree(cached.folder, copy)
-    paths = [p for p in copy.iterdir() if p.is_file() and p.name != ".lock" and p.stat().st_size]
-    for _ in range(count):
-        path = paths[random.integers(len(paths))]
-        whole = path.read_bytes()
-        path.write_bytes(whole[: random.integers(len(whole) - 1)])
+    for path in damaged(cached, tmp_path / "copy", count, cut):
         with pytest.raises(CorruptError, match=path.name):
-            Cache(copy)
-        path.write_bytes(whole)
+            Cache(tmp_path / "copy")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from crosstill import data, students
 from crosstill.cli.app import app
 from crosstill.data import scenes as scenery
+from crosstill.files import locked
 from support import small_config
 
 
@@ -202,6 +203,12 @@ def test_a_cache_of_another_dataset_and_of_another_teacher(home, tmp_path):
 def test_a_run_folder_that_holds_a_run(home):
     line = refusal("train", home / "cache", *student(home), "--out", home / "run")
     assert "already holds a run" in line
+
+
+def test_a_run_folder_in_use(home, tmp_path):
+    with locked(tmp_path):
+        line = refusal("train", home / "cache", *student(home), *TRAIN, "--out", tmp_path)
+    assert "in use by process" in line
 
 
 def test_a_cache_is_no_model(home):

@@ -6,7 +6,7 @@ import torch
 
 from crosstill.errors import CorruptError
 from crosstill.train import checkpoint
-from support import same
+from support import cut, flip, same
 
 
 def state(value: float) -> checkpoint.State:
@@ -67,16 +67,6 @@ def damaged_files(folder, count: int, damage):
         path.write_bytes(damage(whole, choose))
         yield path
         path.write_bytes(whole)
-
-
-def flip(whole: bytes, choose: np.random.Generator) -> bytes:
-    damaged = bytearray(whole)
-    damaged[choose.integers(len(whole))] ^= 1 << int(choose.integers(8))
-    return bytes(damaged)
-
-
-def cut(whole: bytes, choose: np.random.Generator) -> bytes:
-    return whole[: choose.integers(len(whole) - 1)]
 
 
 @pytest.mark.parametrize("damage", [flip, cut])

@@ -9,23 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crosstill.objectives.base import Objective
-from crosstill.objectives.parts import sides
+from crosstill.objectives.parts.sides import OneSided
 from crosstill.types import Features
 
 
-class Loss(Objective):
+class Loss(OneSided):
     """Mean absolute difference over B and D, images plus captions.
 
-    Args:
-        side: "both", or "image" or "text" alone, for a teacher that left only that.
+    `side` is that of `OneSided`.
     """
 
-    def __init__(self, *, side: str = "both") -> None:
-        super().__init__()
-        self.needs = sides.check(side)
-        self.side = side
-
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        pairs = sides.chosen(self.side, student, teacher)
+        pairs = self.pairs(student, teacher)
         return torch.stack([functional.l1_loss(s, t) for s, t in pairs]).sum()
