@@ -34,9 +34,12 @@ def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleD
 def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:
     """The losses of a run, each refused by name if the teacher did not leave what it reads."""
     losses: dict[str, objectives.Objective] = {}
+    keys = cache.keys[cache.split(config.train_split).images]
     for name, options in config.losses.items():
         # a width of 1 stands in for that of a cache without features, which is refused next
-        losses[name] = objectives.build(name, dim=cache.dim or 1, seed=config.seed, **options)
+        losses[name] = objectives.build(
+            name, dim=cache.dim or 1, seed=config.seed, keys=keys, **options
+        )
     starved = [name for name, loss in losses.items() if loss.needs - cache.modalities]
     if starved:
         lacking = sorted({kind for n in starved for kind in losses[n].needs - cache.modalities})
