@@ -22,7 +22,7 @@ def test_names_are_those_of_the_files():
 
 def test_every_name_builds_an_objective():
     for name in objectives.known():
-        assert isinstance(objectives.build(name, dim=4), objectives.Objective)
+        assert isinstance(objectives.build(name, dim=4, keys=torch.arange(3)), objectives.Objective)
 
 
 def test_unknown_loss_names_the_likely_one():

@@ -1,0 +1,93 @@
+"""Contrastive partial ranking distillation (CPRD).
+
+Chen et al., arXiv 2407.07479: how a cross encoder teaches a dual encoder. The paper's abstract
+settles four things: the teacher's ranking is distilled and not its scores; only the order of
+the hard negatives counts, not that of the easy ones; the valid hard negatives are what the
+student has to rank; and it does so by contrast, as in the loss that it is trained with.
+
+The rest is our reading, as only the abstract and summaries of the paper were at hand:
+- the negatives are those of the batch, and the hard ones are the `hardest` that the teacher
+  scores highest (the paper mines them with a dual encoder, since its teacher is too slow to
+  score all pairs; a cached teacher is not);
+- a hard negative is valid if the teacher scores it above the mean of the query's negatives:
+  below, it is as good as easy;
+- it has to beat every negative that the teacher ranks lower, be that a hard or an easy one;
+  ties are not ranked, and the true partner takes no part;
+- terms are averaged, not summed, over the valid hard negatives of a batch and over the two
+  directions, and the contrastive loss of the labels is added with a weight of 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosstill.errors import ConfigError
+from crosstill.objectives import info_nce
+from crosstill.objectives.base import Objective
+from crosstill.objectives.parts.candidates import hardest, others
+from crosstill.objectives.parts.named import positive
+from crosstill.objectives.parts.similarity import similarity
+from crosstill.types import Features
+
+Valid = Literal["above_mean", "all"]
+TIE = 1e-6  # cosines closer than this are equal: rounding may tell even equal captions apart
+
+
+class Loss(Objective):
+    """Mean of -log(exp(s_k) / (exp(s_k) + sum over j ranked below k of exp(s_j))), plus task.
+
+    s are the student's cosines over the temperature, k the valid hard negatives of a query and
+    j its negatives that the teacher scores lower than k by more than rounding.
+
+    Args:
+        temperature: what the cosines are divided by, here and in the task's loss.
+        hardest: hard negatives of each query; a batch with fewer other images gives all it has.
+        valid: "above_mean" as above; "all" takes every hard negative as valid.
+        task_weight: of the symmetric InfoNCE on the labels; 0 leaves it out.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.05,
+        hardest: int = 7,
+        valid: Valid = "above_mean",
+        task_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        positive(temperature=temperature, hardest=hardest)
+        if not 0 <= task_weight < float("inf"):
+            raise ConfigError(f"task_weight must be 0 or above, not {task_weight}")
+        self.hardest = hardest
+        self.valid: Valid = valid
+        self.task_weight = task_weight
+        self.temperature = temperature
+        self.task = info_nce.Loss(temperature=temperature)
+
+    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+        scores = similarity(*student) / self.temperature
+        target = similarity(*teacher).detach()
+        ranking = (self._rank(scores, target, ids) + self._rank(scores.T, target.T, ids)) / 2
+        return ranking + self.task_weight * self.task(student, teacher, ids)
+
+    def _rank(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+        """The ranking loss of the rows of two (B, B) score matrices, h hard negatives each."""
+        negative = others(ids)
+        lists = hardest(teacher, student.detach(), ids, self.hardest)
+        own = lists.pick(student)[:, 1:, None]  # (B, h, 1)
+        rank = lists.pick(teacher)[:, 1:, None]
+        below = negative[:, None] & (teacher[:, None] < rank - TIE)  # (B, h, B)
+        lower = student[:, None].masked_fill(~below, -torch.inf)
+        lost = torch.cat([own, lower], dim=2).logsumexp(2) - own[..., 0]
+        valid = lists.valid[:, 1:]
+        if self.valid == "above_mean":
+            valid = valid & (rank[..., 0] - TIE > _mean(teacher, negative)[:, None])
+        return lost.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+
+
+def _mean(scores: Tensor, counted: Tensor) -> Tensor:
+    """Mean of the counted entries of each row, 0 where there is none: two (B, B) to (B,)."""
+    return scores.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)

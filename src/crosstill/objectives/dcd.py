@@ -1,0 +1,86 @@
+"""Dynamic contrastive distillation (DCD) on a dual encoder.
+
+DCD, arXiv 2207.01426, made for fusion models that score one pair at a time; DSMD (arXiv
+2404.10838, table 2) runs it on a dual encoder. Each query keeps its own partner and the
+negatives of the batch that the teacher finds hardest, and the student learns their scores. How
+sure the teacher is of a query decides between the teacher's scores and the label.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosstill.errors import ConfigError
+from crosstill.objectives.base import Objective
+from crosstill.objectives.parts.candidates import hardest
+from crosstill.objectives.parts.named import positive
+from crosstill.objectives.parts.similarity import similarity
+from crosstill.objectives.parts.uncertainty import Reduction, focal_loss, uncertainty_loss
+from crosstill.types import CandidateScores, Features
+
+Variant = Literal["uncertainty", "focal"]
+Directions = Literal["both", "image", "text"]
+VARIANTS = {"uncertainty": uncertainty_loss, "focal": focal_loss}
+
+
+class Loss(Objective):
+    """Scores are cosines over the temperature, the teacher's and the student's alike.
+
+    Args:
+        temperature: what the cosines are divided by.
+        hardest: h, negatives of each query; a batch with fewer other images gives all it has.
+        alpha: share of the distillation; 1 - alpha is the labels' ("uncertainty"). Under
+            "focal" the labels' part keeps its full weight.
+        softening: T of the squared error; it cancels, see `uncertainty_loss`.
+        directions: "image" ranks captions for each image, "text" the reverse; "both" is the
+            mean of the two.
+        variant: "uncertainty" weights by the teacher's entropy, "focal" by the student's
+            cross-entropy against the teacher's.
+        reduction: "sample" weights each query's error; "released" as the authors' code, where
+            the weights do nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.05,
+        hardest: int = 7,
+        alpha: float = 0.2,
+        softening: float = 1.0,
+        directions: Directions = "both",
+        variant: Variant = "uncertainty",
+        reduction: Reduction = "sample",
+    ) -> None:
+        super().__init__()
+        positive(temperature=temperature, hardest=hardest, softening=softening)
+        if not 0 <= alpha <= 1:
+            raise ConfigError(f"alpha must be between 0 and 1, not {alpha}")
+        self.temperature = temperature
+        self.hardest = hardest
+        self.alpha = alpha
+        self.softening = softening
+        self.directions: Directions = directions
+        self.variant: Variant = variant
+        self.reduction: Reduction = reduction
+
+    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+        scores = similarity(*student) / self.temperature
+        target = similarity(*teacher).detach() / self.temperature
+        ways = {"image": (scores, target), "text": (scores.T, target.T)}
+        chosen = ways if self.directions == "both" else (self.directions,)
+        return torch.stack([self._rank(*ways[way], ids) for way in chosen]).mean()
+
+    def _rank(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+        """The loss of the rows of two (B, B) score matrices."""
+        lists = hardest(teacher, student.detach(), ids, self.hardest)
+        return VARIANTS[self.variant](
+            CandidateScores(lists.pick(student)),
+            CandidateScores(lists.pick(teacher)),
+            lists.valid,
+            alpha=self.alpha,
+            softening=self.softening,
+            reduction=self.reduction,
+        )

@@ -1,0 +1,51 @@
+"""Knowledge distillation (KD).
+
+Hinton et al., arXiv 1503.02531, section 2. The classes are the batch's own captions for an image
+and the batch's own images for a caption.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from crosstill.objectives.base import Objective
+from crosstill.objectives.parts.named import positive
+from crosstill.objectives.parts.rows import divergence, rows
+from crosstill.types import Features
+
+
+class Loss(Objective):
+    """T² KL(teacher ‖ student) over image-to-text and text-to-image rows, mean of both.
+
+    Another row of the same image is left out of both softmaxes.
+
+    Args:
+        temperature: what the cosines are divided by to make them logits.
+        softening: T of the paper. At 1 the teacher's softmax is at `temperature`, which at 0.05
+            is already five times softer than the 0.01 that CLIP ends its training with; a large
+            T nears a mean squared error of the logits.
+    """
+
+    def __init__(self, *, temperature: float = 0.05, softening: float = 1.0) -> None:
+        super().__init__()
+        positive(temperature=temperature, softening=softening)
+        self.temperature = temperature
+        self.softening = softening
+
+    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+        part = rows(student, teacher, ids, self.temperature)
+        return softened(part.student, part.teacher, part.absent, self.softening).mean()
+
+
+def softened(student: Tensor, teacher: Tensor, absent: Tensor, softening: float) -> Tensor:
+    """T² KL(softmax(teacher / T) ‖ softmax(student / T)) of each row: (R,).
+
+    The factor T² keeps the gradient's size when T changes.
+
+    Args:
+        student: (R, N) logits.
+        teacher: (R, N) logits.
+        absent: (R, N) bool, entries left out of both softmaxes.
+        softening: T.
+    """
+    return softening**2 * divergence(student / softening, teacher / softening, absent)
