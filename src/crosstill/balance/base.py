@@ -20,6 +20,7 @@ class Rule(nn.Module):
     """
 
     steps: Tensor
+    needs_gradients = False  # whether `watch` wants to be told before each step
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -38,6 +39,12 @@ class Rule(nn.Module):
             Scalars of the losses' type, float32 at least; finite and never negative.
         """
         raise NotImplementedError
+
+    def watch(self, norms: Mapping[str, Tensor]) -> None:
+        """Take note of the norm of each loss's gradient at the student's features (B, D).
+
+        Called before `weights` if `needs_gradients` is set.
+        """
 
     def penalty(self) -> Tensor:
         """What the total has on top of the weighted losses."""

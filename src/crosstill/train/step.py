@@ -104,7 +104,7 @@ class Step:
         texts = batch.texts
         part = Tokens(*(t[rows] for t in texts)) if isinstance(texts, Tokens) else texts[rows]
         with self._autocast():
-            features = self._encode(batch.images[distinct], part)
+            features = self._encode(batch.images[distinct], part, self._config.normalise)
         return Features(features.image[image_of].float(), features.text.float())
 
     def _lose(self, share: Features, batch: Batch) -> tuple[Outcome, Tensor]:
@@ -113,6 +113,8 @@ class Step:
             name: loss(features, batch.teacher, batch.ids)
             for name, loss in self._objectives().items()
         }
+        if self.balance.needs_gradients:
+            self.balance.watch({name: _norm(loss, features) for name, loss in losses.items()})
         weights = self.balance.weights({name: loss.detach() for name, loss in losses.items()})
         total = sum((weights[name] * losses[name] for name in losses), self.balance.penalty())
         _check_finite({**losses, "total": total})
@@ -137,6 +139,13 @@ def check_precision(config: TrainConfig, device: torch.device) -> None:
     fast = device.type != "cpu" or torch.cpu.get_capabilities().get("amx_tile", False)
     if config.precision == "bf16" and not fast:
         raise ConfigError("precision = bf16: this processor has no AMX; use precision=fp32")
+
+
+def _norm(loss: Tensor, features: Features) -> Tensor:
+    """The norm of a loss's gradient at the features that reach the towers."""
+    wanted = [side for side in features if side.requires_grad]
+    found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    return torch.stack([g.double().norm() for g in found if g is not None]).norm()
 
 
 def _reached(features: Features, leaf: Features) -> list[Tensor]:
