@@ -121,16 +121,21 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
     """Hold a folder while the block runs; the kernel lets go of it even after kill -9.
+
+    Args:
+        folder: what to hold.
+        wait: stand in line behind whoever holds it.
+        name: of the lock's file, where several things in a folder are held one by one.
 
     Raises:
         LockedError: another live process holds it; the message names it.
     """
-    path = folder / ".lock"
+    path = folder / name
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             file.seek(0)
             owner = file.read().strip() or "another process"

@@ -20,6 +20,7 @@ from rich.progress import (
 
 log = logging.getLogger(__name__)
 
+_hidden = False  # whether this process keeps to itself how far it is
 QUIET = 10.0  # seconds that must pass before a job is worth a line in a log file
 
 
@@ -36,7 +37,7 @@ class Bar:
         self._progress.update(self._task, rate=f"{task.speed:,.0f}/s" if task.speed else "")
         if note is not None:
             self._progress.update(self._task, note=note)
-        if self._progress.disable:
+        if self._progress.disable and not _hidden:
             self._tell(int(10 * task.percentage / 100))
 
     def _tell(self, tenths: int) -> None:
@@ -44,6 +45,12 @@ class Bar:
         if tenths > self._told and time.monotonic() - self._began > QUIET:
             self._told = tenths
             log.info("%s: %d of %d", task.description, task.completed, task.total)
+
+
+def hide() -> None:
+    """Show no bar in this process: it works beside others that would overwrite it."""
+    global _hidden
+    _hidden = True
 
 
 @contextmanager
@@ -59,6 +66,7 @@ def bar(label: str, total: int, done: int = 0) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    silent = _hidden or not console.is_terminal
+    with Progress(*columns, console=console, disable=silent) as progress:
         task = progress.add_task(label, total=total, completed=done, rate="", note="")
         yield Bar(progress, task)

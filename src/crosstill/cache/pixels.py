@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import files, images, progress
-from crosstill.cache.store import FORMAT, Cache, Split
-from crosstill.errors import CorruptError, DataError, ImageError, MismatchError
+from crosstill import images, progress
+from crosstill.cache import derived
+from crosstill.cache.store import Cache, Split
+from crosstill.errors import DataError, ImageError, MismatchError
 from crosstill.types import Example, image_id
 
 
@@ -41,29 +42,10 @@ def pixels(cache: Cache, split: Split, preprocess: images.Preprocess) -> PixelSt
     Raises:
         DataError: a photo is no longer where the cache found it.
         MismatchError: a photo's bytes are not those that the teacher saw.
-        LockedError: another process is decoding into the same folder.
     """
-    folder = files.writable_folder(cache.folder / "pixels")
-    path = folder / f"{preprocess.digest()[:16]}-{split.name}.npy"
-    if not _usable(path):
-        with files.locked(folder):
-            files.sweep(folder)
-            files.write_atomic(path, lambda temporary: _decode(temporary, cache, split, preprocess))
-            record = {"format": FORMAT, "sha256_of_data": files.digest_file(path)}
-            files.write_json(path.with_suffix(".json"), files.sealed(record))
+    name = f"{preprocess.digest()[:16]}-{split.name}"
+    path = derived.kept(cache, name, lambda new: _decode(new, cache, split, preprocess))
     return PixelStore(np.load(path, mmap_mode="r", allow_pickle=False), cache.views)
-
-
-def _usable(path: Path) -> bool:
-    """Whether the store is whole; what is damaged can be made again, so it only says no."""
-    record = path.with_suffix(".json")
-    if not (path.is_file() and record.is_file()):
-        return False
-    try:
-        files.check_digest(path, files.read_sealed(record, {FORMAT})["sha256_of_data"])
-    except CorruptError:
-        return False
-    return True
 
 
 def _decode(path: Path, cache: Cache, split: Split, preprocess: images.Preprocess) -> None:

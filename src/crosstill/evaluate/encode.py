@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from crosstill import images, progress
-from crosstill.cache import Cache, PixelStore, Split, pixels
+from crosstill.cache import Cache, PixelStore, Split, derived, pixels
 from crosstill.data import Pairs
 from crosstill.errors import DataError, ImageError
 from crosstill.evaluate.recall import Retrieval, retrieval
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher, embed_pixels
-from crosstill.types import Example
+from crosstill.types import Example, Features
 
 BATCH = 128  # rows per pass; no gradient is kept, so memory is small
 
@@ -95,20 +95,43 @@ def embed_texts(model: Teacher, texts: Sequence[str]) -> Tensor:
 
 
 class CachedSplit:
-    """A split of a cache, tokenized and decoded once: recall after every epoch."""
+    """A split of a cache, tokenized and decoded once: recall after every epoch.
 
-    def __init__(self, cache: Cache, split: Split, student: Student) -> None:
+    Args:
+        cache: holds the photos.
+        split: which of them.
+        student: whose tokenizer and preprocess to use.
+        frozen: the tower that will not change, if any: "image" or "text".
+    """
+
+    def __init__(self, cache: Cache, split: Split, student: Student, frozen: str = "none") -> None:
         self._cache, self._split = cache, split
         self._owner = torch.from_numpy(split.owner)
-        self._photos = pixels(cache, split, student.preprocess)
-        self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
+        self._images = frozen_images(student, cache, split) if frozen == "image" else None
+        self._texts = frozen_texts(student, cache, split) if frozen == "text" else None
+        if self._images is None:
+            self._photos = pixels(cache, split, student.preprocess)
+        if self._texts is None:
+            self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
 
     def recall(self, student: Student) -> Retrieval:
         """The student's recall on the plain photos of the split."""
+        return retrieval(*self.features(student), self._owner)
+
+    def features(self, student: Student) -> Features:
+        """The student's unit rows (I, D) and (T, D) of the split."""
         with evaluating(student):
-            image = student.embed_image(pool_images(student, self._photos))
-            text = student.embed_text(pool_texts(student, self._tokens))
-            return retrieval(image.cpu(), text.cpu(), self._owner)
+            images, texts = self._images, self._texts
+            images = pool_images(student, self._photos) if images is None else images
+            texts = pool_texts(student, self._tokens) if texts is None else texts
+            image = student.embed_image(images.to(student.device))
+            text = student.embed_text(texts.to(student.device))
+            return Features(image.cpu(), text.cpu())
+
+    @property
+    def owner(self) -> Tensor:
+        """(T,) the image of each caption."""
+        return self._owner
 
     def teacher_recall(self) -> Retrieval | None:
         """The teacher's recall on the same rows; None if it left only one side."""
@@ -121,6 +144,23 @@ def teacher_recall(cache: Cache, split: Split) -> Retrieval | None:
         return None
     owner = torch.from_numpy(split.owner)
     return retrieval(cache.image_features(split.images), cache.text_features(split.captions), owner)
+
+
+def frozen_images(student: Student, cache: Cache, split: Split, views: int = 1) -> Tensor:
+    """`pool_images` of a tower that will not change: computed once for all runs with it."""
+    name = f"pooled-{student.tower_digest('image')[:16]}-{views}-{split.name}"
+    return derived.rows(
+        cache,
+        name,
+        lambda: pool_images(student, pixels(cache, split, student.preprocess), views),
+    )
+
+
+def frozen_texts(student: Student, cache: Cache, split: Split) -> Tensor:
+    """`pool_texts` of a tower that will not change: computed once for all runs with it."""
+    texts = [cache.texts[row] for row in split.captions]
+    name = f"pooled-{student.tower_digest('text')[:16]}-{split.name}"
+    return derived.rows(cache, name, lambda: pool_texts(student, student.tokenize(texts)))
 
 
 def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:

@@ -126,6 +126,25 @@ def retrieval(image: Tensor, text: Tensor, owner: Tensor) -> Retrieval:
     return _retrieval(lambda rows: image[rows] @ text.T, owner, len(image))
 
 
+def chances(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Each query's chance, 0 to 1, to find a true partner among 1, 5 and 10.
+
+    Args and errors are those of `retrieval`, whose recalls are 100 times the means of these.
+
+    Returns:
+        (I, 3) of the images, (T, 3) of the captions; float64.
+    """
+    image, text = image.detach().float(), text.detach().float()
+    owner = owner.to(image.device)
+    _check_features(image, text)
+    _check_owner(owner, len(image), len(text))
+    sides = _rivals(lambda rows: image[rows] @ text.T, owner, len(image))
+    of_image, of_text = (
+        torch.stack([_chance(side, depth) for depth in DEPTHS], dim=1) for side in sides
+    )
+    return of_image, of_text
+
+
 def from_scores(scores: Tensor, owner: Tensor) -> Retrieval:
     """Recall of a score matrix, such as a fusion model's.
 

@@ -29,6 +29,7 @@ class TrainConfig(BaseModel):
     balance: dict[str, Any] = {"name": "dsmd"}
 
     epochs: Positive = 20
+    steps_per_epoch: Positive | None = None  # None: every caption once
     batch_size: Positive = 64  # pairs per step, over all processes
     captions_per_image: Positive = 1  # captions of one image in a batch; its pixels pass once
     chunk_size: Positive | None = None  # pairs per forward pass; the gradient stays the batch's
@@ -41,6 +42,7 @@ class TrainConfig(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0 to lr
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
 
+    normalise: bool = True  # False: losses see the student's rows before their L2 normalisation
     init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.warm
     freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -12,7 +12,7 @@ from torch import nn
 
 from crosstill import evaluate, files, progress
 from crosstill.balance import Rule
-from crosstill.cache import Cache, pixels
+from crosstill.cache import Cache
 from crosstill.errors import ConfigError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
@@ -68,7 +68,6 @@ def train(
         if student is None or not group.leads:
             student = Run(path).untrained
         checks.width(student, cache)
-        _decode_once(cache, config, student, group)
         session = Session(path, student, losses, rule, cache, config, group)
         stack.callback(session.close)
         session.run()
@@ -96,14 +95,6 @@ def _prepare(
     return student
 
 
-def _decode_once(cache: Cache, config: TrainConfig, student: Student, group: Group) -> None:
-    """Let one process decode the photos that the others then map."""
-    if group.leads:
-        for name in (config.train_split, config.val_split):
-            pixels(cache, cache.split(name), student.preprocess)
-    group.wait()
-
-
 class Session:
     """A run in progress."""
 
@@ -124,7 +115,8 @@ class Session:
         self.losses, self.balance = losses.to(group.device), rule.to(group.device)
         self.optimizer = optim.build((student, self.losses), self.balance, config)
         self.stream = stream.Stream(cache, cache.split(config.train_split), student, config, group)
-        self.val = evaluate.CachedSplit(cache, cache.split(config.val_split), student)
+        val = cache.split(config.val_split)
+        self.val = evaluate.CachedSplit(cache, val, student, config.freeze)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
         self._load()

@@ -25,10 +25,19 @@ class Picked:
 
 
 class Sampler:
-    """Every caption once an epoch, in groups of `captions_per_image` captions of one image."""
+    """Every caption once an epoch, in groups of `captions_per_image` captions of one image.
+
+    With `steps`, an epoch ends after so many of its steps; the next one draws anew.
+    """
 
     def __init__(
-        self, split: Split, batch_size: int, captions_per_image: int, seed: int, views: int = 1
+        self,
+        split: Split,
+        batch_size: int,
+        captions_per_image: int,
+        seed: int,
+        views: int = 1,
+        steps: int | None = None,
     ) -> None:
         pairs = len(split.owner)
         if batch_size > pairs:
@@ -36,7 +45,8 @@ class Sampler:
                 f"batch_size = {batch_size} is more than the {pairs} pairs of split "
                 f"{split.name!r}; use --set batch_size={pairs}"
             )
-        self.steps_per_epoch = pairs // batch_size  # the odd rest waits for another epoch's order
+        whole = pairs // batch_size  # the odd rest waits for another epoch's order
+        self.steps_per_epoch = min(steps or whole, whole)
         self._split, self._size, self._group = split, batch_size, captions_per_image
         self._seed, self._views = seed, views
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)

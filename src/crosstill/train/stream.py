@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosstill.cache import Cache, PixelStore, Split, pixels
-from crosstill.evaluate import pool_images, pool_texts
+from crosstill.evaluate import frozen_images, frozen_texts
 from crosstill.students.student import Student, Tokens
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
@@ -40,7 +40,12 @@ class Stream:
     ) -> None:
         self.cache, self.split, self.group = cache, split, group
         self.sampler = Sampler(
-            split, config.batch_size, config.captions_per_image, config.seed, cache.views
+            split,
+            config.batch_size,
+            config.captions_per_image,
+            config.seed,
+            cache.views,
+            config.steps_per_epoch,
         )
         self._student = student
         self._share = group.slice_of(config.batch_size)
@@ -48,13 +53,12 @@ class Stream:
         self._photos: PixelStore | None = None
         self._pooled_images: Tensor | None = None
         self._pooled_texts: Tensor | None = None
-        store = pixels(cache, split, student.preprocess)
         if config.freeze == "image":
-            self._pooled_images = pool_images(student, store, cache.views)
+            self._pooled_images = frozen_images(student, cache, split, cache.views)
         else:
-            self._photos = store
+            self._photos = pixels(cache, split, student.preprocess)
         if config.freeze == "text":
-            self._pooled_texts = pool_texts(student, self._tokens)
+            self._pooled_texts = frozen_texts(student, cache, split)
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The batch of one step: a pure function of its arguments."""

@@ -10,11 +10,14 @@ pooled states X to the teacher's features Y, with the penalty in units of X's me
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosstill.cache import Cache, Split, pixels
+from crosstill import files
+from crosstill.cache import Cache, Split, derived, pixels
 from crosstill.evaluate import pool_images, pool_texts
 from crosstill.students.student import Student
 
@@ -25,13 +28,36 @@ MOST = 20_000  # rows a side: far more than a head has columns
 @torch.no_grad()
 def ridge_heads(student: Student, cache: Cache, split: Split) -> None:
     """Set both heads of a student from the plain views of a split."""
+    _put(student.image_head, _kept(student, cache, split, "image", _of_images))
+    _put(student.text_head, _kept(student, cache, split, "text", _of_texts))
+
+
+Side = Callable[[Student, Cache, Split], tuple[Tensor, Tensor]]
+
+
+def _kept(student: Student, cache: Cache, split: Split, side: str, rows: Side) -> Tensor:
+    """The map of one side, which depends on nothing that a run could change."""
+    head = getattr(student, f"{side}_head")
+    bias = head.bias is not None
+    key = files.digest_json([student.tower_digest(side), bias, PENALTY, MOST])
+    return derived.rows(
+        cache, f"ridge-{key[:16]}-{split.name}", lambda: _fit(*rows(student, cache, split), bias)
+    )
+
+
+def _of_images(student: Student, cache: Cache, split: Split) -> tuple[Tensor, Tensor]:
+    """The tower's and the teacher's rows of the photos."""
     photos = pool_images(student, pixels(cache, split, student.preprocess))[:MOST]
-    _fit(student.image_head, photos, cache.image_features(split.images[:MOST]))
+    return photos, cache.image_features(split.images[:MOST])
+
+
+def _of_texts(student: Student, cache: Cache, split: Split) -> tuple[Tensor, Tensor]:
+    """The tower's and the teacher's rows of the captions."""
     # evenly spread, because neighbouring captions describe the same image
     rows = split.captions[np.linspace(0, len(split.captions) - 1, MOST).astype(int)]
     rows = split.captions if len(split.captions) <= MOST else rows
     texts = pool_texts(student, student.tokenize([cache.texts[row] for row in rows]))
-    _fit(student.text_head, texts, cache.text_features(rows))
+    return texts, cache.text_features(rows)
 
 
 def solve(x: Tensor, y: Tensor, penalty: float = PENALTY) -> Tensor:
@@ -41,12 +67,15 @@ def solve(x: Tensor, y: Tensor, penalty: float = PENALTY) -> Tensor:
     return torch.linalg.solve(x.T @ x + ridge, x.T @ y)
 
 
-def _fit(head: nn.Linear, x: Tensor, y: Tensor) -> None:
-    """Put the map into a head; a bias is the map of a column of ones."""
+def _fit(x: Tensor, y: Tensor, bias: bool) -> Tensor:
+    """The map of a head, float64; a bias is the map of a column of ones."""
     x = x.cpu()
-    if head.bias is not None:
-        x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
-    found = solve(x, y).to(head.weight)
+    return solve(torch.cat([x, torch.ones(len(x), 1)], dim=1) if bias else x, y)
+
+
+def _put(head: nn.Linear, found: Tensor) -> None:
+    """Set a head to a map."""
+    found = found.to(head.weight)
     head.weight.copy_(found[: head.in_features].T)
     if head.bias is not None:
         head.bias.copy_(found[-1])

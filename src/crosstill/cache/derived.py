@@ -1,0 +1,64 @@
+"""What can be computed from a cache again, kept beside it so that nobody has to.
+
+Decoded photos, a frozen tower's outputs and a head start are the same for every run of a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosstill import files
+from crosstill.cache.store import FORMAT, Cache
+from crosstill.errors import CorruptError
+
+
+def kept(cache: Cache, name: str, write: Callable[[Path], object]) -> Path:
+    """The `.npy` file of that name, written if it is not there whole.
+
+    A second process that wants the same array waits for the first.
+
+    Args:
+        cache: what the array is derived from.
+        name: names all that decides the content.
+        write: puts the array into the path that it is given.
+    """
+    folder = files.writable_folder(cache.folder / "pixels")
+    path = folder / f"{name}.npy"
+    if _usable(path):
+        return path
+    # one lock a name, because computing one array may ask for another
+    with files.locked(folder, wait=True, name=f".{name}.lock"):
+        if not _usable(path):
+            for torn in folder.glob(f"{files.TEMPORARY}*-{path.name}"):
+                torn.unlink()
+            files.write_atomic(path, write)
+            record = {"format": FORMAT, "sha256_of_data": files.digest_file(path)}
+            files.write_json(path.with_suffix(".json"), files.sealed(record))
+    return path
+
+
+def rows(cache: Cache, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """As `kept`, for a tensor that fits into memory: on the CPU, in its own type."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, compute().cpu().numpy())
+
+    return torch.from_numpy(np.load(kept(cache, name, write), allow_pickle=False))
+
+
+def _usable(path: Path) -> bool:
+    """Whether the array is whole; what is damaged can be made again, so it only says no."""
+    record = path.with_suffix(".json")
+    if not (path.is_file() and record.is_file()):
+        return False
+    try:
+        files.check_digest(path, files.read_sealed(record, {FORMAT})["sha256_of_data"])
+    except CorruptError:
+        return False
+    return True
