@@ -14,6 +14,8 @@
     evaluate    recall and cost
     train       settings, loop, checkpoints, run folders
     recipes     published settings
+    ablate      grids of runs, and their tables
+    report      one page a run or a grid
     demo        the whole path on rendered scenes
     doctor      is this machine ready, is this dataset sound
     cli         one file a verb

@@ -1,14 +1,21 @@
-"""Published settings: one function each, derived from one base and named as the papers do."""
+"""Published settings: one function each, derived from one base and named as the papers do.
+
+Every recipe differs from `dsmd` only in its losses and their weighting. A method that was
+published as an addition to a task's own loss keeps that loss here: `info_nce` on the captions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from crosstill.cache import Cache
 from crosstill.errors import unknown
 from crosstill.students.student import Student
 from crosstill.train import Run, TrainConfig, train
+
+Losses = Mapping[str, Mapping[str, Any]]
 
 
 def dsmd() -> TrainConfig:
@@ -16,12 +23,96 @@ def dsmd() -> TrainConfig:
     return TrainConfig(recipe="dsmd")
 
 
+def dsmd_released() -> TrainConfig:
+    """DSMD as its authors' code runs it, not as the paper describes it.
+
+    The balancer takes its ratios after scaling, which makes them all equal; every violating
+    negative is summed; the queue keeps the row's own image.
+    """
+    losses: Losses = {
+        "contrastive": {"mask_same_image": False},
+        "feature": {},
+        "similarity": {},
+        "hard_negative": {"negatives": "all"},
+    }
+    return _derived("dsmd_released", losses, {"name": "dsmd_scaled"})
+
+
+def kd() -> TrainConfig:
+    """Knowledge distillation (arXiv 1503.02531): softened similarity rows and the task."""
+    return _with_task("kd", {"kd": {}})
+
+
+def clip_kd() -> TrainConfig:
+    """CLIP-KD (arXiv 2307.12732): FD, ICL, CRD and the task, with its published weights."""
+    return _derived("clip_kd", {"clip_kd": {}})
+
+
+def fsp() -> TrainConfig:
+    """Flow of the solution procedure (Yim et al., CVPR 2017): cross-modal Gram and the task."""
+    return _with_task("fsp", {"fsp": {}})
+
+
+def dcd() -> TrainConfig:
+    """DCD (arXiv 2207.01426) on a dual encoder: its own two terms over hard candidates."""
+    return _derived("dcd", {"dcd": {}})
+
+
+def rkd() -> TrainConfig:
+    """Relational distillation (arXiv 1904.05068): distances, angles and the task."""
+    return _with_task("rkd", {"rkd": {}})
+
+
+def dkd() -> TrainConfig:
+    """Decoupled distillation (arXiv 2203.08679): target and other rows apart, and the task."""
+    return _with_task("dkd", {"dkd": {}})
+
+
+def crd() -> TrainConfig:
+    """Contrastive representation distillation (arXiv 1910.10699) and the task, 0.8 to 1."""
+    return _with_task("crd", {"crd": {}}, {"crd": 0.8})
+
+
+def cprd() -> TrainConfig:
+    """CPRD (arXiv 2407.07479): the teacher's ranking of hard negatives, and its task term."""
+    return _derived("cprd", {"cprd": {}})
+
+
 def info_nce() -> TrainConfig:
     """No teacher: symmetric InfoNCE on the captions alone, everything else as `dsmd`."""
-    return TrainConfig(recipe="info_nce", losses={"info_nce": {}}, balance={"name": "fixed"})
+    return _derived("info_nce", {"info_nce": {}})
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"dsmd": dsmd, "info_nce": info_nce}
+def _derived(name: str, losses: Losses, balance: Mapping[str, Any] | None = None) -> TrainConfig:
+    """`dsmd` with other losses and another weighting."""
+    values = {"recipe": name, "losses": losses, "balance": balance or {"name": "fixed"}}
+    return TrainConfig.model_validate({**dsmd().model_dump(), **values})
+
+
+def _with_task(
+    name: str, losses: Losses, weights: Mapping[str, float] | None = None
+) -> TrainConfig:
+    """A method's losses and InfoNCE on the captions, added up."""
+    balance = {"name": "fixed", **({"weights": weights} if weights else {})}
+    return _derived(name, {**losses, "info_nce": {}}, balance)
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        dsmd,
+        dsmd_released,
+        kd,
+        clip_kd,
+        fsp,
+        dcd,
+        rkd,
+        dkd,
+        crd,
+        cprd,
+        info_nce,
+    )
+}
 
 
 def config(recipe: str, changes: Sequence[str] = ()) -> TrainConfig:

@@ -1,0 +1,169 @@
+"""Run what a plan asks for, each run once, and go on where a killed grid was."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from crosstill import files, progress, students
+from crosstill.ablate.plan import Job, Plan
+from crosstill.cache import Cache
+from crosstill.errors import ConfigError, CrosstillError, RunError
+from crosstill.evaluate import CachedSplit
+from crosstill.evaluate.bootstrap import Answers
+from crosstill.evaluate.recall import chances
+from crosstill.train import Run, folder, train
+
+log = logging.getLogger(__name__)
+
+ANSWERS = "answers.npz"
+DONE = "done.json"
+
+
+def run(plan: Plan, cache: Cache, out: Path, workers: int | None = None) -> None:
+    """Do the runs that are still to do.
+
+    Args:
+        plan: what to run.
+        cache: what it learns from.
+        out: the grid's folder; runs lie in `out/runs`, and tables in it share them.
+        workers: runs at a time; None is one a GPU, or one.
+
+    Raises:
+        LockedError: another process is working on the grid.
+        RunError: some runs failed; the others are finished.
+    """
+    gpus = torch.cuda.device_count()
+    workers = workers or max(1, gpus)
+    if workers < 1:
+        raise ConfigError(f"workers must be 1 or more, not {workers}")
+    files.writable_folder(out / "runs")
+    with files.locked(out):
+        files.sweep(out)
+        plan.save(out)
+        jobs = {job.key: job for job in plan.jobs()}
+        todo = [job for job in jobs.values() if not finished(out, job.key)]
+        log.info("%s: %d runs, %d of them to do", plan.table, len(jobs), len(todo))
+        failed = []
+        for count, (job, outcome) in enumerate(_results(todo, cache, out, workers, gpus), 1):
+            what = f"{job.row}, seed {job.settings.seed}"
+            if isinstance(outcome, Exception):
+                failed.append(f"{what}: {outcome}")
+                log.warning("[%d/%d] %s", count, len(todo), failed[-1])
+            else:
+                log.info("[%d/%d] %s: RSUM %.2f", count, len(todo), what, outcome)
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(jobs)} runs failed, first {failed[0]}; the others are kept, "
+            "and the same command tries these again"
+        )
+
+
+def finished(out: Path, key: str) -> bool:
+    """Whether a run of the grid is done."""
+    return (out / "runs" / key / DONE).is_file()
+
+
+def answers(path: Path) -> Answers:
+    """How each validation query of a finished run fared."""
+    with np.load(path / ANSWERS, allow_pickle=False) as found:
+        return Answers(*(torch.from_numpy(found[name]) for name in ("image", "text", "owner")))
+
+
+def _results(
+    todo: list[Job], cache: Cache, out: Path, workers: int, gpus: int
+) -> Iterator[tuple[Job, float | Exception]]:
+    """Each job with its RSUM or its error, as they finish."""
+    if workers == 1 or len(todo) < 2:
+        for job in todo:
+            yield job, _tried(job, cache, out)
+        return
+    # spawned, because a forked process may not use CUDA
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for worker in range(workers):
+        places.put(str(worker % gpus) if gpus else "")
+    arguments = (places, cache.folder, out)
+    with ProcessPoolExecutor(workers, context, _start, arguments) as pool:
+        pending = {pool.submit(_work, job): job for job in todo}
+        try:
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _tried(job: Job, cache: Cache, out: Path) -> float | Exception:
+    """One run; what it raises on purpose is handed back, so that the others go on."""
+    try:
+        return _one(job, cache, out / "runs" / job.key)
+    except CrosstillError as error:
+        return error
+
+
+def _one(job: Job, cache: Cache, path: Path) -> float:
+    """Start a run or go on with it, and write down how its best student answers."""
+    began = time.perf_counter()
+    resume = folder.is_run(path)
+    student = None
+    if not resume:
+        captions = cache.captions(job.settings.train_split)
+        seed = job.settings.seed
+        student = students.build(job.student, dim=cache.dim, captions=captions, seed=seed)
+    if not (path / "metrics.json").is_file():
+        train(student, cache, job.settings, path, resume=resume, command=f"row {job.row!r}")
+    found = _answers(Run(path), job, cache)
+    files.write_atomic(path / ANSWERS, lambda new: _save(new, found))
+    # a finished run will not be resumed, and its optimizer is twice as large as its student
+    shutil.rmtree(path / "checkpoints")
+    files.write_json(path / DONE, {"minutes": (time.perf_counter() - began) / 60})
+    return found.rsum
+
+
+def _answers(run: Run, job: Job, cache: Cache) -> Answers:
+    best = run.best
+    split = CachedSplit(cache, cache.split(job.settings.val_split), best, job.settings.freeze)
+    return Answers(*chances(*split.features(best), split.owner), split.owner)
+
+
+def _save(path: Path, found: Answers) -> None:
+    with path.open("wb") as file:
+        np.savez(file, image=found.image, text=found.text, owner=found.owner)
+
+
+# --- in a worker ---
+
+_here: dict[str, Any] = {}
+
+
+def _start(places: Any, cache: Path, out: Path) -> None:
+    """Take a GPU and open the cache once for all runs of this worker."""
+    place = places.get()
+    if place:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place
+    _die_with_parent()
+    progress.hide()
+    _here.update(cache=Cache(cache), out=out)
+
+
+def _work(job: Job) -> float | Exception:
+    return _tried(job, _here["cache"], _here["out"])
+
+
+def _die_with_parent() -> None:
+    """On Linux: end when the grid is killed, or this run's lock would outlive it."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "prctl"):
+        library.prctl(1, signal.SIGKILL)

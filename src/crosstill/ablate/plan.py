@@ -1,0 +1,208 @@
+"""From a table's rows to the runs that fill it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosstill import files, recipes, students
+from crosstill.ablate.tables import Design, Setting, design
+from crosstill.cache import Cache
+from crosstill.errors import ConfigError
+from crosstill.evaluate.bootstrap import FEWEST
+from crosstill.objectives import contrastive
+from crosstill.train import TrainConfig, checks
+from crosstill.train.config import parse
+from crosstill.train.distributed import Group
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a grid: everything that decides its result.
+
+    `key` names its folder, so that tables which share a setting share the run.
+    """
+
+    key: str
+    row: str
+    student: str
+    settings: TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table that is to be run, as it is kept in `TABLE.json`."""
+
+    record: dict[str, Any]
+
+    @property
+    def table(self) -> str:
+        return str(self.record["table"])
+
+    def jobs(self) -> Iterator[Job]:
+        """All runs, seed by seed, so that a grid that is stopped early has whole columns."""
+        for position, seed in enumerate(self.record["seeds"]):
+            for row in self.record["rows"]:
+                settings = parse({**row["settings"], "seed": seed})
+                yield Job(row["runs"][position], row["name"], row["student"], settings)
+
+    def save(self, folder: Path) -> None:
+        """Keep the plan in the grid's folder.
+
+        Raises:
+            ConfigError: the folder holds the same table with other settings.
+        """
+        path = folder / f"{self.table}.json"
+        if path.is_file():
+            theirs = files.read_sealed(path, {FORMAT})
+            different = [k for k in self.record if k != "command" and theirs[k] != self.record[k]]
+            if different:
+                raise ConfigError(
+                    f"{path} was planned with other {' and '.join(different)}; give the options "
+                    "that it was started with, or another --out"
+                )
+            return
+        files.write_json(path, files.sealed(self.record))
+
+
+def load(path: Path) -> Plan:
+    """Read a plan back."""
+    return Plan(files.read_sealed(path, {FORMAT}))
+
+
+def make(
+    table: str,
+    cache: Cache,
+    chosen: Sequence[str],
+    changes: Sequence[str],
+    seeds: Sequence[int],
+    command: str = "",
+) -> Plan:
+    """Work out every run of a table and refuse what cannot work.
+
+    Args:
+        table: a key of `tables.TABLES`.
+        cache: what all rows learn from.
+        chosen: the student of all rows, as a preset or TOML file; for `towers` one a row.
+        changes: `key=value` texts for all rows; options of a loss reach the rows that have it.
+        seeds: one run each.
+        command: what the user typed.
+
+    Raises:
+        ConfigError, MismatchError, DataError: no such table, a setting that cannot work, too few
+            images for the queue or for the bootstrap.
+    """
+    what = design(table)
+    _check_seeds(seeds)
+    _check_varied(table, what, changes)
+    _check_images(cache, changes)
+    rows = []
+    for setting, student in zip(what.rows, _students(table, what, chosen), strict=True):
+        config = _settings(setting, changes)
+        _check_row(setting.name, config, cache)
+        described = students.load_config(student).model_dump(mode="json")
+        identity = [described, cache.digest]
+        name = described["name"] if table == "towers" and chosen else setting.name
+        rows.append(
+            {
+                "name": name,
+                "paper": setting.paper,
+                "student": student,
+                "settings": config.model_dump(mode="json"),
+                "runs": [_key(config.changed([f"seed={seed}"]), identity) for seed in seeds],
+            }
+        )
+    reference = rows[[row.name for row in what.rows].index(what.reference)]["name"]
+    record = {
+        "format": FORMAT,
+        "table": table,
+        "title": what.title,
+        "note": what.note,
+        "reference": reference,
+        "seeds": list(seeds),
+        "rows": rows,
+        "changes": list(changes),
+        "cache": {"folder": str(cache.folder.resolve()), "digest": cache.digest},
+        "teacher": cache.teacher,
+        "data": cache.header["data"],
+        "command": command,
+    }
+    return Plan(json.loads(json.dumps(record)))
+
+
+def _settings(setting: Setting, changes: Sequence[str]) -> TrainConfig:
+    """A row's settings; options of losses that it does not have pass it by."""
+    config = recipes.config(setting.recipe, setting.changes)
+    fitting = [c for c in changes if _loss_of(c) is None or _loss_of(c) in config.losses]
+    return config.changed(fitting)
+
+
+def _loss_of(change: str) -> str | None:
+    """The loss whose option a change sets."""
+    head, *rest = change.partition("=")[0].strip().split(".")
+    return rest[0] if head == "losses" and len(rest) > 1 else None
+
+
+def _key(config: TrainConfig, identity: object) -> str:
+    """A name for a run: rows with the same settings share it, whatever their recipe is called."""
+    values = config.model_dump(mode="json")
+    del values["recipe"]
+    return files.digest_json([values, identity])[:12]
+
+
+def _students(table: str, what: Design, chosen: Sequence[str]) -> list[str]:
+    if table == "towers":
+        if chosen and len(chosen) != len(what.rows):
+            raise ConfigError(
+                f"towers compares {len(what.rows)} students; give --student as often, or not at all"
+            )
+        return list(chosen) or [str(row.student) for row in what.rows]
+    if len(chosen) > 1:
+        raise ConfigError(f"{table} has one student in all rows; give --student once")
+    return [chosen[0] if chosen else "mobile"] * len(what.rows)
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"seeds must be distinct and at least one, not {list(seeds)}")
+
+
+def _check_varied(table: str, what: Design, changes: Sequence[str]) -> None:
+    """Refuse to set for all rows what the rows differ in."""
+    varied = {change.partition("=")[0] for row in what.rows for change in row.changes}
+    for change in changes:
+        key = change.partition("=")[0].strip()
+        inside = [v for v in varied if key.startswith(f"{v}.") and v != "losses"]
+        if key in varied or inside or any(v.startswith(f"{key}.") for v in varied):
+            raise ConfigError(f"--set {change}: {table} varies that itself; leave it out")
+        if key == "seed":
+            raise ConfigError(f"--set {change}: a grid counts its seeds; give --seeds")
+
+
+def _check_images(cache: Cache, changes: Sequence[str]) -> None:
+    split = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None]).val_split
+    count = len(cache.split(split).images)
+    if count < FEWEST:
+        raise ConfigError(
+            f"{cache.folder}: split {split!r} has {count} images, and the bootstrap that compares "
+            f"rows needs {FEWEST}"
+        )
+
+
+def _check_row(name: str, config: TrainConfig, cache: Cache) -> None:
+    """Everything that a run would refuse at its start, before the first one starts."""
+    losses, _ = checks.prepare(config, cache, Group())
+    pairs = len(cache.split(config.train_split).captions)
+    for loss in losses.children():
+        slots = len(loss.queue.ids) if isinstance(loss, contrastive.Loss) else 0
+        if slots > pairs:
+            raise ConfigError(
+                f"row {name!r}: a queue of {slots:,} slots is longer than the {pairs:,} captions "
+                f"of split {config.train_split!r} in {cache.folder}; set "
+                "losses.contrastive.queue_size lower, or use a larger dataset"
+            )

@@ -1,0 +1,54 @@
+"""`crosstill ablate`: a table of the paper on your own data."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosstill.cli import common
+
+
+def command(
+    table: Annotated[
+        str,
+        typer.Argument(help="table2, 4, 5, 6, 7, 8, 9, 10 (of the DSMD paper), or towers."),
+    ],
+    cache: Annotated[Path, typer.Argument(help="The cache that every row learns from.")],
+    out: Annotated[Path, typer.Option(help="Folder of the grid; tables in it share runs.")],
+    student: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset or a TOML file; for towers once for each row."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs a row, with the seeds 0, 1, …", min=1)] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of every run.", min=1)] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="image or text: keep that tower as it is, which is cheap.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of every row."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time; by default one a GPU, or one.", min=1)
+    ] = None,
+) -> None:
+    """Train every row of TABLE with several seeds, and print mean, spread and what chance could do.
+
+    Stopped or killed, the same command goes on where it was.
+    """
+    common.hush()
+    from crosstill import ablate
+    from crosstill.ablate import plan
+    from crosstill.cache import Cache
+
+    sugar = [f"epochs={epochs}"] if epochs else []
+    sugar += [f"freeze={freeze}"] if freeze else []
+    typed = shlex.join(["crosstill", *sys.argv[1:]])
+    source = Cache(cache)
+    made = plan.make(table, source, student or [], [*sugar, *(changes or [])], range(seeds), typed)
+    found = ablate.fill(made, source, out, workers)
+    common.say(ablate.markdown(found))

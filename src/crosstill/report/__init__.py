@@ -1,0 +1,54 @@
+"""One page that shows what a run, or a grid of runs, came to, and the tables beside it.
+
+report.html    self-contained: pictures inside, no script, no request
+table.md       the same tables for a README
+table.tex      and for a paper (booktabs)
+report.json    the figures of a run, or metrics.json those of a grid
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from crosstill.errors import ConfigError, InputError
+
+__all__ = ["write"]
+
+NEEDS = ("matplotlib", "sklearn", "jinja2")
+
+
+def write(source: str | Path, out: str | Path | None = None, *, latency: bool = True) -> Path:
+    """Write the report of a finished run or grid.
+
+    Args:
+        source: the folder of a run or of a grid.
+        out: where to write; None is that folder itself.
+        latency: time teacher and student on one thread; for runs only.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: the folder is neither, or not finished, or the run's cache or a photo is gone.
+        MismatchError: the cache or a photo is not the one that the run learnt from.
+        ConfigError: the extra `report` is not installed.
+    """
+    missing = next((name for name in NEEDS if find_spec(name) is None), None)
+    if missing:
+        raise ConfigError(
+            f"a report needs {missing}; install it with: pip install 'crosstill[report]'"
+        )
+    from crosstill import ablate
+    from crosstill.report import of_grid, of_run
+
+    folder = Path(source)
+    target = Path(out) if out is not None else folder
+    if of_run.is_run(folder):
+        return of_run.write(folder, target, latency)
+    if ablate.is_grid(folder):
+        return of_grid.write(folder, target)
+    raise InputError(
+        f"{folder}: neither a run nor a grid; give a folder that `crosstill train` or "
+        "`crosstill ablate` made"
+    )

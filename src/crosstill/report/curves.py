@@ -1,0 +1,203 @@
+"""Learning curves as small pictures: a loss, a weight, or a run to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from crosstill.report import events
+from crosstill.report.events import Bins, Curve
+from crosstill.report.pictures import Picture, Theme, picture, scale
+
+WIDE = 20  # weights that span more than this factor get a log axis
+
+
+def over_steps(curves: Mapping[str, Curve], what: str) -> list[Picture]:
+    """A picture for each curve; positive losses on a log axis.
+
+    Args:
+        curves: by name of the loss.
+        what: "loss" or "weight".
+    """
+    return [_one(name, curve, what, number) for number, (name, curve) in enumerate(curves.items())]
+
+
+def _one(name: str, curve: Curve, what: str, number: int) -> Picture:
+    low, high = min(curve.values), max(curve.values)
+    log = low > 0 and (what == "loss" or high > WIDE * low)
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = _axes(figure, f"{what}: {name}", "step")
+        _line(axes, events.bins(curve), theme.line(number))
+        scale(axes, low, high, log)
+
+    alt = (
+        f"{what.capitalize()} {name} at {len(curve.at)} logged steps{', log axis' if log else ''}: "
+        f"first {curve.values[0]:.4g}, last {curve.values[-1]:.4g}, "
+        f"lowest {low:.4g}, highest {high:.4g}."
+    )
+    return picture(draw, alt, height=2.2)
+
+
+def _axes(figure: Figure, title: str, below: str) -> Axes:
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel(below)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return axes
+
+
+def _line(axes: Axes, bins: Bins, color: str, dash: str = "-", label: str | None = None) -> None:
+    """The mean of the bins, in the band between their lowest and highest."""
+    dot = "o" if len(bins.at) == 1 else ""
+    axes.fill_between(bins.at, bins.low, bins.high, color=color, alpha=0.22, linewidth=0)
+    axes.plot(bins.at, bins.mean, color=color, linestyle=dash, marker=dot, label=label)
+
+
+def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
+    """RSUM over epochs, with the teacher's as a line across."""
+    best = max(range(len(curve.at)), key=curve.values.__getitem__)
+    values = [*curve.values, *([teacher] if teacher is not None else [])]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = _axes(figure, f"RSUM on {split}", "epoch")
+        axes.plot(curve.at, curve.values, "o-", color=theme.line(0), markersize=4, label="student")
+        _teacher(axes, teacher, theme)
+        scale(axes, min(values), max(values), log=False)
+        _legend(figure)
+
+    beside = "" if teacher is None else f" The teacher's is {teacher:.2f}."
+    alt = (
+        f"RSUM on {split} after {len(curve.at)} epochs: {curve.values[-1]:.2f}, "
+        f"best {curve.values[best]:.2f} at epoch {curve.at[best]}.{beside}"
+    )
+    return picture(draw, alt, height=2.8)
+
+
+def _teacher(axes: Axes, rsum: float | None, theme: Theme) -> None:
+    if rsum is not None:
+        axes.axhline(rsum, color=theme.ink, linestyle="--", linewidth=1.2, label="teacher")
+
+
+def _legend(figure: Figure) -> None:
+    """Below the axes, where it can hide nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=2.6)
+
+
+def of_rows(rows: Mapping[str, Sequence[Curve]], teacher: float | None) -> list[Picture]:
+    """RSUM over epochs, a picture a row of a table: its seeds, its mean, all other means grey."""
+    means = {name: events.mean(seeds) for name, seeds in rows.items()}
+    values = [v for seeds in rows.values() for curve in seeds for v in curve.values]
+    values += [teacher] if teacher is not None else []
+    within = min(values), max(values)
+    return [_row(name, number, rows, means, (teacher, within)) for number, name in enumerate(rows)]
+
+
+def _row(
+    name: str,
+    number: int,
+    rows: Mapping[str, Sequence[Curve]],
+    means: Mapping[str, Curve],
+    frame: tuple[float | None, tuple[float, float]],
+) -> Picture:
+    teacher, within = frame
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = _axes(figure, _short(name), "epoch")
+        for other in means.values():
+            axes.plot(other.at, other.values, color=theme.ink, alpha=0.25, linewidth=1)
+        for seed in rows[name] if len(rows[name]) > 1 else ():
+            axes.plot(seed.at, seed.values, color=theme.line(number), linewidth=0.7)
+        own = means[name]
+        axes.plot(own.at, own.values, "o-", color=theme.line(number), markersize=3.5)
+        _teacher(axes, teacher, theme)
+        scale(axes, *within, log=False)
+
+    last = means[name].values[-1] if means[name].values else float("nan")
+    seeds = f"{len(rows[name])} seed{'s' if len(rows[name]) > 1 else ''}"
+    alt = f"RSUM after each epoch of {name}, mean of {seeds}: {last:.2f} after the last."
+    return picture(draw, alt, height=2.2)
+
+
+def together(
+    runs: Mapping[str, Mapping[str, Curve]], what: str, log: bool | None = None
+) -> list[Picture]:
+    """All losses, or all weights, of a run in one picture, a picture a run, on one y axis.
+
+    Args:
+        runs: row of the table → name of the loss → curve.
+        what: "losses" or "weights".
+        log: whether the axis is a log one; None lets the values say.
+    """
+    names = events.names(runs.values())
+    short = {
+        row: {n: events.bins(c, 60) for n, c in curves.items()} for row, curves in runs.items()
+    }
+    low, high = _extent([b for curves in short.values() for b in curves.values()])
+    if log is None:
+        log = low > 0 and high > WIDE * low
+    place = partial(scale, low=low, high=high, log=log)
+    return [_run(row, what, short[row], names, place) for row in runs]
+
+
+def _extent(all_bins: Sequence[Bins]) -> tuple[float, float]:
+    return min(float(b.mean.min()) for b in all_bins), max(float(b.mean.max()) for b in all_bins)
+
+
+def _run(
+    row: str, what: str, curves: Mapping[str, Bins], names: list[str], place: Callable[..., None]
+) -> Picture:
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = _axes(figure, f"{what}: {_short(row)}", "step")
+        for name, bins in curves.items():
+            number = names.index(name)
+            axes.plot(
+                bins.at,
+                bins.mean,
+                color=theme.line(number),
+                linestyle=theme.dash(number),
+                label=name,
+            )
+        place(axes)
+        _legend(figure)
+
+    ends = "; ".join(f"{n} from {b.mean[0]:.3g} to {b.mean[-1]:.3g}" for n, b in curves.items())
+    return picture(draw, f"The {what} of {row} over the steps of one seed: {ends}.", height=3.0)
+
+
+def _short(name: str, most: int = 46) -> str:
+    """A title that fits; the table has the whole name."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def bars(rows: Sequence[tuple[str, float, float | None]], teacher: float | None) -> Picture:
+    """RSUM of every row of a table: name, mean, standard deviation; each name above its bar."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        axes.grid(axis="y", visible=False)
+        for y, (name, rsum, std) in enumerate(rows):
+            axes.barh(y, rsum, 0.36, xerr=std, color=theme.line(0), ecolor=theme.ink, capsize=3)
+            spread = "" if std is None else f" ± {std:.2f}"
+            said = f"{_short(name, 38)}   {rsum:.2f}{spread}"
+            # on paper of its own, or lines would cross it
+            paper = {"facecolor": theme.page, "edgecolor": "none", "pad": 1}
+            axes.text(0, y - 0.27, said, va="bottom", bbox=paper)
+        if teacher is not None:
+            axes.axvline(teacher, color=theme.ink, linestyle="--", linewidth=1.2, label="teacher")
+            _legend(figure)
+        axes.set_ylim(len(rows) - 0.6, -0.85)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("RSUM")
+
+    spoken = "; ".join(
+        f"{n} {r:.2f}" + (f" ± {s:.2f}" if s is not None else "") for n, r, s in rows
+    )
+    beside = "" if teacher is None else f" The teacher's is {teacher:.2f}."
+    return picture(draw, f"RSUM of each row: {spoken}.{beside}", height=0.9 + 0.46 * len(rows))
