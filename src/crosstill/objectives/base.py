@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from torch import Tensor, nn
 
-from crosstill.types import Features
+from crosstill.types import Features, Hidden
 
 
 class Objective(nn.Module):
     """Base of all losses. State, if any, lives in buffers, so `state_dict` is all of it.
 
     `needs` names the teacher features that the loss reads; a run whose teacher lacks one of
-    them refuses at start.
+    them refuses at start. `reads` is the noun that it is called with:
+
+        "features"  `Features` of student and teacher, which a cache is enough for
+        "masked"    the same, but the student saw photos with a share `ratio` of patches blanked
+        "hidden"    `Hidden`, the blocks `layers` of both image towers, one row a distinct photo;
+                    needs a teacher that runs beside the student
     """
 
     needs: frozenset[str] = frozenset({"image", "text"})
+    reads: Literal["features", "masked", "hidden"] = "features"
+    layers: tuple[str, ...] = ()
+    ratio: float = 0.0
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+    def meet(self, student: Hidden, teacher: Hidden) -> None:
+        """See one photo's layers before training, to learn how wide they are."""
+
+    def forward(self, student: Any, teacher: Any, ids: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
-            student: (B, D) image and text; gradients flow here and nowhere else.
-            teacher: (B, D) image and text of the same rows.
+            student: (B, D) image and text, or what `reads` says; gradients flow here and
+                nowhere else.
+            teacher: the same of the same rows.
             ids: (B,) int64, which image each row shows; rows may share one.
 
         Returns:

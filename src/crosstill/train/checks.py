@@ -9,6 +9,7 @@ from crosstill.balance import Rule
 from crosstill.cache import Cache
 from crosstill.errors import MismatchError
 from crosstill.students.student import Student
+from crosstill.train import inside
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.sampler import Sampler
@@ -27,6 +28,7 @@ def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleD
             "lacks some; use init_heads=random"
         )
     losses = build_losses(config, cache)
+    inside.check(config, losses, cache, group.world)
     options = dict(config.balance)
     return losses, balance.build(options.pop("name", "fixed"), list(losses), **options)
 

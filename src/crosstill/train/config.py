@@ -48,6 +48,7 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile the student
 
+    teacher: str | None = None  # runs beside the student, for losses that read its layers
     train_split: str = "train"
     val_split: str = "val"
     seed: int = 0

@@ -16,7 +16,7 @@ from crosstill.cache import Cache
 from crosstill.errors import ConfigError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
-from crosstill.train import checkpoint, checks, distributed, folder, optim, stream, warm
+from crosstill.train import checkpoint, checks, distributed, folder, inside, optim, stream, warm
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Run
@@ -113,14 +113,17 @@ class Session:
         self.student = student.to(group.device)
         self._freeze()
         self.losses, self.balance = losses.to(group.device), rule.to(group.device)
+        split = cache.split(config.train_split)
+        self.inside = inside.look(student, self.losses, config, cache, split)
         self.optimizer = optim.build((student, self.losses), self.balance, config)
-        self.stream = stream.Stream(cache, cache.split(config.train_split), student, config, group)
+        self.stream = stream.Stream(cache, split, student, config, group)
         val = cache.split(config.val_split)
         self.val = evaluate.CachedSplit(cache, val, student, config.freeze)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
         self._load()
         self.step = Step(student, self.losses, self.balance, self.optimizer, config, group)
+        self.step.inside = self.inside
         self.events = folder.Events(path, self.position["total"]) if group.leads else None
 
     def run(self) -> None:

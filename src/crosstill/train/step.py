@@ -18,6 +18,7 @@ from crosstill.objectives import Objective
 from crosstill.students.student import Student, Tokens
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
+from crosstill.train.inside import Inside, blank, patch_size, reading
 from crosstill.train.stream import Batch
 from crosstill.types import Features
 
@@ -49,6 +50,8 @@ class Step:
         self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
         self._wrapped = group.wrap(student)
         self._encode = torch.compile(self._wrapped) if config.compile else self._wrapped
+        self._student = student
+        self.inside: Inside | None = None
 
     def __call__(self, batch: Batch, lr: float) -> Outcome:
         """Take one step.
@@ -70,6 +73,8 @@ class Step:
         return outcome
 
     def _whole(self, batch: Batch) -> Outcome:
+        if self.inside is not None:
+            self.inside.listen()
         outcome, total = self._lose(self._features(batch, slice(None)), batch)
         total.backward()
         return outcome
@@ -107,11 +112,28 @@ class Step:
             features = self._encode(batch.images[distinct], part, self._config.normalise)
         return Features(features.image[image_of].float(), features.text.float())
 
+    def _read(self, batch: Batch, features: Features) -> dict[str, tuple[Any, Any]]:
+        """What each loss is called with, student's and teacher's, by the noun that it reads."""
+        found: dict[str, tuple[Any, Any]] = {"features": (features, batch.teacher)}
+        if self.inside is not None:
+            found["hidden"] = self.inside.take(batch.picked, batch.views)
+        for loss in reading(self.losses, "masked").values():
+            photos = blank(
+                batch.images,
+                patch_size(self._student) or 1,
+                loss.ratio,
+                self._student.preprocess.mean,
+            )
+            with self._autocast():
+                image = self._student.encode_image(photos).float()[batch.image_of]
+            found["masked"] = (Features(image, features.text), batch.teacher)
+        return found
+
     def _lose(self, share: Features, batch: Batch) -> tuple[Outcome, Tensor]:
         features = self._group.gather(share)
+        nouns = self._read(batch, features)
         losses = {
-            name: loss(features, batch.teacher, batch.ids)
-            for name, loss in self._objectives().items()
+            name: loss(*nouns[loss.reads], batch.ids) for name, loss in self._objectives().items()
         }
         if self.balance.needs_gradients:
             self.balance.watch({name: _norm(loss, features) for name, loss in losses.items()})

@@ -30,6 +30,7 @@ class Batch:
     teacher: Features  # (B, D) each; a side that the teacher lacks is empty
     ids: Tensor  # (B,) int64 keys of the images
     picked: Picked
+    views: int = 1  # of an image in the cache
 
 
 class Stream:
@@ -75,6 +76,7 @@ class Stream:
             teacher=self._teacher(images, rows, picked.views),
             ids=self.cache.keys[torch.from_numpy(images)],
             picked=picked,
+            views=self.cache.views,
         )
         return _to(batch, self.group.device)
 
@@ -126,4 +128,5 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         teacher,
         batch.ids.to(device),
         batch.picked,
+        batch.views,
     )

@@ -1,0 +1,218 @@
+"""Looking inside: the layers of student and teacher, and photos with patches blanked out.
+
+Most losses read embeddings, which a cache holds. A few read intermediate layers, which only a
+teacher that runs beside the student can show, or a student's view of damaged photos.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crosstill import teachers
+from crosstill.cache import Cache, Split, pixels
+from crosstill.errors import ConfigError, MismatchError
+from crosstill.objectives import Objective
+from crosstill.students.student import Student
+from crosstill.teachers.base import Teacher
+from crosstill.train.config import TrainConfig
+from crosstill.train.sampler import Picked
+from crosstill.types import Hidden
+
+WORDS = ("first", "middle", "last")
+
+
+class Taps:
+    """Outputs of some blocks of an image tower, as (B, C, H, W) maps, while it listens.
+
+    Args:
+        tower: its blocks are its longest list of modules.
+        layers: "first", "middle", "last", or the number of a block from 0.
+
+    Raises:
+        ConfigError: the tower has no blocks, or not that many.
+    """
+
+    def __init__(self, tower: nn.Module, layers: Iterable[str]) -> None:
+        blocks = max(
+            (m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len, default=()
+        )
+        self._seen: dict[str, list[Tensor]] = {}
+        self._listening = False
+        for layer in sorted(set(layers)):
+            self._seen[layer] = []
+            block = blocks[_number(layer, len(blocks), type(tower).__name__)]
+            block.register_forward_hook(self._keeper(layer))
+
+    def listen(self) -> None:
+        """Keep what the passes from now on give."""
+        self._listening = True
+        for parts in self._seen.values():
+            parts.clear()
+
+    def take(self) -> Hidden:
+        """What the passes since `listen` gave, in the order of their rows; it listens no more."""
+        self._listening = False
+        found = {layer: torch.cat(parts) for layer, parts in self._seen.items()}
+        for parts in self._seen.values():
+            parts.clear()
+        return Hidden(found)
+
+    def _keeper(self, layer: str) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._listening:
+                self._seen[layer].append(as_map(output[0] if isinstance(output, tuple) else output))
+
+        return keep
+
+
+class Inside:
+    """A student's and a live teacher's layers on the same photos.
+
+    Raises:
+        MismatchError: the live teacher is not the one that filled the cache.
+        ConfigError: a layer that one of them lacks.
+    """
+
+    def __init__(
+        self, student: Student, source: str, cache: Cache, split: Split, layers: Iterable[str]
+    ) -> None:
+        self._teacher = _open(source, cache)
+        model: Any = self._teacher
+        self._theirs = Taps(model.model.vision_model, layers)
+        self._ours = Taps(student.image_tower, layers)
+        self._photos = pixels(cache, split, self._teacher.preprocess)
+        self._student = student
+
+    def probe(self) -> tuple[Hidden, Hidden]:
+        """Both models' layers for one grey photo: what a loss learns the widths from."""
+        grey = torch.full((1, 3, *self._student.preprocess.size), 128, dtype=torch.uint8)
+        self.listen()
+        self._student.embed_images(grey)
+        self._teacher.embed_images(self._photos.take(np.zeros(1, dtype=int)))
+        return self._ours.take(), self._theirs.take()
+
+    def listen(self) -> None:
+        """Keep what student and teacher do from now on."""
+        self._ours.listen()
+        self._theirs.listen()
+
+    def take(self, picked: Picked, views: int) -> tuple[Hidden, Hidden]:
+        """Layers of the step's distinct photos, in one order; the student has just seen them."""
+        ours = self._ours.take()
+        seen = torch.from_numpy(picked.images * views + picked.views).unique().numpy()
+        self._teacher.embed_images(self._photos.take(seen // views, seen % views))
+        return ours, self._theirs.take()
+
+
+def look(
+    student: Student, losses: nn.ModuleDict, config: TrainConfig, cache: Cache, split: Split
+) -> Inside | None:
+    """Open the live teacher if a loss reads layers, and let those losses learn the widths."""
+    readers = reading(losses, "hidden")
+    _check_masked(student, losses)
+    if not readers:
+        return None
+    assert config.teacher is not None
+    layers = {layer for loss in readers.values() for layer in loss.layers}
+    inside = Inside(student, config.teacher, cache, split, layers)
+    student_layers, teacher_layers = inside.probe()
+    for loss in readers.values():
+        loss.meet(student_layers, teacher_layers)
+    return inside
+
+
+def check(config: TrainConfig, losses: nn.ModuleDict, cache: Cache, world: int) -> None:
+    """Refuse a run whose losses cannot see what they read.
+
+    Raises:
+        MismatchError: a loss reads layers and there is no live teacher.
+        ConfigError: a setting under which nobody can look inside.
+    """
+    hidden, masked = reading(losses, "hidden"), reading(losses, "masked")
+    names = ", ".join([*hidden, *masked])
+    if hidden and config.teacher is None:
+        raise MismatchError(
+            f"{', '.join(hidden)}: reads intermediate layers, and {cache.folder} holds only what "
+            f"the teacher said at the end; give --set teacher={cache.teacher['source']}"
+        )
+    in_the_way = {
+        "freeze = image (leave it out)": config.freeze == "image",
+        "chunk_size (leave it out)": config.chunk_size is not None,
+        "compile (use false)": config.compile,
+        "several processes (use one)": world > 1,
+    }
+    for what, true in in_the_way.items():
+        if names and true:
+            raise ConfigError(f"{names}: needs the image tower's whole pass; not with {what}")
+
+
+def reading(losses: nn.ModuleDict, noun: str) -> dict[str, Objective]:
+    """The losses that read a noun, by name."""
+    found: dict[str, Any] = dict(losses.items())
+    return {name: loss for name, loss in found.items() if loss.reads == noun}
+
+
+def blank(photos: Tensor, patch: int, ratio: float, mean: Iterable[float]) -> Tensor:
+    """Photos (I, 3, H, W) uint8 with a share of their patches, drawn at random, in `mean`.
+
+    The mean is what becomes 0 after normalisation.
+    """
+    count, _, height, width = photos.shape
+    rows, columns = height // patch, width // patch
+    hidden = torch.rand(count, rows * columns).argsort(1) < round(ratio * rows * columns)
+    grid = hidden.view(count, 1, rows, columns).to(photos.device)
+    # what does not fill a patch at the lower and right edge is not seen by a ViT either
+    mask = grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    mask = nn.functional.pad(mask, (0, width - mask.shape[3], 0, height - mask.shape[2]))
+    colour = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8, device=photos.device)
+    return torch.where(mask, colour[:, None, None], photos)
+
+
+def patch_size(student: Student) -> int | None:
+    """Side of the image tower's patches in pixels; None for a tower without."""
+    size = getattr(student.image_tower.config, "patch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def as_map(output: Tensor) -> Tensor:
+    """(B, C, H, W) from a map, or from (B, L, C) tokens of a square image, class token or not."""
+    if output.ndim == 4:
+        return output
+    side = math.isqrt(output.shape[1])
+    tokens = output[:, output.shape[1] - side * side :]
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def _number(layer: str, count: int, tower: str) -> int:
+    places = {"first": 0, "middle": (count - 1) // 2, "last": count - 1}
+    number = int(layer) if layer.isdecimal() else places.get(layer, count)
+    if number >= count:
+        raise ConfigError(
+            f"layer {layer!r}: {tower} has {count} blocks; "
+            f"give {', '.join(WORDS)} or 0 to {count - 1}"
+        )
+    return number
+
+
+def _open(source: str, cache: Cache) -> Teacher:
+    teacher: Any = teachers.load(source)
+    if not hasattr(getattr(teacher, "model", None), "vision_model"):
+        raise ConfigError(f"teacher = {source}: nothing to look into; give a dual encoder's folder")
+    if teacher.identity() != cache.teacher["identity"]:
+        raise MismatchError(
+            f"teacher = {source} is not what filled {cache.folder}; give {cache.teacher['source']}"
+        )
+    return teacher
+
+
+def _check_masked(student: Student, losses: nn.ModuleDict) -> None:
+    names = ", ".join(reading(losses, "masked"))
+    if names and patch_size(student) is None:
+        tower = type(student.image_tower).__name__
+        raise ConfigError(f"{names}: blanks patches, and {tower} has none; use a ViT")
