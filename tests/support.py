@@ -28,6 +28,18 @@ SETTINGS = {
 }
 
 
+# a grid whose runs take a second
+FAST = (
+    "epochs=1",
+    "steps_per_epoch=4",
+    "batch_size=16",
+    "lr=1e-3",
+    "log_every=1",
+    "losses.contrastive.queue_size=64",
+    "losses.crd.negatives=16",
+)
+
+
 class SmallTeacher:
     """A teacher that runs in microseconds: colour averages and letter counts, projected.
 

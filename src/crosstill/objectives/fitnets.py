@@ -55,7 +55,7 @@ class Loss(Objective):
         mine, theirs = (_wide(x.layers[self.layers[0]]) for x in (student, teacher))
         size = smaller(mine, theirs)
         mine, theirs = adaptive_avg_pool2d(mine, size), adaptive_avg_pool2d(theirs, size)
-        weight, bias = (part.to(mine) for part in (self.regressor.weight, self.regressor.bias))
+        weight, bias = (part.to(mine) for part in self.regressor.parameters())
         return mse_loss(conv2d(mine, weight, bias), theirs.detach().to(mine) / self.scale)
 
 

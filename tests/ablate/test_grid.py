@@ -1,0 +1,152 @@
+"""Grids that really run: shared runs, several workers, failures, and kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from crosstill import ablate
+from crosstill.ablate import grid, plan
+from crosstill.errors import InputError, LockedError, NonFiniteError, RunError
+from crosstill.files import locked
+from support import FAST
+
+
+def fill(many, toml, out, table="table10", seeds=(0, 1), **options) -> ablate.Table:
+    return ablate.run(table, many, out, student=toml, changes=FAST, seeds=seeds, **options)
+
+
+@pytest.fixture(scope="module")
+def done(many, toml, tmp_path_factory):
+    """Table 10 with two seeds, left alone, and its folder."""
+    out = tmp_path_factory.mktemp("grid")
+    return fill(many, toml, out), out
+
+
+def test_the_table_is_what_the_runs_measured(done):
+    table, out = done
+    assert [row.name for row in table.rows] == ["T = 0.05", "T = 0.2", "T = 0.5", "T = 1"]
+    for row in table.rows:
+        metrics = [json.loads((run / "metrics.json").read_text())["best"] for run in row.runs]
+        rsums = [m["rsum"] for m in metrics]
+        assert row.rsum.mean == pytest.approx(sum(rsums) / 2)
+        assert row.rsum.std == pytest.approx(abs(rsums[0] - rsums[1]) / 2**0.5)
+        firsts = [m["val"]["t2i"]["r1"] for m in metrics]
+        assert row.recalls[3].mean == pytest.approx(sum(firsts) / 2)
+    reference = table.rows[-1]
+    assert reference.difference is None
+    for row in table.rows[:-1]:
+        gap = row.rsum.mean - reference.rsum.mean
+        assert row.difference.rsum == pytest.approx(gap)
+        assert row.difference.low <= gap <= row.difference.high
+    assert table.teacher is not None
+    text = (out / "table10.md").read_text()
+    assert text == ablate.markdown(table)
+    assert "teacher (small)" in text and "reference" in text and "447.5" in text
+    assert r"\begin{tabular}" in (out / "table10.tex").read_text()
+
+
+def test_a_finished_grid_runs_nothing_and_reads_the_same(done, many, toml, monkeypatch):
+    table, out = done
+    monkeypatch.setattr(grid, "train", None)
+    assert fill(many, toml, out) == table
+    assert ablate.read(out) == [table]
+    assert ablate.is_grid(out) and not ablate.is_grid(out / "runs")
+
+
+def test_tables_share_runs(done, many, toml):
+    _, out = done
+    before = {path.name for path in (out / "runs").iterdir()}
+    table = fill(many, toml, out, "table9")
+    new = {path.name for path in (out / "runs").iterdir()} - before
+    assert len(new) == 8  # four margins; the fifth row is Table 10's reference
+    assert [t.name for t in ablate.read(out)] == ["table9", "table10"]
+    (out / "table9.json").unlink()
+    assert len(table.rows) == 5
+
+
+def test_two_workers_fill_the_same_table(done, many, toml, tmp_path):
+    assert ablate.markdown(fill(many, toml, tmp_path, workers=2)) == ablate.markdown(done[0])
+
+
+def test_one_failing_run_does_not_lose_the_others(done, many, toml, tmp_path, monkeypatch):
+    real = grid.train
+
+    def breaks_once(student, cache, settings, *rest, **options):
+        if settings.balance.get("temperature") == 0.2 and settings.seed == 1:
+            raise NonFiniteError("loss 'feature' became nan")
+        return real(student, cache, settings, *rest, **options)
+
+    monkeypatch.setattr(grid, "train", breaks_once)
+    with pytest.raises(RunError, match="1 of 8 runs failed, first T = 0.2, seed 1: loss 'feature'"):
+        fill(many, toml, tmp_path)
+    with pytest.raises(InputError, match="1 of 8 runs of table10 are not finished; run"):
+        ablate.read(tmp_path)
+    monkeypatch.setattr(grid, "train", real)
+    assert ablate.markdown(fill(many, toml, tmp_path)) == ablate.markdown(done[0])
+
+
+def test_checkpoints_go_when_a_run_is_done(done):
+    runs = [run for row in done[0].rows for run in row.runs]
+    assert len(runs) == 8
+    assert all((run / "best").is_dir() and not (run / "checkpoints").exists() for run in runs)
+
+
+def test_one_grid_at_a_time(many, toml, tmp_path):
+    with locked(tmp_path), pytest.raises(LockedError, match="in use by process"):
+        fill(many, toml, tmp_path)
+
+
+def test_no_grid_is_said(tmp_path):
+    with pytest.raises(InputError, match="no grid there; make one with `crosstill ablate`"):
+        ablate.read(tmp_path)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from crosstill import ablate
+from crosstill.cache import Cache
+if __name__ == "__main__":
+    cache, toml, out, workers, *changes = sys.argv[1:]
+    options = {"student": toml, "changes": changes, "seeds": (0, 1), "workers": int(workers)}
+    ablate.run("table10", Cache(cache), out, **options)
+"""
+
+
+def killed(many, toml, out, after: float, workers: int, script) -> bool:
+    """Start the grid, kill it after so many seconds; whether it was still running."""
+    command = [sys.executable, str(script), str(many.folder), toml, str(out), str(workers), *FAST]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ}) as process:
+        try:
+            _, errors = process.communicate(timeout=after)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return True
+        assert process.returncode == 0, errors.decode()[-2000:]
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_grid_killed_at_any_moment_fills_the_same_table(done, many, toml, tmp_path, workers):
+    script = tmp_path / "fill.py"
+    script.write_text(SCRIPT)
+    random = np.random.default_rng(workers)
+    out, kills = tmp_path / "grid", 0
+    began = time.perf_counter()
+    killed(many, toml, tmp_path / "whole", 600, workers, script)
+    whole = time.perf_counter() - began
+    start = 0.4 * whole if workers == 1 else 0.6 * whole  # imports, at least
+    for _ in range(20):
+        kills += killed(many, toml, out, start + random.uniform(0, 0.3 * whole), workers, script)
+    killed(many, toml, out, 600, workers, script)
+    assert kills >= 3
+    assert (out / "table10.md").read_text() == ablate.markdown(done[0])
+    assert plan.load(out / "table10.json")
