@@ -10,6 +10,7 @@ import torch
 from pages import ATTACK, Page
 
 from crosstill import ablate, data, report
+from crosstill.ablate import plan
 from crosstill.ablate.results import Cell, Row, Table, latex, markdown
 from crosstill.cache import build
 from crosstill.errors import InputError
@@ -155,8 +156,9 @@ def grid(tmp_path_factory) -> Path:
     cache = build(SmallTeacher(), data.open("scenes:330"), home / "cache")
     (home / "small.toml").write_text(STUDENT)
     changes = ["epochs=1", "batch_size=100", "log_every=1", "losses.contrastive.queue_size=100"]
-    options = {"student": str(home / "small.toml"), "changes": changes, "seeds": (0,)}
-    ablate.run("table6", cache, home / "grid", command="crosstill ablate table6", **options)
+    options = {"chosen": [str(home / "small.toml")], "changes": changes, "seeds": (0,)}
+    made = plan.make("table6", cache, command="crosstill ablate table6", **options)
+    ablate.fill(made, cache, home / "grid")
     return home / "grid"
 
 

@@ -22,9 +22,10 @@ from crosstill.cache import Cache, build
 from crosstill.cli import report as verb
 from crosstill.data import scenes as scenery
 from crosstill.errors import ConfigError, CorruptError, DataError, InputError, MismatchError
-from crosstill.evaluate import retrieval, teacher_recall
+from crosstill.evaluate import retrieval, tabular, teacher_recall
 from crosstill.report import events, gather, page, pictures, sheet, space
 from crosstill.train import Run, TrainConfig, train
+from crosstill.types import Features
 from support import SETTINGS, small_config, small_student
 
 
@@ -210,10 +211,10 @@ def test_settings_versions_cache_and_licences_are_told(home, shown):
 # --- the space ---
 
 
-def rows(seed: int, images: int = 40, captions: int = 120, width: int = 6) -> gather.Rows:
+def rows(seed: int, images: int = 40, captions: int = 120, width: int = 6) -> Features:
     random = torch.Generator().manual_seed(seed)
     spread = torch.arange(1, width + 1)
-    return gather.Rows(
+    return Features(
         torch.randn(images, width, generator=random) / spread,
         torch.randn(captions, width, generator=random) / spread,
     )
@@ -247,7 +248,7 @@ def test_the_pictures_of_both_models_have_the_same_box(monkeypatch):
 
 
 def test_the_share_of_variance_is_one_where_three_axes_hold_all():
-    flat = gather.Rows(*(torch.cat([side[:, :2], 0 * side[:, 2:]], 1) for side in rows(0)))
+    flat = Features(*(torch.cat([side[:, :2], 0 * side[:, 2:]], 1) for side in rows(0)))
     assert space.fit({"teacher": flat}).explained["teacher"] == pytest.approx(1)
     whole = space.fit({"teacher": rows(0)}).explained["teacher"]
     assert 0.5 < whole < 0.99
@@ -347,7 +348,7 @@ def test_letters_that_are_no_utf8_do_not_stop_the_page(tmp_path):
 
 
 def test_latex_signs_are_escaped():
-    cells = page.latex("a\nb", ["", "50 %"], [["a_b & c", "–"]])
+    cells = tabular.latex("a\nb", ["", "50 %"], [["a_b & c", "–"]])
     assert cells.splitlines()[0] == "% a b"
     assert r"a\_b \& c & -- \\" in cells and r"50 \%" in cells
 

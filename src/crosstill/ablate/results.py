@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from crosstill.evaluate import tabular
 from crosstill.evaluate.bootstrap import Difference
 from crosstill.evaluate.recall import Retrieval
 
@@ -137,10 +138,8 @@ def verdict(difference: Difference | None) -> str:
 
 def markdown(table: Table) -> str:
     """The table with what is needed to read it."""
-    heads, body = table.cells()
-    rule = ["---", *("--:" for _ in heads[1:])]
-    lines = ["| " + " | ".join(cells) + " |" for cells in [heads, rule, *body]]
-    return "\n".join([f"**{table.title}**", "", *lines, "", legend(table), ""])
+    body = tabular.markdown(*table.cells())
+    return "\n".join([f"**{table.title}**", "", body, "", legend(table), ""])
 
 
 def legend(table: Table) -> str:
@@ -161,38 +160,4 @@ def legend(table: Table) -> str:
 
 def latex(table: Table) -> str:
     """A LaTeX tabular (booktabs) of the same cells."""
-    heads, body = table.cells()
-    rows = [" & ".join(map(_tex, cells)) + r" \\" for cells in [heads, *body]]
-    return "\n".join(
-        [
-            f"% {table.title}",
-            rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
-            r"\toprule",
-            rows[0],
-            r"\midrule",
-            *rows[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def _tex(text: str) -> str:
-    signs = {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "_": r"\_",
-        "#": r"\#",
-        "$": r"\$",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "★": r"$\star$",
-        "–": "--",
-        "τ": r"$\tau$",
-    }
-    return "".join(signs.get(sign, sign) for sign in text)
+    return tabular.latex(table.title, *table.cells())

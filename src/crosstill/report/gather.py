@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from crosstill.cache import Cache, Split, pixels
+from crosstill.cache import Cache, Split
 from crosstill.cache.store import HEADER
 from crosstill.errors import CrosstillError, InputError, MismatchError
 from crosstill.evaluate import (
+    CachedSplit,
     Evaluation,
     efficiency,
-    evaluating,
     open_encoder,
-    pool_images,
-    pool_texts,
     teacher_recall,
 )
 from crosstill.evaluate.recall import DEPTHS, retrieval
@@ -26,13 +21,7 @@ from crosstill.report import events
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
 from crosstill.train import Run
-
-
-class Rows(NamedTuple):
-    """A split as one model sees it: unit rows."""
-
-    image: Tensor  # (I, D)
-    text: Tensor  # (T, D)
+from crosstill.types import Features
 
 
 @dataclass
@@ -53,7 +42,7 @@ class Gathered:
     log: events.Events
     licences: dict[str, str | None]
     rows: dict[str, Evaluation] = field(default_factory=dict)
-    seen: dict[str, Rows] = field(default_factory=dict)
+    seen: dict[str, Features] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -96,10 +85,11 @@ def run(folder: Path, latency: bool) -> Gathered:
     split = cache.split(record["settings"]["val_split"])
     found = Gathered(opened, record, cache, split, events.read(folder), best.licences)
     _teacher(found)
-    seen, row = _measure(best, cache, split)
+    frozen = record["settings"]["freeze"]
+    seen, row = _measure(best, cache, split, frozen)
     found.seen["student"] = seen
     found.rows["student"] = row.renamed(f"student ({best.name})")
-    found.rows["untrained"] = _measure(opened.untrained, cache, split)[1].renamed(
+    found.rows["untrained"] = _measure(opened.untrained, cache, split, frozen)[1].renamed(
         "student, untrained"
     )
     _warn(found)
@@ -135,20 +125,19 @@ def _teacher(found: Gathered) -> None:
         return
     name = Path(str(cache.teacher["name"])).name
     found.rows["teacher"] = Evaluation(f"teacher ({name})", recall, cache.teacher["parameters"])
-    found.seen["teacher"] = Rows(
+    found.seen["teacher"] = Features(
         cache.image_features(split.images), cache.text_features(split.captions)
     )
 
 
-def _measure(student: Student, cache: Cache, split: Split) -> tuple[Rows, Evaluation]:
+def _measure(
+    student: Student, cache: Cache, split: Split, frozen: str
+) -> tuple[Features, Evaluation]:
     """A student's features of the plain photos of a split, and its recall."""
-    photos = pixels(cache, split, student.preprocess)
-    tokens = student.tokenize([cache.texts[row] for row in split.captions])
-    with evaluating(student):
-        image = student.embed_image(pool_images(student, photos)).float().cpu()
-        text = student.embed_text(pool_texts(student, tokens)).float().cpu()
-    recall = retrieval(image, text, torch.from_numpy(split.owner))
-    return Rows(image, text), Evaluation(student.name, recall, student.parameter_count())
+    encoded = CachedSplit(cache, split, student, frozen)
+    seen = encoded.features(student)
+    recall = retrieval(*seen, encoded.owner)
+    return seen, Evaluation(student.name, recall, student.parameter_count())
 
 
 def _warn(found: Gathered) -> None:

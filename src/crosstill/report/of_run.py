@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstill import __version__
-from crosstill.evaluate import Evaluation, table
+from crosstill.evaluate import Evaluation, table, tabular
 from crosstill.evaluate.report import HEADINGS, LATENCY
 from crosstill.report import curves, gather, page, sheet, space
 from crosstill.report.gather import Gathered
@@ -37,7 +37,7 @@ def write(folder: Path, out: Path, latency: bool) -> Path:
     heads, body = _cells(found)
     texts = {
         "table.md": "\n\n".join([table(_rows(found)), found.summary, *found.notes]) + "\n",
-        "table.tex": page.latex(found.summary, heads, body),
+        "table.tex": tabular.latex(found.summary, heads, body),
     }
     made = page.html(title, found.summary, sections)
     return page.save(out, made, texts, ("report.json", _figures(found, shown)))

@@ -115,34 +115,3 @@ def _said(value: object) -> str:
     if value == {}:
         return "defaults"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def latex(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A LaTeX tabular (booktabs)."""
-    first, *rows = (" & ".join(map(_tex, cells)) + r" \\" for cells in [heads, *body])
-    lines = [
-        "% " + " ".join(title.split()),
-        rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
-        r"\toprule",
-        first,
-        r"\midrule",
-        *rows,
-        r"\bottomrule",
-        r"\end{tabular}",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-_SIGNS = {
-    **{sign: "\\" + sign for sign in "&%_#${}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "→": r"$\to$",
-    "–": "--",
-}
-
-
-def _tex(text: str) -> str:
-    return "".join(_SIGNS.get(sign, sign) for sign in text)

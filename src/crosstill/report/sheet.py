@@ -14,8 +14,7 @@ from PIL import Image
 from crosstill import images
 from crosstill.cache import Cache, Split
 from crosstill.errors import DataError, ImageError, MismatchError
-from crosstill.report.gather import Rows
-from crosstill.types import Example, image_id
+from crosstill.types import Example, Features, image_id
 
 QUERIES = 10
 TOP = 5
@@ -49,7 +48,7 @@ class Query:
 
 
 def queries(
-    cache: Cache, split: Split, seen: Mapping[str, Rows], count: int = QUERIES
+    cache: Cache, split: Split, seen: Mapping[str, Features], count: int = QUERIES
 ) -> list[Query]:
     """Captions spread evenly over the split, always the same ones.
 
@@ -62,7 +61,7 @@ def queries(
     return [_query(int(row), split, seen, photos) for row in chosen]
 
 
-def _query(row: int, split: Split, seen: Mapping[str, Rows], photos: _Photos) -> Query:
+def _query(row: int, split: Split, seen: Mapping[str, Features], photos: _Photos) -> Query:
     right = int(split.owner[row])
     answers = []
     for model, rows in seen.items():

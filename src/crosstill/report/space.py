@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from crosstill.report.gather import Rows
 from crosstill.report.pictures import Picture, Theme, picture
+from crosstill.types import Features
 
 MOST = 1000  # images, and as many captions, of each model
 AXES = 3
@@ -39,7 +39,7 @@ class Space:
     explained: dict[str, float]
 
 
-def fit(seen: Mapping[str, Rows], most: int = MOST, seed: int = 0) -> Space:
+def fit(seen: Mapping[str, Features], most: int = MOST, seed: int = 0) -> Space:
     """Three axes for the features of all models; every model shows the same subset of rows."""
     draw = np.random.default_rng(seed)
     first = next(iter(seen.values()))
