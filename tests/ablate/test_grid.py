@@ -150,3 +150,39 @@ def test_a_grid_killed_at_any_moment_fills_the_same_table(done, many, toml, tmp_
     assert kills >= 3
     assert (out / "table10.md").read_text() == ablate.markdown(done[0])
     assert plan.load(out / "table10.json")
+
+
+PAIRS = {
+    "vit-bert": ({"model_type": "vit", "image_size": 16, "patch_size": 8}, "cls", "bert"),
+    "cnn-bert": (
+        {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+        "pooler",
+        "bert",
+    ),
+    "deit-albert": ({"model_type": "deit", "image_size": 16, "patch_size": 8}, "cls", "albert"),
+}
+WIDTH = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+def test_towers_compares_students(many, tmp_path):
+    files = []
+    for name, (image, pooling, text) in PAIRS.items():
+        image = image if name == "cnn-bert" else {**image, **WIDTH}
+        image = image if "image_size" in image else {**image, "image_size": 16}
+        lines = [f'name = "{name}"', "[image]", f'pooling = "{pooling}"', "[image.config]"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in image.items()]
+        lines += ["[text.config]"]
+        text = {"model_type": text, "vocab_size": 300, **WIDTH}
+        lines += [f"{key} = {json.dumps(value)}" for key, value in text.items()]
+        files.append(str(tmp_path / f"{name}.toml"))
+        (tmp_path / f"{name}.toml").write_text("\n".join(lines))
+    out = tmp_path / "grid"
+    table = ablate.run("towers", many, out, student=files, changes=FAST, seeds=(0,))
+    assert [row.name for row in table.rows] == list(PAIRS)
+    assert table.reference == "vit-bert"
+    assert len({run for row in table.rows for run in row.runs}) == 3

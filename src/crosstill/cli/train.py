@@ -20,9 +20,14 @@ def command(
     cache: Annotated[Path, typer.Argument(help="The cache to learn from.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     student: Annotated[
-        str, typer.Option(help="A preset (paper, mobile, tiny, tiny-teacher) or a TOML file.")
+        str, typer.Option(help="A preset (paper, mobile, tiny, …) or a TOML file.")
     ] = "mobile",
-    recipe: Annotated[str, typer.Option(help="A published setting: dsmd, info_nce.")] = "dsmd",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="A published setting: dsmd, clip_kd, kd, crd, … info_nce; a wrong name lists all."
+        ),
+    ] = "dsmd",
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated."),

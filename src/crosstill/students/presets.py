@@ -1,6 +1,8 @@
 """Students by name.
 
 paper         ViT-B/16 and BERT-base with biased heads, as published; 196 M parameters
+cnn-bert      ResNet-50 and BERT-base: towers of two families, for the `towers` table
+deit-albert   DeiT-tiny and ALBERT-base: very small towers, for the `towers` table
 mobile        MobileNetV2 and three MiniLM layers over a trimmed vocabulary; about 10 M
 tiny          a small ResNet and a small BERT from scratch, for 64 x 64 pixels; 0.7 M
 tiny-teacher  the same kind, five times as large: the teacher of the demonstration
@@ -43,6 +45,18 @@ PRESETS: dict[str, StudentConfig] = {
         name="paper",
         image=ImageTowerConfig(source="google/vit-base-patch16-224-in21k", pooling="cls"),
         text=TextTowerConfig(source="google-bert/bert-base-uncased", pooling="pooler"),
+        bias=True,
+    ),
+    "cnn-bert": StudentConfig(
+        name="cnn-bert",
+        image=ImageTowerConfig(source="microsoft/resnet-50"),
+        text=TextTowerConfig(source="google-bert/bert-base-uncased", pooling="pooler"),
+        bias=True,
+    ),
+    "deit-albert": StudentConfig(
+        name="deit-albert",
+        image=ImageTowerConfig(source="facebook/deit-tiny-patch16-224", pooling="cls"),
+        text=TextTowerConfig(source="albert/albert-base-v2", pooling="pooler"),
         bias=True,
     ),
     "mobile": StudentConfig(
