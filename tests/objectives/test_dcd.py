@@ -347,7 +347,7 @@ def test_autocast_changes_nothing():
         ({"alpha": float("nan")}, "alpha must be between 0 and 1"),
         ({"hardest": 0}, "hardest must be above 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"softening": -1.0}, "softening must be above 0"),
+        ({"threshold": 2.0}, "threshold is a cosine, between -1 and 1, not 2.0"),
         ({"variant": "local"}, "variant = 'local' does not fit"),
         ({"directions": "none"}, "directions = 'none' does not fit"),
         ({"reduction": "mean"}, "reduction = 'mean' does not fit"),
@@ -358,3 +358,21 @@ def test_bad_options_are_refused_in_one_line(options, said):
         objectives.build("dcd", **options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_threshold_moves_the_label_part_alone():
+    student, teacher = random(0), random(1)
+    for alpha, moves in ((1.0, False), (0.0, True)):
+        plain, shifted = (
+            objectives.build("dcd", alpha=alpha, threshold=threshold)(student, teacher, IDS)
+            for threshold in (0.0, 0.3)
+        )
+        assert torch.allclose(plain, shifted, rtol=0, atol=1e-9) != moves
+
+
+def test_a_threshold_by_hand():
+    # two orthogonal pairs at temperature 1: scores 1 - c and 0 - c, labels 1 and 0; u is 1/2 each
+    eye = torch.eye(2, dtype=torch.float64)
+    loss = objectives.build("dcd", temperature=1.0, threshold=0.25, alpha=0.0)
+    expected = (log1p(exp(-0.75)) + log1p(exp(-0.25))) / 2
+    close(loss(Features(eye, eye), Features(eye, eye), torch.arange(2)), expected)

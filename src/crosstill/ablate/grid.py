@@ -123,7 +123,7 @@ def _one(job: Job, cache: Cache, path: Path) -> float:
         seed = job.settings.seed
         student = students.build(job.student, dim=cache.dim, captions=captions, seed=seed)
     if not (path / "metrics.json").is_file():
-        train(student, cache, job.settings, path, resume=resume, command=f"row {job.row!r}")
+        train(student, cache, job.settings, path, resume=resume, command=job.command)
     found = _answers(Run(path), job, cache)
     files.write_atomic(path / ANSWERS, lambda new: _save(new, found))
     # a finished run will not be resumed, and its optimizer is twice as large as its student

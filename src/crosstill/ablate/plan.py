@@ -32,6 +32,7 @@ class Job:
     row: str
     student: str
     settings: TrainConfig
+    command: str
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Plan:
         for position, seed in enumerate(self.record["seeds"]):
             for row in self.record["rows"]:
                 settings = parse({**row["settings"], "seed": seed})
-                yield Job(row["runs"][position], row["name"], row["student"], settings)
+                typed = f"{self.record['command']}  # row {row['name']!r}, seed {seed}"
+                yield Job(row["runs"][position], row["name"], row["student"], settings, typed)
 
     def save(self, folder: Path) -> None:
         """Keep the plan in the grid's folder.

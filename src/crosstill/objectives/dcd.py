@@ -31,10 +31,12 @@ class Loss(Objective):
 
     Args:
         temperature: what the cosines are divided by.
+        threshold: the cosine that scores 0, from which the labels' part takes a pair to match. A
+            fusion model's head learns where that is; a cosine of 0 is far below the cosines of
+            hard negatives, so that the labels' part pushes all of them away.
         hardest: h, negatives of each query; a batch with fewer other images gives all it has.
         alpha: share of the distillation; 1 - alpha is the labels' ("uncertainty"). Under
             "focal" the labels' part keeps its full weight.
-        softening: T of the squared error; it cancels, see `uncertainty_loss`.
         directions: "image" ranks captions for each image, "text" the reverse; "both" is the
             mean of the two.
         variant: "uncertainty" weights by the teacher's entropy, "focal" by the student's
@@ -47,28 +49,30 @@ class Loss(Objective):
         self,
         *,
         temperature: float = 0.05,
+        threshold: float = 0.0,
         hardest: int = 7,
         alpha: float = 0.2,
-        softening: float = 1.0,
         directions: Directions = "both",
         variant: Variant = "uncertainty",
         reduction: Reduction = "sample",
     ) -> None:
         super().__init__()
-        positive(temperature=temperature, hardest=hardest, softening=softening)
+        positive(temperature=temperature, hardest=hardest)
         if not 0 <= alpha <= 1:
             raise ConfigError(f"alpha must be between 0 and 1, not {alpha}")
+        if not -1 <= threshold <= 1:
+            raise ConfigError(f"threshold is a cosine, between -1 and 1, not {threshold}")
         self.temperature = temperature
+        self.threshold = threshold
         self.hardest = hardest
         self.alpha = alpha
-        self.softening = softening
         self.directions: Directions = directions
         self.variant: Variant = variant
         self.reduction: Reduction = reduction
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        scores = similarity(*student) / self.temperature
-        target = similarity(*teacher).detach() / self.temperature
+        scores = (similarity(*student) - self.threshold) / self.temperature
+        target = (similarity(*teacher).detach() - self.threshold) / self.temperature
         ways = {"image": (scores, target), "text": (scores.T, target.T)}
         chosen = ways if self.directions == "both" else (self.directions,)
         return torch.stack([self._rank(*ways[way], ids) for way in chosen]).mean()
@@ -81,6 +85,5 @@ class Loss(Objective):
             CandidateScores(lists.pick(teacher)),
             lists.valid,
             alpha=self.alpha,
-            softening=self.softening,
             reduction=self.reduction,
         )
