@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from crosstill.errors import ConfigError, unknown
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.candidates import cross_entropy, logits
+from crosstill.objectives.parts.candidates import contrast
 from crosstill.objectives.parts.gradients import contrastive_gradients
 from crosstill.objectives.parts.named import positive
+from crosstill.objectives.parts.rows import divergence, rows
 from crosstill.objectives.parts.similarity import similarity
 from crosstill.types import Features
 
@@ -107,12 +108,12 @@ class Fusion(nn.Module):
             functional.normalize(similarity(torch.cat([s, t], dim=1), w) + b, dim=1)
             for s, t, w, b in sides
         )
-        return _both(Features(image, text), Features(image, text), ids, temperature)
+        return contrast(Features(image, text), Features(image, text), ids, temperature)
 
 
 def task(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
     """CLIP's own loss: mean of image-to-caption and caption-to-image cross-entropy."""
-    return _both(student, student, ids, temperature)
+    return contrast(student, student, ids, temperature)
 
 
 def fd(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
@@ -123,13 +124,13 @@ def fd(student: Features, teacher: Features, ids: Tensor, temperature: float) ->
 
 def icl(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
     """Interactive contrastive learning: student images find teacher captions, and reverse."""
-    return _both(student, teacher, ids, temperature)
+    return contrast(student, teacher, ids, temperature)
 
 
 def crd(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
     """Contrastive relational distillation: mean of KL(teacher || student) of both directions."""
-    learned, target = (logits(x.image, x.text, ids, temperature) for x in (student, teacher))
-    return (_divergence(learned, target) + _divergence(learned.T, target.T)) / 2
+    part = rows(student, teacher, ids, temperature)
+    return divergence(part.student, part.teacher, part.absent).mean()
 
 
 def gd(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
@@ -141,20 +142,6 @@ def gd(student: Features, teacher: Features, ids: Tensor, temperature: float) ->
     """
     own = contrastive_gradients(student, ids, temperature)
     return fd(own, contrastive_gradients(teacher, ids, temperature), ids, temperature)
-
-
-def _both(queries: Features, partners: Features, ids: Tensor, temperature: float) -> Tensor:
-    """Mean of the cross-entropy of images against captions and captions against images."""
-    image = cross_entropy(logits(queries.image, partners.text, ids, temperature))
-    return (image + cross_entropy(logits(queries.text, partners.image, ids, temperature))) / 2
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(teacher) || softmax(student)) of (B, B) logits."""
-    masked = teacher.isneginf()
-    # log 0 - log 0 is nan, and 0 log 0 is 0
-    gap = [x.log_softmax(1).masked_fill(masked, 0) for x in (teacher, student)]
-    return (teacher.softmax(1) * (gap[0] - gap[1])).sum(1).mean()
 
 
 def _checked_parts(parts: Sequence[str]) -> tuple[str, ...]:

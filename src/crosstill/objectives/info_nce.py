@@ -5,12 +5,11 @@ van den Oord et al., arXiv 1807.03748, eq. 4, both ways as in CLIP (arXiv 2103.0
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from crosstill.objectives.base import Objective
+from crosstill.objectives.parts.candidates import contrast
 from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.similarity import similarity
 from crosstill.types import Features
 
 
@@ -31,8 +30,4 @@ class Loss(Objective):
         self.temperature = temperature
 
     def forward(self, student: Features, teacher: Features | None, ids: Tensor) -> Tensor:
-        logits = similarity(*student) / self.temperature
-        own = torch.eye(len(ids), dtype=torch.bool, device=ids.device)
-        logits = logits.masked_fill((ids[:, None] == ids) & ~own, -torch.inf)
-        found = logits.diagonal()
-        return ((logits.logsumexp(1) - found) + (logits.logsumexp(0) - found)).mean() / 2
+        return contrast(student, student, ids, self.temperature)

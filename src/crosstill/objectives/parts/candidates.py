@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crosstill.objectives.parts.similarity import similarity
+from crosstill.types import Features
 
 
 class Candidates(NamedTuple):
@@ -39,6 +40,19 @@ def logits(queries: Tensor, partners: Tensor, ids: Tensor, temperature: float) -
 def cross_entropy(logits: Tensor) -> Tensor:
     """Mean over the rows of (B, B) logits of -log softmax at the diagonal."""
     return (logits.logsumexp(1) - logits.diagonal()).mean()
+
+
+def contrast(queries: Features, partners: Features, ids: Tensor, temperature: float) -> Tensor:
+    """InfoNCE: images find captions, captions find images, mean of both.
+
+    Args:
+        queries: (B, D) image and text.
+        partners: (B, D) text and image are looked for in; may be the same as `queries`.
+        ids: (B,) which image each row shows; another row of it is no negative.
+        temperature: what the cosines are divided by.
+    """
+    image = cross_entropy(logits(queries.image, partners.text, ids, temperature))
+    return (image + cross_entropy(logits(queries.text, partners.image, ids, temperature))) / 2
 
 
 def hardest(teacher: Tensor, student: Tensor, ids: Tensor, count: int) -> Candidates:
