@@ -43,6 +43,13 @@ def cached(scenes: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return build(SmallTeacher(), scenes, tmp_path_factory.mktemp("cache") / "scenes")
 
 
+@pytest.fixture(scope="session")
+def many(tmp_path_factory) -> Cache:
+    """320 scenes: 256 to train on, 32 to validate."""
+    folder = tmp_path_factory.mktemp("many")
+    return build(SmallTeacher(), data.open("scenes:320"), folder / "cache")
+
+
 @pytest.fixture
 def settings() -> TrainConfig:
     return TrainConfig(**SETTINGS)

@@ -1,20 +1,11 @@
-"""A cache with enough validation images to compare rows, and a student of a thousand weights."""
+"""A student of a thousand weights, as a file."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from crosstill import cache, data
-from crosstill.cache import Cache
-from support import SmallTeacher, small_config
-
-
-@pytest.fixture(scope="session")
-def many(tmp_path_factory) -> Cache:
-    """320 scenes: 256 to train on, 32 to validate."""
-    folder = tmp_path_factory.mktemp("many")
-    return cache.build(SmallTeacher(), data.open("scenes:320"), folder / "cache")
+from support import small_config
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,21 @@ def test_two_workers_fill_the_same_table(done, many, toml, tmp_path):
     assert ablate.markdown(fill(many, toml, tmp_path, workers=2)) == ablate.markdown(done[0])
 
 
+@pytest.mark.parametrize(
+    ("workers", "gpus", "visible", "expected"),
+    [
+        (3, 2, None, ["0", "1", "0"]),
+        (2, 2, "5,GPU-7a", ["5", "GPU-7a"]),
+        (2, 0, None, ["", ""]),
+    ],
+)
+def test_workers_take_turns_on_the_gpus(monkeypatch, workers, gpus, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert grid.devices(workers, gpus) == expected
+
+
 def test_one_failing_run_does_not_lose_the_others(done, many, toml, tmp_path, monkeypatch):
     real = grid.train
 

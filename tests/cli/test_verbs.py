@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from crosstill import data, students
 from crosstill.cli.app import app
 from crosstill.data import scenes as scenery
 from crosstill.files import locked
-from support import small_config
+from support import FAST, small_config
 
 
 def crosstill(*arguments: object, code: int = 0) -> Result:
@@ -302,3 +303,55 @@ def test_two_processes_through_torchrun_speak_once(home, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best val RSUM") == 1
+
+
+ABLATE = [
+    "--set",
+    "epochs=1",
+    "--set",
+    "batch_size=40",
+    "--set",
+    "losses.contrastive.queue_size=64",
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ("table3", ["--seeds", 1], "no table named 'table3'; did you mean"),
+        ("table10", ABLATE, "split 'val' has 6 images, and the bootstrap"),
+        ("table10", ["--set", "balance=dwa"], "table10 varies that itself"),
+        ("table2", ["--freeze", "both"], "freeze = 'both'"),
+    ],
+)
+def test_ablate_refuses_in_one_line(home, tmp_path, table, options, message):
+    out = ["--out", tmp_path / "grid"]
+    assert message in refusal("ablate", table, home / "cache", *out, *student(home), *options)
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_method_that_looks_inside_needs_a_live_teacher(home, tmp_path):
+    options = ["--set", "losses=fitnets", "--set", "balance=fixed", "--out", tmp_path / "run"]
+    line = refusal("train", home / "cache", *student(home), *options)
+    assert "fitnets: reads intermediate layers" in line and "--set teacher=" in line
+
+
+def test_report_of_a_run_and_of_what_is_none(home, tmp_path):
+    told = crosstill("report", home / "run", "--out", tmp_path, "--no-latency")
+    assert told.stdout.strip() == str(tmp_path / "report.html")
+    assert "neither a run nor a grid" in refusal("report", home / "photos")
+    shutil.copytree(home / "run", tmp_path / "unfinished")
+    (tmp_path / "unfinished/metrics.json").unlink()
+    line = refusal("report", tmp_path / "unfinished")
+    assert "not finished" in line and "--resume" in line
+
+
+def test_ablate_prints_its_table_and_the_report_shows_it(many, home, tmp_path):
+    options = [part for change in FAST for part in ("--set", change)]
+    verb = ["ablate", "table6", many.folder, "--out", tmp_path / "grid", *student(home)]
+    told = crosstill(*verb, "--seeds", 2, *options)
+    assert "| not normalised |" in told.stdout and "± " in told.stdout
+    assert told.stdout.strip() == (tmp_path / "grid/table6.md").read_text().strip()
+    crosstill("report", tmp_path / "grid")
+    page = (tmp_path / "grid/report.html").read_text()
+    assert "L2 normalisation" in page and "crosstill" in page

@@ -273,3 +273,39 @@ def test_the_real_towers_fit_their_budget(shared: Path) -> None:
     assert student.parameters_by_part()["total"] <= 10_300_000
     assert student.preprocess.size == (160, 160)
     assert student.count_truncated(captions) < 0.01 * len(captions)
+
+
+def test_captions_of_similar_length_share_a_pass_and_keep_their_rows(
+    student: Student, captions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student.eval()
+    texts = [" ".join(captions)[: 7 * n] for n in (9, 1, 5, 2, 8, 1, 3)]
+    tokens = student.pad(student.tokenize(texts))
+    monkeypatch.setattr("crosstill.students.student.CHUNK", 3)
+    seen: list[int] = []
+    student.text_tower.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = student(_pixels(student, 7), tokens).text
+    lengths = tokens.attention_mask.sum(1).sort().values
+    assert seen == [int(part.max()) for part in lengths.split(3)]
+    torch.testing.assert_close(found, student.encode_text(tokens), rtol=0, atol=1e-6)
+
+
+def test_rows_before_their_normalisation(student: Student, captions: list[str]) -> None:
+    student.eval()
+    tokens = student.pad(student.tokenize(captions[:3]))
+    unit, plain = (student(_pixels(student, 3), tokens, normalise) for normalise in (True, False))
+    for a, b in zip(unit, plain, strict=True):
+        torch.testing.assert_close(torch.nn.functional.normalize(b, dim=1), a)
+        assert (b.norm(dim=1) - 1).abs().min() > 1e-3
+
+
+def test_a_towers_digest_is_of_what_it_gives(student: Student) -> None:
+    image, text = student.tower_digest("image"), student.tower_digest("text")
+    with torch.no_grad():
+        student.image_head.weight.add_(1)
+        assert student.tower_digest("image") == image
+        next(student.image_tower.parameters()).add_(1)
+    assert student.tower_digest("image") != image
+    assert student.tower_digest("text") == text

@@ -49,3 +49,12 @@ def test_an_image_keeps_its_view_for_an_epoch(split):
 def test_a_batch_larger_than_the_data_says_what_to_do(split):
     with pytest.raises(ConfigError, match="batch_size=240"):
         Sampler(split, 241, 1, seed=0)
+
+
+def test_a_short_epoch_ends_after_its_steps_and_the_next_draws_anew(split):
+    short, whole = (Sampler(split, 24, 1, seed=0, steps=steps) for steps in (3, None))
+    assert short.steps_per_epoch == 3
+    assert Sampler(split, 24, 1, seed=0, steps=10**6).steps_per_epoch == whole.steps_per_epoch
+    for epoch in (0, 1):
+        assert np.array_equal(short.pick(epoch, 2).captions, whole.pick(epoch, 2).captions)
+    assert not np.array_equal(short.pick(0, 0).captions, short.pick(1, 0).captions)

@@ -45,8 +45,7 @@ def run(plan: Plan, cache: Cache, out: Path, workers: int | None = None) -> None
         LockedError: another process is working on the grid.
         RunError: some runs failed; the others are finished.
     """
-    gpus = torch.cuda.device_count()
-    workers = workers or max(1, gpus)
+    workers = max(1, torch.cuda.device_count()) if workers is None else workers
     if workers < 1:
         raise ConfigError(f"workers must be 1 or more, not {workers}")
     files.writable_folder(out / "runs")
@@ -57,7 +56,7 @@ def run(plan: Plan, cache: Cache, out: Path, workers: int | None = None) -> None
         todo = [job for job in jobs.values() if not finished(out, job.key)]
         log.info("%s: %d runs, %d of them to do", plan.table, len(jobs), len(todo))
         failed = []
-        for count, (job, outcome) in enumerate(_results(todo, cache, out, workers, gpus), 1):
+        for count, (job, outcome) in enumerate(_results(todo, cache, out, workers), 1):
             what = f"{job.row}, seed {job.settings.seed}"
             if isinstance(outcome, Exception):
                 failed.append(f"{what}: {outcome}")
@@ -69,6 +68,13 @@ def run(plan: Plan, cache: Cache, out: Path, workers: int | None = None) -> None
             f"{len(failed)} of {len(jobs)} runs failed, first {failed[0]}; the others are kept, "
             "and the same command tries these again"
         )
+
+
+def devices(workers: int, gpus: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is for each worker; empty where there is no GPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",")[:gpus] if given else [str(number) for number in range(gpus)]
+    return [names[worker % gpus] if gpus else "" for worker in range(workers)]
 
 
 def finished(out: Path, key: str) -> bool:
@@ -83,7 +89,7 @@ def answers(path: Path) -> Answers:
 
 
 def _results(
-    todo: list[Job], cache: Cache, out: Path, workers: int, gpus: int
+    todo: list[Job], cache: Cache, out: Path, workers: int
 ) -> Iterator[tuple[Job, float | Exception]]:
     """Each job with its RSUM or its error, as they finish."""
     if workers == 1 or len(todo) < 2:
@@ -93,8 +99,8 @@ def _results(
     # spawned, because a forked process may not use CUDA
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
-    for worker in range(workers):
-        places.put(str(worker % gpus) if gpus else "")
+    for place in devices(workers, torch.cuda.device_count()):
+        places.put(place)
     arguments = (places, cache.folder, out)
     with ProcessPoolExecutor(workers, context, _start, arguments) as pool:
         pending = {pool.submit(_work, job): job for job in todo}

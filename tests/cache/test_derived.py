@@ -1,0 +1,70 @@
+"""What is computed from a cache once: whole, or made again, and never twice at a time."""
+
+import threading
+import time
+
+import numpy as np
+import torch
+
+from crosstill import cache, evaluate
+from crosstill.cache import derived
+from support import small_student
+
+
+def test_it_is_computed_once_and_made_again_when_damaged(cached):
+    calls = []
+
+    def compute() -> torch.Tensor:
+        calls.append(1)
+        return torch.arange(6.0).view(2, 3)
+
+    for _ in range(2):
+        assert torch.equal(derived.rows(cached, "once", compute), torch.arange(6.0).view(2, 3))
+    assert len(calls) == 1
+    path = cached.folder / "pixels/once.npy"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert torch.equal(derived.rows(cached, "once", compute), torch.arange(6.0).view(2, 3))
+    assert len(calls) == 2
+
+
+def test_one_may_be_computed_from_another(cached):
+    inner = lambda: derived.rows(cached, "inner", lambda: torch.ones(2))  # noqa: E731
+    assert derived.rows(cached, "outer", lambda: 2 * inner()).tolist() == [2, 2]
+
+
+def test_a_second_process_waits_and_finds_it_done(cached):
+    calls, found = [], []
+
+    def slow() -> torch.Tensor:
+        calls.append(1)
+        time.sleep(0.2)
+        return torch.ones(1)
+
+    threads = [
+        threading.Thread(target=lambda: found.append(derived.rows(cached, "race", slow)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(found) == 4
+
+
+def test_a_frozen_towers_rows_are_those_of_the_tower(cached, monkeypatch):
+    student, split = small_student(cached), cached.split("train")
+    images = evaluate.frozen_images(student, cached, split)
+    texts = evaluate.frozen_texts(student, cached, split)
+    store = cache.pixels(cached, split, student.preprocess)
+    assert torch.equal(images, evaluate.pool_images(student, store))
+    tokens = student.tokenize([cached.texts[row] for row in split.captions])
+    assert torch.equal(texts, evaluate.pool_texts(student, tokens))
+    monkeypatch.setattr("crosstill.evaluate.encode.pool_images", None)
+    assert torch.equal(evaluate.frozen_images(student, cached, split), images)
+    other = small_student(cached)
+    with torch.no_grad():
+        next(other.image_tower.parameters()).add_(1)
+    monkeypatch.undo()
+    assert not np.array_equal(evaluate.frozen_images(other, cached, split), images)
