@@ -36,7 +36,6 @@ FAST = (
     "lr=1e-3",
     "log_every=1",
     "losses.contrastive.queue_size=64",
-    "losses.crd.negatives=16",
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from crosstill import ablate
 from crosstill.ablate import grid, plan
-from crosstill.errors import InputError, LockedError, NonFiniteError, RunError
+from crosstill.errors import ConfigError, InputError, LockedError, NonFiniteError, RunError
 from crosstill.files import locked
 from support import FAST
 
@@ -146,6 +146,31 @@ def killed(many, toml, out, after: float, workers: int, script) -> bool:
             return True
         assert process.returncode == 0, errors.decode()[-2000:]
         return False
+
+
+def test_ctrl_c_stops_all_workers_and_the_grid_goes_on(many, toml, tmp_path):
+    arguments = ["table6", many.folder, "--student", toml, "--out", tmp_path, "--seeds", "2"]
+    changes = [part for change in FAST for part in ("--set", change)]
+    longer = ["--workers", "2", *changes, "--set", "epochs=400"]
+    command = [sys.executable, "-m", "crosstill", "ablate", *map(str, arguments), *longer]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        for _ in range(600):
+            if len(list(tmp_path.glob("runs/*/events.jsonl"))) == 2:
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    said = errors.decode()
+    assert process.returncode == 130, said[-2000:]
+    assert "Traceback" not in said and said.rstrip().endswith("interrupted")
+    assert len(list(tmp_path.glob("runs/*"))) == 2
+    assert all(list(run.glob("checkpoints/*")) for run in tmp_path.glob("runs/*"))
+
+
+def test_a_runs_folder_is_no_place_for_a_grid(done, many, toml):
+    with pytest.raises(ConfigError, match="holds a run; give a grid an --out of its own"):
+        fill(many, toml, done[0].rows[0].runs[0])
 
 
 @pytest.mark.slow

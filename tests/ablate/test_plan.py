@@ -80,7 +80,9 @@ def test_a_run_is_named_by_all_that_decides_it(many, toml, tmp_path):
             {"table": "table8", "changes": []},
             "row 'K = 2048': a queue of 2,048 slots is longer than the 1,280",
         ),
-        ({"changes": ["freeze=text", "losses.fitnets.layer=last"]}, "queue of 8,192 slots"),
+        ({"changes": ["losses.contrastiv.queue_size=9"]}, "did you mean 'contrastive'"),
+        ({"changes": [*FAST, "losses.crd.negatives=9"]}, "no row of table10 has that loss"),
+        ({"changes": ["freeze=text"]}, "queue of 8,192 slots"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_run(many, toml, options, message):
@@ -94,7 +96,7 @@ def test_too_few_images_for_the_bootstrap(cached, toml):
 
 def test_a_method_without_its_noun_is_refused(scenes, toml, tmp_path, many):
     alone = cache.build(None, many_scenes(), tmp_path / "captions")
-    with pytest.raises(MismatchError, match="has no image and text features of a teacher"):
+    with pytest.raises(MismatchError, match="has not both image and text features"):
         make(alone, toml)
 
 
@@ -104,8 +106,17 @@ def many_scenes():
     return data.open("scenes:320")
 
 
-def test_a_folder_with_another_plan_is_refused(many, toml, tmp_path):
+def test_a_table_can_be_planned_anew(many, toml, tmp_path):
     make(many, toml).save(tmp_path)
+    written = (tmp_path / "table10.json").read_bytes()
     make(many, toml).save(tmp_path)
-    with pytest.raises(ConfigError, match="planned with other seeds and rows; give the options"):
-        make(many, toml, seeds=(0,)).save(tmp_path)
+    assert (tmp_path / "table10.json").read_bytes() == written
+    make(many, toml, seeds=(0, 1, 2)).save(tmp_path)
+    more = plan.load(tmp_path / "table10.json")
+    assert {job.key for job in make(many, toml).jobs()} < {job.key for job in more.jobs()}
+
+
+def test_a_student_of_another_width_is_refused(many, toml, tmp_path):
+    other = tmp_path / "wide.toml"
+    other.write_text("dim = 48\n" + Path(toml).read_text())
+    assert "its dim = 48 does not fit the teacher's 16" in refusal(many, str(other))

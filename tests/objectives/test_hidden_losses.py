@@ -88,7 +88,7 @@ def test_masked_feature_is_the_mean_square_error_of_images():
     [
         ("at", {"layers": []}, "layers is empty"),
         ("masked_feature", {"ratio": 1.0}, "ratio must be from 0 to below 1"),
-        ("fitnets", {"layer": 3}, "layer = 3 does not fit"),
+        ("fitnets", {"layer": 0.5}, "layer = 0.5 does not fit"),
     ],
 )
 def test_refusals(name, option, message):

@@ -366,7 +366,7 @@ def refused(source: Path, kind: type[Exception]) -> str:
 
 def test_a_folder_that_is_neither(home, tmp_path):
     assert "neither a run nor a grid" in refused(tmp_path, InputError)
-    assert "neither a run nor a grid" in refused(tmp_path / "nowhere", InputError)
+    assert "no such folder" in refused(tmp_path / "nowhere", InputError)
     assert "neither a run nor a grid" in refused(home / "teacher", InputError)
 
 

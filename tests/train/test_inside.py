@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from crosstill import cache, teachers
-from crosstill.errors import ConfigError, MismatchError
+from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.students import vocabulary
 from crosstill.train import train
 from crosstill.train.inside import Taps, as_map, blank
@@ -83,6 +83,28 @@ def test_another_teacher_is_refused(live, cached, settings, tmp_path):
     config = changed(settings, "at", f"teacher={live}")
     with pytest.raises(MismatchError, match="is not what filled"):
         train(small_student(cached), cached, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_is_not_there_is_named(told, settings, tmp_path):
+    config = changed(settings, "at", f"teacher={tmp_path / 'nowhere'}")
+    with pytest.raises(ModelError, match="^teacher = .*nowhere: "):
+        train(small_student(told), told, config, tmp_path / "run")
+
+
+def test_a_student_can_be_the_live_teacher(scenes, settings, tmp_path):
+    teacher = small_student(cache.build(None, scenes, tmp_path / "none"))
+    teacher.save(tmp_path / "teacher")
+    seen = cache.build(teacher.load(tmp_path / "teacher"), scenes, tmp_path / "cache")
+    config = changed(settings, "fitnets+feature", f"teacher={tmp_path / 'teacher'}")
+    assert train(small_student(seen), seen, config, tmp_path / "run").metrics["steps"] > 0
+
+
+@pytest.mark.parametrize("loss", ["at", "masked_feature"])
+def test_gradnorm_sees_no_gradient_of_them(loss, live, told, settings, tmp_path):
+    config = changed(settings, f"{loss}+feature", f"teacher={live}", "balance=gradnorm")
+    with pytest.raises(ConfigError, match=f"balance = gradnorm.*{loss} has none"):
+        train(small_student(told), told, config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["freeze=image", "chunk_size=4", "compile=true"])
@@ -94,9 +116,10 @@ def test_settings_in_the_way_are_refused(change, loss, live, told, settings, tmp
 
 
 def test_a_layer_that_is_not_there_is_refused(live, told, settings, tmp_path):
-    config = changed(settings, "fitnets", f"teacher={live}", "losses.fitnets.layer='7'")
+    config = changed(settings, "fitnets", f"teacher={live}", "losses.fitnets.layer=7")
     with pytest.raises(ConfigError, match="'7': ViTModel has 3 blocks; give first, middle, last"):
         train(small_student(told), told, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_masked_photos_train_a_vit(told, settings, tmp_path):

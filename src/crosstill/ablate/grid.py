@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,9 @@ def run(plan: Plan, cache: Cache, out: Path, workers: int | None = None) -> None
     workers = max(1, torch.cuda.device_count()) if workers is None else workers
     if workers < 1:
         raise ConfigError(f"workers must be 1 or more, not {workers}")
+    if folder.is_run(out):
+        raise ConfigError(f"{out} holds a run; give a grid an --out of its own")
+    files.writable_folder(out)
     files.writable_folder(out / "runs")
     with files.locked(out):
         files.sweep(out)
@@ -101,13 +106,16 @@ def _results(
     places = context.Queue()
     for place in devices(workers, torch.cuda.device_count()):
         places.put(place)
-    arguments = (places, cache.folder, out)
+    stop = context.Event()
+    arguments = (places, stop, cache.folder, out)
     with ProcessPoolExecutor(workers, context, _start, arguments) as pool:
-        pending = {pool.submit(_work, job): job for job in todo}
+        with _uninterrupted():
+            pending = {pool.submit(_work, job): job for job in todo}
         try:
             for future in as_completed(pending):
                 yield pending[future], future.result()
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
 
 
@@ -149,23 +157,43 @@ def _save(path: Path, found: Answers) -> None:
         np.savez(file, image=found.image, text=found.text, owner=found.owner)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that start here ignore Ctrl-C, but for the loop of a run, which obeys it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 # --- in a worker ---
 
 _here: dict[str, Any] = {}
 
 
-def _start(places: Any, cache: Path, out: Path) -> None:
+def _start(places: Any, stop: Any, cache: Path, out: Path) -> None:
     """Take a GPU and open the cache once for all runs of this worker."""
     place = places.get()
     if place:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     _die_with_parent()
     progress.hide()
-    _here.update(cache=Cache(cache), out=out)
+    _here.update(cache=Cache(cache), out=out, stop=stop)
 
 
 def _work(job: Job) -> float | Exception:
-    return _tried(job, _here["cache"], _here["out"])
+    stop = _here["stop"]
+    if stop.is_set():
+        return RunError("stopped")
+    try:
+        return _tried(job, _here["cache"], _here["out"])
+    except (KeyboardInterrupt, SystemExit):
+        stop.set()  # or this worker would take the next run
+        return RunError("stopped")
 
 
 def _die_with_parent() -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosstill import files, recipes, students
+from crosstill import files, objectives, recipes, students
 from crosstill.ablate.tables import Design, Setting, design
 from crosstill.cache import Cache
-from crosstill.errors import ConfigError
+from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
 from crosstill.objectives import contrastive
 from crosstill.train import TrainConfig, checks
 from crosstill.train.config import parse
 from crosstill.train.distributed import Group
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -54,21 +57,17 @@ class Plan:
                 yield Job(row["runs"][position], row["name"], row["student"], settings, typed)
 
     def save(self, folder: Path) -> None:
-        """Keep the plan in the grid's folder.
+        """Keep the plan in the grid's folder, in place of an earlier one of the same table.
 
-        Raises:
-            ConfigError: the folder holds the same table with other settings.
+        Nothing is lost: runs are named by what decides them, and those that fit are used again.
         """
         path = folder / f"{self.table}.json"
         if path.is_file():
             theirs = files.read_sealed(path, {FORMAT})
             different = [k for k in self.record if k != "command" and theirs[k] != self.record[k]]
-            if different:
-                raise ConfigError(
-                    f"{path} was planned with other {' and '.join(different)}; give the options "
-                    "that it was started with, or another --out"
-                )
-            return
+            if not different:
+                return
+            log.info("%s: planned anew, other %s", self.table, " and ".join(different))
         files.write_json(path, files.sealed(self.record))
 
 
@@ -102,12 +101,15 @@ def make(
     what = design(table)
     _check_seeds(seeds)
     _check_varied(table, what, changes)
-    _check_images(cache, changes)
+    _check_cache(cache, changes)
+    configs = [_settings(setting, changes) for setting in what.rows]
+    _check_used(table, configs, changes)
     rows = []
-    for setting, student in zip(what.rows, _students(table, what, chosen), strict=True):
-        config = _settings(setting, changes)
+    chosen_students = _students(table, what, chosen)
+    for setting, config, student in zip(what.rows, configs, chosen_students, strict=True):
         _check_row(setting.name, config, cache)
         described = students.load_config(student).model_dump(mode="json")
+        _check_width(student, described["dim"], cache)
         identity = [described, cache.digest]
         name = described["name"] if table == "towers" and chosen else setting.name
         rows.append(
@@ -186,7 +188,30 @@ def _check_varied(table: str, what: Design, changes: Sequence[str]) -> None:
             raise ConfigError(f"--set {change}: a grid counts its seeds; give --seeds")
 
 
-def _check_images(cache: Cache, changes: Sequence[str]) -> None:
+def _check_used(table: str, configs: Sequence[TrainConfig], changes: Sequence[str]) -> None:
+    """Refuse an option of a loss that no row has."""
+    for change in changes:
+        name = _loss_of(change)
+        if name is not None and not any(name in config.losses for config in configs):
+            if name not in objectives.known():
+                raise unknown("loss", name, objectives.known())
+            raise ConfigError(f"--set {change}: no row of {table} has that loss; leave it out")
+
+
+def _check_width(student: str, dim: int | None, cache: Cache) -> None:
+    if dim not in (None, cache.dim):
+        raise MismatchError(
+            f"student {student}: its dim = {dim} does not fit the teacher's {cache.dim} in "
+            f"{cache.folder}; leave dim out"
+        )
+
+
+def _check_cache(cache: Cache, changes: Sequence[str]) -> None:
+    if cache.modalities != {"image", "text"}:
+        raise MismatchError(
+            f"{cache.folder} has not both image and text features of a teacher, which the tables "
+            "compare; cache a teacher that gives both"
+        )
     split = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None]).val_split
     count = len(cache.split(split).images)
     if count < FEWEST:

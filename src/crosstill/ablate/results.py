@@ -98,7 +98,7 @@ class Table:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headings and text of the table, the teacher first."""
         paper = any(row.paper is not None for row in self.rows)
-        heads = ["", *HEADINGS, f"against {self.reference}", *(["paper's RSUM*"] if paper else [])]
+        heads = ["", *HEADINGS, f"against {self.reference}", *(["paper*"] if paper else [])]
         body = [self._teacher_cells(paper)] if self.teacher else []
         for row in self.rows:
             theirs = [f"{row.paper:.1f}" if row.paper is not None else "–"] if paper else []
@@ -133,7 +133,8 @@ def verdict(difference: Difference | None) -> str:
     if difference is None:
         return "reference"
     star = " ★" if difference.p < ALPHA else ""
-    return f"{difference.rsum:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]{star}"
+    low, high = f"{difference.low:+.2f}", f"{difference.high:+.2f}"
+    return f"{difference.rsum:+.2f} [{low}, {high}]{star}".replace("-", "−")
 
 
 def markdown(table: Table) -> str:
@@ -152,7 +153,7 @@ def legend(table: Table) -> str:
     )
     if any(row.paper is not None for row in table.rows):
         text += (
-            " *The paper's own figures, on Flickr30k with a larger teacher and student: not "
+            " *RSUM in the paper, on Flickr30k with a larger teacher and student: not "
             "comparable with ours, only their order is."
         )
     return f"{text} {table.note}".strip()

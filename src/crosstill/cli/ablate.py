@@ -15,7 +15,7 @@ from crosstill.cli import common
 def command(
     table: Annotated[
         str,
-        typer.Argument(help="table2, 4, 5, 6, 7, 8, 9, 10 (of the DSMD paper), or towers."),
+        typer.Argument(help="table2, table4 to table10 (of the DSMD paper), or towers."),
     ],
     cache: Annotated[Path, typer.Argument(help="The cache that every row learns from.")],
     out: Annotated[Path, typer.Option(help="Folder of the grid; tables in it share runs.")],

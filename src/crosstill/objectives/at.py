@@ -30,11 +30,11 @@ class Loss(Objective):
     reads = "hidden"
     needs = frozenset[str]()
 
-    def __init__(self, *, layers: Sequence[str] = ("middle", "last")) -> None:
+    def __init__(self, *, layers: Sequence[str | int] = ("middle", "last")) -> None:
         super().__init__()
         if not layers:
             raise ConfigError("layers is empty; name one or more")
-        self.layers = tuple(layers)
+        self.layers = tuple(map(str, layers))
 
     def forward(self, student: Hidden, teacher: Hidden, ids: Tensor) -> Tensor:
         terms = [

@@ -34,9 +34,9 @@ class Loss(Objective):
     scale: Tensor
     regressor: nn.Conv2d
 
-    def __init__(self, *, seed: int = 0, layer: str = "middle") -> None:
+    def __init__(self, *, seed: int = 0, layer: str | int = "middle") -> None:
         super().__init__()
-        self.layers = (layer,)
+        self.layers = (str(layer),)
         self._seed = seed
         self.register_buffer("scale", torch.ones(()))
 

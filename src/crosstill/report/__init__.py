@@ -43,6 +43,8 @@ def write(source: str | Path, out: str | Path | None = None, *, latency: bool = 
     from crosstill.report import of_grid, of_run
 
     folder = Path(source)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
     target = Path(out) if out is not None else folder
     if of_run.is_run(folder):
         return of_run.write(folder, target, latency)

@@ -67,6 +67,7 @@ def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
         axes = _axes(figure, f"RSUM on {split}", "epoch")
         axes.plot(curve.at, curve.values, "o-", color=theme.line(0), markersize=4, label="student")
         _teacher(axes, teacher, theme)
+        _whole(axes, curve)
         scale(axes, min(values), max(values), log=False)
         _legend(figure)
 
@@ -76,6 +77,13 @@ def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
         f"best {curve.values[best]:.2f} at epoch {curve.at[best]}.{beside}"
     )
     return picture(draw, alt, height=2.8)
+
+
+def _whole(axes: Axes, curve: Curve) -> None:
+    """Room around a single epoch, which would otherwise get ticks at fractions of it."""
+    if len(set(curve.at)) == 1:
+        axes.set_xlim(curve.at[0] - 0.5, curve.at[0] + 0.5)
+        axes.set_xticks([curve.at[0]])
 
 
 def _teacher(axes: Axes, rsum: float | None, theme: Theme) -> None:
@@ -116,6 +124,7 @@ def _row(
         own = means[name]
         axes.plot(own.at, own.values, "o-", color=theme.line(number), markersize=3.5)
         _teacher(axes, teacher, theme)
+        _whole(axes, own)
         scale(axes, *within, log=False)
 
     last = means[name].values[-1] if means[name].values else float("nan")

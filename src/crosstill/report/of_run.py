@@ -33,7 +33,8 @@ def write(folder: Path, out: Path, latency: bool) -> Path:
         finds,
         _settings(found),
     ]
-    title = f"{found.record['settings']['recipe']}: {folder.resolve().name}"
+    losses = " + ".join(found.record["settings"]["losses"])
+    title = f"{folder.resolve().name}: {losses}"
     heads, body = _cells(found)
     texts = {
         "table.md": "\n\n".join([table(_rows(found)), found.summary, *found.notes]) + "\n",

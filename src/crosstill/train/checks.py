@@ -7,7 +7,7 @@ from torch import nn
 from crosstill import balance, objectives
 from crosstill.balance import Rule
 from crosstill.cache import Cache
-from crosstill.errors import MismatchError
+from crosstill.errors import ConfigError, MismatchError
 from crosstill.students.student import Student
 from crosstill.train import inside
 from crosstill.train.config import TrainConfig
@@ -30,7 +30,14 @@ def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleD
     losses = build_losses(config, cache)
     inside.check(config, losses, cache, group.world)
     options = dict(config.balance)
-    return losses, balance.build(options.pop("name", "fixed"), list(losses), **options)
+    rule = balance.build(options.pop("name", "fixed"), list(losses), **options)
+    blind = [*inside.reading(losses, "hidden"), *inside.reading(losses, "masked")]
+    if rule.needs_gradients and blind:
+        raise ConfigError(
+            f"balance = {config.balance['name']}: compares gradients at the embeddings, where "
+            f"{', '.join(blind)} has none; use another balance"
+        )
+    return losses, rule
 
 
 def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosstill import teachers
 from crosstill.cache import Cache, Split, pixels
-from crosstill.errors import ConfigError, MismatchError
+from crosstill.errors import ConfigError, MismatchError, ModelError
+from crosstill.evaluate import open_encoder
 from crosstill.objectives import Objective
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
@@ -82,9 +82,8 @@ class Inside:
     def __init__(
         self, student: Student, source: str, cache: Cache, split: Split, layers: Iterable[str]
     ) -> None:
-        self._teacher = _open(source, cache)
-        model: Any = self._teacher
-        self._theirs = Taps(model.model.vision_model, layers)
+        self._teacher: Teacher = _open(source, cache)
+        self._theirs = Taps(_image_tower(self._teacher), layers)
         self._ours = Taps(student.image_tower, layers)
         self._photos = pixels(cache, split, self._teacher.preprocess)
         self._student = student
@@ -111,7 +110,7 @@ class Inside:
 
 
 def look(
-    student: Student, losses: nn.ModuleDict, config: TrainConfig, cache: Cache, split: Split
+    student: Student, losses: nn.ModuleDict, config: TrainConfig, cache: Cache
 ) -> Inside | None:
     """Open the live teacher if a loss reads layers, and let those losses learn the widths."""
     readers = reading(losses, "hidden")
@@ -120,7 +119,7 @@ def look(
         return None
     assert config.teacher is not None
     layers = {layer for loss in readers.values() for layer in loss.layers}
-    inside = Inside(student, config.teacher, cache, split, layers)
+    inside = Inside(student, config.teacher, cache, cache.split(config.train_split), layers)
     student_layers, teacher_layers = inside.probe()
     for loss in readers.values():
         loss.meet(student_layers, teacher_layers)
@@ -201,14 +200,23 @@ def _number(layer: str, count: int, tower: str) -> int:
 
 
 def _open(source: str, cache: Cache) -> Teacher:
-    teacher: Any = teachers.load(source)
-    if not hasattr(getattr(teacher, "model", None), "vision_model"):
-        raise ConfigError(f"teacher = {source}: nothing to look into; give a dual encoder's folder")
+    try:
+        teacher = open_encoder(source)
+    except ModelError as error:
+        raise ModelError(f"teacher = {source}: {error}") from None
+    if _image_tower(teacher) is None:
+        raise ConfigError(f"teacher = {source}: no image tower to look into; give a dual encoder")
     if teacher.identity() != cache.teacher["identity"]:
         raise MismatchError(
             f"teacher = {source} is not what filled {cache.folder}; give {cache.teacher['source']}"
         )
     return teacher
+
+
+def _image_tower(teacher: Any) -> Any:
+    """That of a student, or of a Hugging Face dual encoder; None if there is none."""
+    inner = getattr(teacher, "model", None)
+    return getattr(teacher, "image_tower", None) or getattr(inner, "vision_model", None)
 
 
 def _check_masked(student: Student, losses: nn.ModuleDict) -> None:

@@ -60,6 +60,8 @@ def train(
         checks.width(student, cache)
     with distributed.group() as group, ExitStack() as stack:
         losses, rule = checks.prepare(config, cache, group)
+        # before the folder is touched, because it may refuse
+        looking = inside.look(student, losses, config, cache) if student else None
         if group.leads:
             files.writable_folder(path)
             stack.enter_context(files.locked(path))
@@ -68,7 +70,9 @@ def train(
         if student is None or not group.leads:
             student = Run(path).untrained
         checks.width(student, cache)
+        looking = looking or inside.look(student, losses, config, cache)
         session = Session(path, student, losses, rule, cache, config, group)
+        session.step.inside = looking
         stack.callback(session.close)
         session.run()
     return Run(path)
@@ -114,7 +118,6 @@ class Session:
         self._freeze()
         self.losses, self.balance = losses.to(group.device), rule.to(group.device)
         split = cache.split(config.train_split)
-        self.inside = inside.look(student, self.losses, config, cache, split)
         self.optimizer = optim.build((student, self.losses), self.balance, config)
         self.stream = stream.Stream(cache, split, student, config, group)
         val = cache.split(config.val_split)
@@ -123,7 +126,6 @@ class Session:
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
         self._load()
         self.step = Step(student, self.losses, self.balance, self.optimizer, config, group)
-        self.step.inside = self.inside
         self.events = folder.Events(path, self.position["total"]) if group.leads else None
 
     def run(self) -> None:
