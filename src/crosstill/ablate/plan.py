@@ -104,23 +104,10 @@ def make(
     _check_cache(cache, changes)
     configs = [_settings(setting, changes) for setting in what.rows]
     _check_used(table, configs, changes)
-    rows = []
-    chosen_students = _students(table, what, chosen)
-    for setting, config, student in zip(what.rows, configs, chosen_students, strict=True):
-        _check_row(setting.name, config, cache)
-        described = students.load_config(student).model_dump(mode="json")
-        _check_width(student, described["dim"], cache)
-        identity = [described, cache.digest]
-        name = described["name"] if table == "towers" and chosen else setting.name
-        rows.append(
-            {
-                "name": name,
-                "paper": setting.paper,
-                "student": student,
-                "settings": config.model_dump(mode="json"),
-                "runs": [_key(config.changed([f"seed={seed}"]), identity) for seed in seeds],
-            }
-        )
+    filled = zip(what.rows, configs, _students(table, what, chosen), strict=True)
+    rows = [_row(*one, cache, seeds) for one in filled]
+    if table == "towers" and chosen:
+        rows = [{**row, "name": students.load_config(row["student"]).name} for row in rows]
     reference = rows[[row.name for row in what.rows].index(what.reference)]["name"]
     record = {
         "format": FORMAT,
@@ -137,6 +124,23 @@ def make(
         "command": command,
     }
     return Plan(json.loads(json.dumps(record)))
+
+
+def _row(
+    setting: Setting, config: TrainConfig, student: str, cache: Cache, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """A row of the record, after what it would refuse has been tried."""
+    _check_row(setting.name, config, cache)
+    described = students.load_config(student).model_dump(mode="json")
+    _check_width(student, described["dim"], cache)
+    identity = [described, cache.digest]
+    return {
+        "name": setting.name,
+        "paper": setting.paper,
+        "student": student,
+        "settings": config.model_dump(mode="json"),
+        "runs": [_key(config.changed([f"seed={seed}"]), identity) for seed in seeds],
+    }
 
 
 def _settings(setting: Setting, changes: Sequence[str]) -> TrainConfig:
