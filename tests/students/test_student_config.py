@@ -28,7 +28,14 @@ def _refused(path: Path, text: str) -> str:
 
 
 def test_the_presets_parse_and_say_what_they_are() -> None:
-    assert set(PRESETS) == {"paper", "mobile", "tiny", "tiny-teacher"}
+    assert set(PRESETS) == {
+        "paper",
+        "cnn-bert",
+        "deit-albert",
+        "mobile",
+        "tiny",
+        "tiny-teacher",
+    }
     paper, mobile = load_config("paper"), load_config("mobile")
     assert (paper.image.pooling, paper.text.pooling, paper.bias) == ("cls", "pooler", True)
     assert (mobile.image.pooling, mobile.text.pooling, mobile.bias) == ("pooler", "mean", False)

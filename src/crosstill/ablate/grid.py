@@ -113,7 +113,10 @@ def _results(
             pending = {pool.submit(_work, job): job for job in todo}
         try:
             for future in as_completed(pending):
-                yield pending[future], future.result()
+                outcome = future.result()
+                if outcome is None:
+                    raise KeyboardInterrupt
+                yield pending[future], outcome
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -185,15 +188,16 @@ def _start(places: Any, stop: Any, cache: Path, out: Path) -> None:
     _here.update(cache=Cache(cache), out=out, stop=stop)
 
 
-def _work(job: Job) -> float | Exception:
+def _work(job: Job) -> float | Exception | None:
+    """One run; None if someone asked it to stop."""
     stop = _here["stop"]
     if stop.is_set():
-        return RunError("stopped")
+        return None
     try:
         return _tried(job, _here["cache"], _here["out"])
     except (KeyboardInterrupt, SystemExit):
         stop.set()  # or this worker would take the next run
-        return RunError("stopped")
+        return None
 
 
 def _die_with_parent() -> None:
