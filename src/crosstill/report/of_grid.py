@@ -9,7 +9,7 @@ from crosstill import __version__
 from crosstill.ablate.results import Row, Table, latex, legend, markdown
 from crosstill.errors import InputError
 from crosstill.report import curves, events, page
-from crosstill.report.events import Events
+from crosstill.report.events import Curve, Events
 from crosstill.report.page import Block, Command, Pictures, Section, Sheet, Text
 
 FEW = 8  # rows up to which the losses and weights of each are shown
@@ -47,16 +47,23 @@ def _section(table: Table) -> Section:
         Sheet(heads, body),
         Text(legend(table)),
         Pictures([curves.bars(bars, teacher)], f"RSUM on {table.split!r}. {beyond}"),
-        Pictures(
-            curves.of_rows(rsum, teacher),
-            "RSUM on the validation split after every epoch: the row's mean over seeds with dots, "
-            "its seeds thin, the other rows' means grey.",
-        ),
+        *_epochs(rsum, teacher),
         *(_inside(logs, table.seeds[0]) if len(table.rows) <= FEW else ()),
         Command(table.command),
         page.settings(table.settings),
     ]
     return Section(table.title, blocks)
+
+
+def _epochs(rsum: dict[str, list[Curve]], teacher: float | None) -> list[Block]:
+    """RSUM epoch by epoch, if there is more than one."""
+    if not any(len(curve.at) > 1 for seeds in rsum.values() for curve in seeds):
+        return []
+    said = (
+        "RSUM on the validation split after every epoch: the row's mean over seeds with dots, "
+        "its seeds thin, the other rows' means grey."
+    )
+    return [Pictures(curves.of_rows(rsum, teacher), said)]
 
 
 def _log(row: Row, run: Path) -> Events:
