@@ -30,12 +30,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crosstill import balance, cache, data, evaluate, objectives, recipes, students, teachers
+    from crosstill import (
+        ablate,
+        balance,
+        cache,
+        data,
+        evaluate,
+        objectives,
+        recipes,
+        report,
+        students,
+        teachers,
+    )
     from crosstill.recipes import distill
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ablate",
     "balance",
     "cache",
     "data",
@@ -43,6 +55,7 @@ __all__ = [
     "evaluate",
     "objectives",
     "recipes",
+    "report",
     "students",
     "teachers",
 ]
