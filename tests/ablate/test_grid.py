@@ -174,8 +174,10 @@ def test_a_runs_folder_is_no_place_for_a_grid(done, many, toml):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_grid_killed_at_any_moment_fills_the_same_table(done, many, toml, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "rounds"), [(1, 20), (2, 6)])
+def test_a_grid_killed_at_any_moment_fills_the_same_table(
+    done, many, toml, tmp_path, workers, rounds
+):
     script = tmp_path / "fill.py"
     script.write_text(SCRIPT)
     random = np.random.default_rng(workers)
@@ -184,10 +186,10 @@ def test_a_grid_killed_at_any_moment_fills_the_same_table(done, many, toml, tmp_
     killed(many, toml, tmp_path / "whole", 600, workers, script)
     whole = time.perf_counter() - began
     start = 0.4 * whole if workers == 1 else 0.6 * whole  # imports, at least
-    for _ in range(20):
+    for _ in range(rounds):
         kills += killed(many, toml, out, start + random.uniform(0, 0.3 * whole), workers, script)
     killed(many, toml, out, 600, workers, script)
-    assert kills >= 3
+    assert kills >= 2
     assert (out / "table10.md").read_text() == ablate.markdown(done[0])
     assert plan.load(out / "table10.json")
 
