@@ -1,7 +1,6 @@
 """Grids that really run: shared runs, several workers, failures, and kills."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 from crosstill import ablate
 from crosstill.ablate import grid, plan
-from crosstill.errors import ConfigError, InputError, LockedError, NonFiniteError, RunError
+from crosstill.errors import InputError, LockedError, NonFiniteError, RunError
 from crosstill.files import locked
 from support import FAST
 
@@ -134,62 +133,40 @@ if __name__ == "__main__":
 """
 
 
-def killed(many, toml, out, after: float, workers: int, script) -> bool:
-    """Start the grid, kill it after so many seconds; whether it was still running."""
+def started(many, toml, out, workers, script) -> subprocess.Popen:
     command = [sys.executable, str(script), str(many.folder), toml, str(out), str(workers), *FAST]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ}) as process:
-        try:
-            _, errors = process.communicate(timeout=after)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return True
-        assert process.returncode == 0, errors.decode()[-2000:]
-        return False
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
 
 
-def test_ctrl_c_stops_all_workers_and_the_grid_goes_on(many, toml, tmp_path):
-    arguments = ["table6", many.folder, "--student", toml, "--out", tmp_path, "--seeds", "2"]
-    changes = [part for change in FAST for part in ("--set", change)]
-    longer = ["--workers", "2", *changes, "--set", "epochs=400"]
-    command = [sys.executable, "-m", "crosstill", "ablate", *map(str, arguments), *longer]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
-        for _ in range(2400):
-            if len(list(tmp_path.glob("runs/*/events.jsonl"))) == 2:
-                break
-            time.sleep(0.1)
-        time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=240)
-    said = errors.decode()
-    assert process.returncode == 130, said[-2000:]
-    assert "Traceback" not in said and said.rstrip().endswith("interrupted")
-    assert len(list(tmp_path.glob("runs/*"))) == 2
-    assert all(list(run.glob("checkpoints/*")) for run in tmp_path.glob("runs/*"))
-
-
-def test_a_runs_folder_is_no_place_for_a_grid(done, many, toml):
-    with pytest.raises(ConfigError, match="holds a run; give a grid an --out of its own"):
-        fill(many, toml, done[0].rows[0].runs[0])
+def killed(process: subprocess.Popen, out, delay: float) -> bool:
+    """Kill the grid so long after it wrote its first file of a run; whether it still ran."""
+    began = time.time()
+    while process.poll() is None:
+        if any(path.stat().st_mtime > began for path in out.glob("runs/*/*.json*")):
+            time.sleep(delay)
+            break
+        time.sleep(0.02)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return alive
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "rounds"), [(1, 20), (2, 6)])
-def test_a_grid_killed_at_any_moment_fills_the_same_table(
-    done, many, toml, tmp_path, workers, rounds
-):
-    script = tmp_path / "fill.py"
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_grid_killed_at_any_moment_fills_the_same_table(done, many, toml, tmp_path, workers):
+    script, out = tmp_path / "fill.py", tmp_path / "grid"
     script.write_text(SCRIPT)
-    random = np.random.default_rng(workers)
-    out, kills = tmp_path / "grid", 0
-    began = time.perf_counter()
-    killed(many, toml, tmp_path / "whole", 600, workers, script)
-    whole = time.perf_counter() - began
-    start = 0.4 * whole if workers == 1 else 0.6 * whole  # imports, at least
-    for _ in range(rounds):
-        kills += killed(many, toml, out, start + random.uniform(0, 0.3 * whole), workers, script)
-    killed(many, toml, out, 600, workers, script)
-    assert kills >= 2
+    random, kills = np.random.default_rng(workers), 0
+    # a run takes half a second, so these fall into training, saving, judging and between runs
+    while kills < 12 and killed(
+        started(many, toml, out, workers, script), out, random.uniform(0, 0.6)
+    ):
+        kills += 1
+    last = started(many, toml, out, workers, script)
+    _, errors = last.communicate(timeout=600)
+    assert last.returncode == 0, errors.decode()[-2000:]
+    assert kills >= 3
     assert (out / "table10.md").read_text() == ablate.markdown(done[0])
     assert plan.load(out / "table10.json")
 

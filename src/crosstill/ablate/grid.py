@@ -107,7 +107,7 @@ def _results(
     for place in devices(workers, torch.cuda.device_count()):
         places.put(place)
     stop = context.Event()
-    arguments = (places, stop, cache.folder, out)
+    arguments = (places, stop, os.getpid(), cache.folder, out)
     with ProcessPoolExecutor(workers, context, _start, arguments) as pool:
         with _uninterrupted():
             pending = {pool.submit(_work, job): job for job in todo}
@@ -178,12 +178,12 @@ def _uninterrupted() -> Iterator[None]:
 _here: dict[str, Any] = {}
 
 
-def _start(places: Any, stop: Any, cache: Path, out: Path) -> None:
+def _start(places: Any, stop: Any, parent: int, cache: Path, out: Path) -> None:
     """Take a GPU and open the cache once for all runs of this worker."""
     place = places.get()
     if place:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
-    _die_with_parent()
+    _die_with(parent)
     progress.hide()
     _here.update(cache=Cache(cache), out=out, stop=stop)
 
@@ -200,8 +200,10 @@ def _work(job: Job) -> float | Exception | None:
         return None
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """On Linux: end when the grid is killed, or this run's lock would outlive it."""
     library = ctypes.CDLL(None)
     if hasattr(library, "prctl"):
         library.prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed while this process was still importing
+        os._exit(1)
