@@ -108,7 +108,7 @@ def writable_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f"{TEMPORARY}{os.getpid()}-probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another thread may have had the same name
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({error.strerror})") from None
     return path
