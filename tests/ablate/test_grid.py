@@ -1,6 +1,7 @@
 """Grids that really run: shared runs, several workers, failures, and kills."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,15 @@ import pytest
 
 from crosstill import ablate
 from crosstill.ablate import grid, plan
-from crosstill.errors import InputError, LockedError, NonFiniteError, RunError
+from crosstill.errors import (
+    CorruptError,
+    InputError,
+    LockedError,
+    NonFiniteError,
+    RunError,
+)
 from crosstill.files import locked
-from support import FAST
+from support import FAST, flip
 
 
 def fill(many, toml, out, table="table10", seeds=(0, 1), **options) -> ablate.Table:
@@ -109,6 +116,28 @@ def test_checkpoints_go_when_a_run_is_done(done):
     runs = [run for row in done[0].rows for run in row.runs]
     assert len(runs) == 8
     assert all((run / "best").is_dir() and not (run / "checkpoints").exists() for run in runs)
+
+
+@pytest.mark.parametrize("left", ["checkpoints gone", "checkpoints there"])
+def test_a_run_that_was_killed_while_it_was_put_away_is_put_away(
+    done, many, toml, tmp_path, left, monkeypatch
+):
+    shutil.copytree(done[1], tmp_path / "grid")
+    run = tmp_path / "grid/runs" / done[0].rows[0].runs[0].name
+    (run / "done.json").unlink()
+    if left == "checkpoints there":
+        (run / "checkpoints").mkdir()
+    monkeypatch.setattr(grid, "train", None)  # it has been trained
+    assert ablate.markdown(fill(many, toml, tmp_path / "grid")) == ablate.markdown(done[0])
+    assert (run / "done.json").is_file() and not (run / "checkpoints").exists()
+
+
+def test_damaged_answers_are_named(done, tmp_path):
+    shutil.copytree(done[1], tmp_path / "grid")
+    path = tmp_path / "grid/runs" / done[0].rows[0].runs[0].name / "answers.npz"
+    path.write_bytes(flip(path.read_bytes(), np.random.default_rng(0)))
+    with pytest.raises(CorruptError, match=r"answers.npz: its checksum is wrong"):
+        ablate.read(tmp_path / "grid")
 
 
 def test_one_grid_at_a_time(many, toml, tmp_path):

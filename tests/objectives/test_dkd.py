@@ -2,12 +2,12 @@ from math import exp, log
 
 import pytest
 import torch
+from placed import IDS, IMAGE_S, IMAGE_T, TEXT_S, TEXT_T, features
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
 from crosstill.objectives.dkd import decoupled
 from crosstill.objectives.parts.rows import divergence
-from crosstill.types import Features
 
 
 def close(value: torch.Tensor, expected: object) -> None:
@@ -97,17 +97,6 @@ def test_a_negative_far_below_the_target_is_not_lost():
     target, rest = parts(student, teacher)
     close(target, [0.0])
     close(rest, [0.75 * log(1.5) + 0.25 * log(0.5)])
-
-
-IDS = [4, 7, 4, 9]
-IMAGE_S = [[0.6, 0.8], [1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]
-TEXT_S = [[0.8, 0.6], [0.28, 0.96], [-0.6, 0.8], [0.0, 1.0]]
-IMAGE_T = [[0.8, -0.6], [0.0, 1.0], [0.8, -0.6], [-0.28, 0.96]]
-TEXT_T = [[1.0, 0.0], [0.6, 0.8], [0.96, -0.28], [-0.8, 0.6]]
-
-
-def features(image: list[list[float]], text: list[list[float]]) -> Features:
-    return Features(*(torch.tensor(x, dtype=torch.float64) for x in (image, text)))
 
 
 def weights(image: list[list[float]], text: list[list[float]], i: int, way: int, scale: float):

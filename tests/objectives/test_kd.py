@@ -2,11 +2,11 @@ from math import exp, log
 
 import pytest
 import torch
+from placed import IDS, IMAGE_S, IMAGE_T, TEXT_S, TEXT_T, features
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
 from crosstill.objectives.kd import softened
-from crosstill.types import Features
 
 TEACHER = torch.tensor([[log(3), 0.0]], dtype=torch.float64)
 NONE = torch.zeros(1, 2, dtype=torch.bool)
@@ -59,17 +59,6 @@ def test_huge_logits_stay_exact_with_finite_gradients():
     close(value, [0.01**2 * 2e6 / 0.01])
     # T (q - p): (-T, T)
     torch.testing.assert_close(student.grad, torch.tensor([[-0.01, 0.01]], dtype=torch.float64))
-
-
-IDS = [4, 7, 4, 9]
-IMAGE_S = [[0.6, 0.8], [1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]
-TEXT_S = [[0.8, 0.6], [0.28, 0.96], [-0.6, 0.8], [0.0, 1.0]]
-IMAGE_T = [[0.8, -0.6], [0.0, 1.0], [0.8, -0.6], [-0.28, 0.96]]
-TEXT_T = [[1.0, 0.0], [0.6, 0.8], [0.96, -0.28], [-0.8, 0.6]]
-
-
-def features(image: list[list[float]], text: list[list[float]]) -> Features:
-    return Features(*(torch.tensor(x, dtype=torch.float64) for x in (image, text)))
 
 
 def softmax(scores: list[float]) -> list[float]:

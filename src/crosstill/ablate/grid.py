@@ -88,7 +88,12 @@ def finished(out: Path, key: str) -> bool:
 
 
 def answers(path: Path) -> Answers:
-    """How each validation query of a finished run fared."""
+    """How each validation query of a finished run fared.
+
+    Raises:
+        CorruptError: the file was damaged.
+    """
+    files.check_digest(path / ANSWERS, files.read_json(path / DONE)["answers"])
     with np.load(path / ANSWERS, allow_pickle=False) as found:
         return Answers(*(torch.from_numpy(found[name]) for name in ("image", "text", "owner")))
 
@@ -144,8 +149,11 @@ def _one(job: Job, cache: Cache, path: Path) -> float:
     found = _answers(Run(path), job, cache)
     files.write_atomic(path / ANSWERS, lambda new: _save(new, found))
     # a finished run will not be resumed, and its optimizer is twice as large as its student
-    shutil.rmtree(path / "checkpoints")
-    files.write_json(path / DONE, {"minutes": (time.perf_counter() - began) / 60})
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)  # a kill may have left a part
+    minutes = (time.perf_counter() - began) / 60
+    files.write_json(
+        path / DONE, {"minutes": minutes, "answers": files.digest_file(path / ANSWERS)}
+    )
     return found.rsum
 
 

@@ -117,10 +117,7 @@ def retrieval(image: Tensor, text: Tensor, owner: Tensor) -> Retrieval:
     Raises:
         DataError: shapes do not fit, a feature is not finite, or an image has no caption.
     """
-    image, text = image.detach().float(), text.detach().float()
-    owner = owner.to(image.device)
-    _check_features(image, text)
-    _check_owner(owner, len(image), len(text))
+    image, text, owner = _checked(image, text, owner)
     if len(image) * len(text) * 4 <= KEPT:
         return _retrieval((image @ text.T).__getitem__, owner, len(image))
     return _retrieval(lambda rows: image[rows] @ text.T, owner, len(image))
@@ -134,10 +131,7 @@ def chances(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         (I, 3) of the images, (T, 3) of the captions; float64.
     """
-    image, text = image.detach().float(), text.detach().float()
-    owner = owner.to(image.device)
-    _check_features(image, text)
-    _check_owner(owner, len(image), len(text))
+    image, text, owner = _checked(image, text, owner)
     sides = _rivals(lambda rows: image[rows] @ text.T, owner, len(image))
     of_image, of_text = (
         torch.stack([_chance(side, depth) for depth in DEPTHS], dim=1) for side in sides
@@ -260,6 +254,15 @@ def _chance(rivals: Rivals, depth: int) -> Tensor:
         hit = found + (1 - found) * rivals.true / (left + rivals.true)
         found = torch.where(rivals.better + taken < depth, hit, found)
     return found
+
+
+def _checked(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features in float32 and owners beside them, after what is wrong has been refused."""
+    image, text = image.detach().float(), text.detach().float()
+    owner = owner.to(image.device)
+    _check_features(image, text)
+    _check_owner(owner, len(image), len(text))
+    return image, text, owner
 
 
 def _check_features(image: Tensor, text: Tensor) -> None:
