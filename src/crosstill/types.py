@@ -25,6 +25,22 @@ class Features(NamedTuple):
     text: Tensor  # (B, D)
 
 
+class States(NamedTuple):
+    """What a fusion model computes of one side alone, and uses again in every pair.
+
+    Tokens lie along L, whatever a family keeps for each; the real ones come first.
+    """
+
+    hidden: Tensor  # (B, L, ...)
+    mask: Tensor  # (B, L) int64, 0 where padded
+
+    def take(self, rows: Tensor) -> States:
+        """The asked rows, cut to the longest of them."""
+        mask = self.mask[rows]
+        longest = int(mask.sum(1).max()) if len(mask) else 0
+        return States(self.hidden[rows, :longest], mask[:, :longest])
+
+
 class CandidateScores(NamedTuple):
     """A model's score of N candidate partners for each of B queries; column 0 is the true one."""
 

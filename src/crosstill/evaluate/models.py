@@ -7,8 +7,7 @@ from pathlib import Path
 from crosstill import students, teachers
 from crosstill.cache.store import HEADER
 from crosstill.errors import ModelError
-from crosstill.students.storage import RECORD
-from crosstill.students.student import Student
+from crosstill.students.student import RECORD, Student
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.features import FeaturesTeacher
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +16,24 @@ from transformers import PreTrainedTokenizerFast
 from crosstill import files
 from crosstill.errors import CorruptError
 from crosstill.images import Preprocess, normalise
-from crosstill.students import storage, towers
+from crosstill.students import towers
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, parse
-from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, encodable, unit
+from crosstill.students.vocabulary import plain
+from crosstill.teachers import storage
+from crosstill.teachers.base import (
+    TEXTS,
+    embed_by_length,
+    embed_pixels,
+    encodable,
+    tensors_digest,
+    unit,
+)
+from crosstill.teachers.towers import assemble, describe, restore
 from crosstill.types import Features
 
 # Some Hugging Face towers carry TensorFlow's 0.9997, which in torch forgets all but the last batch.
 _MOMENTUM = 0.1
+RECORD = "student.json"
 CHUNK = 16  # captions of similar length that share a pass on a CPU
 
 
@@ -190,7 +200,7 @@ class Student(nn.Module):
         """See `Teacher`; computed anew each time, since training changes the weights."""
         parts = (self.image_tower.config, self.text_tower.config)
         return {
-            "weights": _digest(self.state_dict()),
+            "weights": tensors_digest(self.state_dict()),
             "preprocess": self.preprocess.digest(),
             "tokenizer": files.digest_json(self.tokenizer.backend_tokenizer.to_str()),
             "activation": "/".join(str(getattr(part, "hidden_act", "none")) for part in parts),
@@ -201,7 +211,7 @@ class Student(nn.Module):
         """SHA-256 of all that decides what `pool_image` or `pool_text` gives."""
         config = getattr(self.config, side)
         reads = self.preprocess.digest() if side == "image" else self.identity()["tokenizer"]
-        weights = _digest(getattr(self, f"{side}_tower").state_dict())
+        weights = tensors_digest(getattr(self, f"{side}_tower").state_dict())
         return files.digest_json([weights, config.pooling, reads])
 
     def save(self, folder: Path) -> None:
@@ -215,7 +225,7 @@ class Student(nn.Module):
             "preprocess": self.preprocess.to_json(),
             "licences": self.licences,
         }
-        storage.write(folder, record, self.state_dict(), self.tokenizer)
+        storage.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Student:
@@ -225,18 +235,18 @@ class Student(nn.Module):
             ModelError: the folder holds no student.
             CorruptError: one of its files was damaged; it is named.
         """
-        record, weights, tokenizer = storage.read(folder)
-        config = parse(record["config"], str(folder / storage.RECORD))
+        record, weights, tokenizer = storage.read(folder, RECORD)
+        config = parse(record["config"], str(folder / RECORD))
         preprocess, licences = Preprocess.from_json(record["preprocess"]), record["licences"]
         image, text = (
-            towers.assemble(towers.restore(part.config or {}), part.pooling)
+            assemble(restore(part.config or {}), part.pooling)
             for part in (config.image, config.text)
         )
         with torch.random.fork_rng():
             student = cls(
                 config,
                 towers.ImagePart(image, preprocess, licences["image"]),
-                towers.TextPart(text, tokenizer, licences["text"]),
+                towers.TextPart(text, plain(tokenizer), licences["text"]),
             )
         try:
             student.load_state_dict(weights)
@@ -263,7 +273,7 @@ class Student(nn.Module):
     def _inlined(self) -> StudentConfig:
         """The configuration with the towers' own in place of where they came from."""
         image, text = self.config.image, self.config.text
-        described = [towers.describe(t.config) for t in (self.image_tower, self.text_tower)]
+        described = [describe(t.config) for t in (self.image_tower, self.text_tower)]
         return self.config.model_copy(
             update={
                 "image": ImageTowerConfig(config=described[0], pooling=image.pooling),
@@ -300,13 +310,3 @@ class Student(nn.Module):
 
 def _count(part: nn.Module) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and values."""
-    total = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        value = value.detach().cpu().contiguous()
-        total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        total.update(value.flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from crosstill.errors import ConfigError, ModelError
 from crosstill.images import Preprocess
 from crosstill.students import vocabulary
 from crosstill.students.config import ImageTowerConfig, TextTowerConfig, TowerConfig
 from crosstill.teachers import hugging_face
+from crosstill.teachers.towers import assemble, describe, restore
 
 _HALVES = {"image": "vision", "text": "text"}  # what transformers calls them in a dual encoder
 _TOKEN_IDS = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
@@ -74,19 +73,6 @@ def text_part(config: TextTowerConfig, captions: Sequence[str]) -> TextPart:
     return TextPart(tower, tokenizer, hugging_face.read_licence(folder))
 
 
-def assemble(config: Any, pooling: str) -> Any:
-    """A tower as its configuration describes it, randomly started, without what is not used."""
-    try:
-        with hugging_face.quiet():
-            tower = AutoModel.from_config(config, dtype=torch.float32)
-    except Exception as error:  # KeyError, ValueError, TypeError, ... by model
-        raise ConfigError(f"no tower can be built of this config ({error})") from None
-    pooler = getattr(tower, "pooler", None)
-    if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
-        tower.pooler = None
-    return tower.to(memory_format=torch.channels_last)
-
-
 def pool(output: Any, pooling: str, mask: Tensor | None = None) -> Tensor:
     """Hidden states (B, L, W), or (B, W, H, W') of a CNN, → (B, W).
 
@@ -114,22 +100,6 @@ def pool(output: Any, pooling: str, mask: Tensor | None = None) -> Tensor:
 def token_embeddings(tower: Any) -> nn.Embedding:
     """The table of a text tower that has a row for each token."""
     return tower.get_input_embeddings()
-
-
-def describe(config: Any) -> dict[str, Any]:
-    """A tower's configuration as plain JSON, from which `restore` builds an equal one."""
-    record = json.loads(config.to_json_string(use_diff=False))
-    return {k: v for k, v in record.items() if k not in ("_name_or_path", "transformers_version")}
-
-
-def restore(record: dict[str, Any]) -> Any:
-    """The configuration that `describe` recorded, or that a TOML file holds."""
-    try:
-        with hugging_face.quiet():
-            return AutoConfig.for_model(**record)
-    except Exception as error:  # unknown model types and values, by model
-        line = " ".join(str(error).split())[:160]
-        raise ConfigError(f"config of model_type {record['model_type']!r}: {line}") from None
 
 
 def _started(config: TowerConfig) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -109,3 +110,13 @@ def embed_by_length(
 def encodable(text: str) -> str:
     """The text with lone surrogates replaced: tokenizers take UTF-8 only."""
     return text.encode("utf-8", "replace").decode()
+
+
+def tensors_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and values."""
+    total = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        value = value.detach().cpu().contiguous()
+        total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        total.update(value.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,7 +1,7 @@
-"""A student's folder: what is in it, and that nothing in it was damaged.
+"""The folder of a model that is ours: what is in it, and that nothing in it was damaged.
 
-student.json             format, configuration, preprocess, licences; seals itself and
-                         holds the SHA-256 of every other file
+student.json             format, configuration, preprocess, licences; seals itself and holds the
+  or matcher.json        SHA-256 of every other file
 model.safetensors        the weights
 tokenizer.json           the tokenizer, as transformers saves it
 tokenizer_config.json
@@ -21,20 +21,20 @@ from transformers import PreTrainedTokenizerFast
 
 from crosstill import files
 from crosstill.errors import CorruptError, ModelError
-from crosstill.students import vocabulary
 from crosstill.teachers.hugging_face import quiet
 
-RECORD, WEIGHTS = "student.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 _FORMAT = 1
 
 
 def write(
     folder: Path,
+    name: str,
     record: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Write a student; the record comes last, so that a folder with one is complete.
+    """Write a model; its record, `name`, comes last: a folder with one is complete.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -45,28 +45,30 @@ def write(
     names = [WEIGHTS, *_write_tokenizer(folder, tokenizer)]
     digests = {name: files.digest_file(folder / name) for name in names}
     sealed = files.sealed({**record, "format": _FORMAT, "files": digests})
-    files.write_json(folder / RECORD, sealed)
+    files.write_json(folder / name, sealed)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], PreTrainedTokenizerFast]:
-    """Record, weights and tokenizer of a folder.
+def read(
+    folder: Path, name: str
+) -> tuple[dict[str, Any], dict[str, Tensor], PreTrainedTokenizerFast]:
+    """Record, weights and tokenizer of a folder whose record is `name`.
 
     Raises:
-        ModelError: it holds no student.
+        ModelError: it holds no such model.
         CorruptError: one of its files was damaged; it is named.
     """
-    if not (folder / RECORD).is_file():
-        raise ModelError(f"{folder}: no {RECORD}; give a folder in which a student was saved")
-    record = files.read_sealed(folder / RECORD, {_FORMAT})
-    for name, digest in record["files"].items():
-        files.check_digest(folder / name, digest)
+    if not (folder / name).is_file():
+        raise ModelError(f"{folder}: no {name}; give a folder in which such a model was saved")
+    record = files.read_sealed(folder / name, {_FORMAT})
+    for file, digest in record["files"].items():
+        files.check_digest(folder / file, digest)
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CorruptError(f"{folder / WEIGHTS}: not readable ({error}); rebuild it") from None
     with quiet():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return record, weights, vocabulary.plain(tokenizer)
+    return record, weights, tokenizer
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:

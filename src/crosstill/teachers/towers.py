@@ -1,0 +1,41 @@
+"""Hugging Face towers from their configuration alone, and back to it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from crosstill.errors import ConfigError
+from crosstill.teachers import hugging_face
+
+
+def assemble(config: Any, pooling: str) -> Any:
+    """A tower as its configuration describes it, randomly started, without what is not used."""
+    try:
+        with hugging_face.quiet():
+            tower = AutoModel.from_config(config, dtype=torch.float32)
+    except Exception as error:  # KeyError, ValueError, TypeError, ... by model
+        raise ConfigError(f"no tower can be built of this config ({error})") from None
+    pooler = getattr(tower, "pooler", None)
+    if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
+        tower.pooler = None
+    return tower.to(memory_format=torch.channels_last)
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """A tower's configuration as plain JSON, from which `restore` builds an equal one."""
+    record = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in record.items() if k not in ("_name_or_path", "transformers_version")}
+
+
+def restore(record: dict[str, Any]) -> Any:
+    """The configuration that `describe` recorded, or that a TOML file holds."""
+    try:
+        with hugging_face.quiet():
+            return AutoConfig.for_model(**record)
+    except Exception as error:  # unknown model types and values, by model
+        line = " ".join(str(error).split())[:160]
+        raise ConfigError(f"config of model_type {record['model_type']!r}: {line}") from None
