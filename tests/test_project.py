@@ -52,7 +52,9 @@ def test_nothing_is_pickled():
                 names = [a.name for a in node.names] + [getattr(node, "module", None)]
                 assert not {"pickle", "cPickle", "dill", "joblib"} & set(names), path
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) != ("torch", "load"), path
+                loads = (node.value.id, node.attr) == ("torch", "load")
+                # the one place where a user may ask for a pickled checkpoint, read restricted
+                assert not loads or path == ROOT / "src/crosstill/teachers/checkpoints.py", path
 
 
 def test_functions_and_files_stay_short():

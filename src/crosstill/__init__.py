@@ -4,6 +4,7 @@
     files       atomic writes, checksums, locks
     progress    bars on stderr
     types       the nouns and the dimension key
+    preprocess  how a model wants its images
     images      bytes → upright RGB → resized pixels, one path for the whole project
     data        sources → examples
     teachers    frozen big models

@@ -22,9 +22,9 @@ import random
 import re
 import struct
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -34,66 +34,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from crosstill import files
-from crosstill.errors import ConfigError, ImageError, unknown
+from crosstill.errors import ImageError
+from crosstill.preprocess import Preprocess
 
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535  # what JPEG can hold; a strip of 1 x 10 million is an attack, not a picture
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's names; never EPS
-_RULES = 1  # raise it when the same bytes give other pixels: it is part of every digest
 
 # EXIF orientation → which of the axes H=0, W=1 to flip; from 5 on, after swapping the two
 _FLIPS = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How a model wants its images.
-
-    Attributes:
-        size: height and width, in pixels, of what the model takes.
-        resize: "squash" goes straight to `size`; "crop" brings the shorter side to `shorter`
-            and cuts `size` from the centre, as CLIP does.
-        shorter: pixels, for "crop" only; None means the longer one of `size`.
-        interpolation: the antialiased filter.
-        mean, std: per channel, of pixels in 0..1.
-
-    Raises:
-        ConfigError: a value that cannot work.
-    """
-
-    size: tuple[int, int] = (224, 224)
-    resize: Literal["squash", "crop"] = "squash"
-    shorter: int | None = None
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-    def __post_init__(self) -> None:
-        fits = {
-            "size": len(self.size) == 2 and min(self.size) > 0,
-            "resize": self.resize in ("squash", "crop"),
-            "shorter": self.shorter is None or self.shorter >= max(self.size),
-            "interpolation": self.interpolation in ("bicubic", "bilinear"),
-            "mean": len(self.mean) == 3,
-            "std": len(self.std) == 3 and min(self.std) > 0,
-        }
-        for name in (name for name, fit in fits.items() if not fit):
-            raise ConfigError(f"preprocess {name}: {getattr(self, name)!r} is not possible")
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_json`; keys that are absent take their defaults."""
-        for key in value.keys() - cls.__dataclass_fields__.keys():
-            raise unknown("preprocess key", key, cls.__dataclass_fields__)
-        plain: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in value.items()}
-        return cls(**plain)
-
-    def digest(self) -> str:
-        """SHA-256 of all that decides the pixels, the rules of this file included."""
-        return files.digest_json({"rules": _RULES, **self.to_json()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +89,12 @@ def load(data: bytes, path: str, preprocess: Preprocess, view: View | None = Non
         ImageError: see `decode`; also for an image too long for its resized form.
     """
     pixels = _decode(data, path)
-    if view is None and preprocess.resize == "crop":
-        return _crop(pixels, path, preprocess)
-    pixels = pixels if view is None else _cut(pixels, view)
-    return _resize(pixels, preprocess.size, preprocess.interpolation)
+    if view is not None:
+        return _resize(_cut(pixels, view), preprocess.size, preprocess.interpolation)
+    height, width = preprocess.sides(*pixels.shape[:2])
+    _check_size(width, height, path)
+    resized = _resize(pixels, (height, width), preprocess.interpolation)
+    return _centre(resized, preprocess.size) if preprocess.resize == "crop" else resized
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
@@ -272,13 +223,11 @@ def _cut(pixels: Tensor, view: View) -> Tensor:
     return cut.flip(1) if view.flip else cut
 
 
-def _crop(pixels: Tensor, path: str, preprocess: Preprocess) -> Tensor:
-    shorter = preprocess.shorter or max(preprocess.size)
-    height, width = (shorter * side // min(pixels.shape[:2]) for side in pixels.shape[:2])
-    _check_size(width, height, path)
-    resized = _resize(pixels, (height, width), preprocess.interpolation)
-    top, left = (height - preprocess.size[0]) // 2, (width - preprocess.size[1]) // 2
-    return resized[:, top : top + preprocess.size[0], left : left + preprocess.size[1]]
+def _centre(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut (3, *size) from the centre of (3, H, W), with black around what is smaller."""
+    top, left = (-((have - want) // 2) for have, want in zip(pixels.shape[1:], size, strict=True))
+    bottom, right = size[0] - pixels.shape[1] - top, size[1] - pixels.shape[2] - left
+    return functional.pad(pixels, (left, right, top, bottom))  # a negative padding cuts
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

@@ -47,6 +47,20 @@ class CandidateScores(NamedTuple):
     scores: Tensor  # (B, N)
 
 
+class Lists(NamedTuple):
+    """What student and teacher say of the same candidate lists.
+
+    The lists are named by what asks: "image" for captions of B images, "text" for images of B
+    captions. Behind the true partner stand the negatives, from hard to easy.
+    """
+
+    student: dict[str, CandidateScores]  # cosines of a dual encoder, logits of a fusion model
+    teacher: dict[str, CandidateScores]  # logits; no entries where there is no teacher
+    valid: dict[str, Tensor]  # (B, N) bool; False fills up a list that is shorter than others
+    ids: Tensor  # (B,) int64, which image each of the B pairs shows
+    features: Features | None  # the student's rows of the B pairs; None from a fusion model
+
+
 class Hidden(NamedTuple):
     """Outputs of named intermediate layers, for losses that look inside a model."""
 

@@ -36,6 +36,29 @@ def test_cropping() -> None:
     assert read.interpolation == "bilinear"
 
 
+VILT = {**SQUASH, "size": {"shortest_edge": 384}, "do_pad": True, "size_divisor": 32}
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_fitting(pads: bool) -> None:
+    read = preprocess_from({**VILT, "do_pad": pads}, "x")
+    assert (read.resize, read.size) == ("fit", (384, 384))
+    assert (read.shorter, read.longer, read.multiple) == (384, 639, 32)
+
+
+@pytest.mark.parametrize("crop", [{"shortest_edge": 288}, {"height": 288, "width": 288}])
+def test_fitting_and_cropping(crop: dict) -> None:
+    record = {**VILT, "size": {"shortest_edge": 300}, "do_center_crop": True, "crop_size": crop}
+    read = preprocess_from(record, "x")
+    assert (read.resize, read.size) == ("crop", (288, 288))
+    assert (read.shorter, read.longer, read.multiple) == (300, 499, 32)
+
+
+def test_padding_that_changes_nothing() -> None:
+    padded = {**SQUASH, "do_pad": True, "size_divisor": 8}
+    assert preprocess_from(padded, "x") == preprocess_from(SQUASH, "x")
+
+
 @pytest.mark.parametrize("normalises", [True, False])
 def test_other_scales_fold_into_mean_and_std(normalises: bool) -> None:
     record = {
@@ -57,6 +80,8 @@ def test_other_scales_fold_into_mean_and_std(normalises: bool) -> None:
     ("change", "named"),
     [
         ({"do_pad": True}, "padding"),
+        ({"do_pad": True, "size_divisor": 32}, "padding"),
+        ({"do_pad": True, "size_divisor": 8, "pad_size": {"height": 40, "width": 40}}, "padding"),
         ({"max_num_patches": 256}, "NaFlex"),
         ({"resample": 1}, "resample=1"),
         ({"do_resize": False}, "any size"),

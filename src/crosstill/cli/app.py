@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from crosstill.cli import ablate, cache, common, demo, doctor, evaluate, report, train
+from crosstill.cli import ablate, cache, common, demo, doctor, evaluate, inspect, report, train
 from crosstill.errors import CrosstillError
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (cache, train, evaluate, ablate, report, demo, doctor):
+for module in (cache, train, evaluate, ablate, report, demo, doctor, inspect):
     app.command(module.__name__.rpartition(".")[2])(_guarded(module.command))
 
 

@@ -12,23 +12,27 @@ if TYPE_CHECKING:
 
     from crosstill.teachers.base import Teacher
     from crosstill.teachers.features import FeaturesTeacher
+    from crosstill.teachers.matcher import Matcher
 
 __all__ = ["load"]
 
 
-def load(source: str | Path, device: torch.device | None = None) -> Teacher | FeaturesTeacher:
+def load(
+    source: str | Path, device: torch.device | None = None
+) -> Teacher | FeaturesTeacher | Matcher:
     """Load a teacher.
 
     Args:
-        source: a folder of a Hugging Face dual encoder, its hub id, or a folder of
-            precomputed vectors (`filenames.txt` and a `.npy`), told apart by their contents.
+        source: a folder of a Hugging Face dual encoder or fusion model, its hub id, a fusion
+            model of ours, or a folder of precomputed vectors (`filenames.txt` and a `.npy`),
+            told apart by their contents.
         device: where to compute; None takes a GPU when there is one.
 
     Raises:
         ModelError: it cannot be found, or it is not one of these.
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
-    from crosstill.teachers import dual, features, hugging_face
+    from crosstill.teachers import dual, features, fusion, hugging_face
 
     folder = hugging_face.locate(source)
     name = hugging_face.display_name(source)
@@ -38,4 +42,6 @@ def load(source: str | Path, device: torch.device | None = None) -> Teacher | Fe
         raise ModelError(
             f"{folder}: a crosstill student; open it with crosstill.evaluate.open_model"
         )
-    return dual.DualEncoder(folder, name, device)
+    if fusion.find(folder):
+        return fusion.load(folder, name, device)
+    return fusion.load_dual(folder, name, device) or dual.DualEncoder(folder, name, device)

@@ -105,13 +105,16 @@ def read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def read_model(folder: Path, config: Any, may_lack: tuple[str, ...] = ()) -> Any:
+def read_model(
+    folder: Path, config: Any, may_lack: tuple[str, ...] = (), kind: Any = AutoModel
+) -> Any:
     """The folder's model in float32, in eval mode.
 
     Args:
         folder: where `config.json` and the safetensors lie.
         config: the configuration to build, which may ask for less than the folder holds.
         may_lack: first words of parameters that the caller will not use.
+        kind: the class of transformers to read it with.
 
     Raises:
         ModelError: no safetensors, damaged ones, or parameters that they lack.
@@ -122,7 +125,7 @@ def read_model(folder: Path, config: Any, may_lack: tuple[str, ...] = ()) -> Any
             "or name a hub revision that has them (ID@REVISION)"
         )
     with _reading(folder, "model"):
-        model, report = AutoModel.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,

@@ -181,14 +181,24 @@ class Matcher(nn.Module, ABC):
 
     def identity(self) -> dict[str, str]:
         """All that decides its output: weights, preprocess, tokenizer, activation, family."""
-        rules = self.tokenizer.backend_tokenizer.to_str()
         return {
             "weights": tensors_digest(self.state_dict()),
-            "preprocess": self.preprocess.digest(),
-            "tokenizer": files.digest_json([rules_without_padding(rules), self.max_length]),
+            **self._inputs(),
             "activation": self.activation,
             "family": self.family,
         }
+
+    def _inputs(self) -> dict[str, str]:
+        rules = rules_without_padding(self.tokenizer.backend_tokenizer.to_str())
+        return {
+            "preprocess": self.preprocess.digest(),
+            "tokenizer": files.digest_json([rules, self.max_length]),
+        }
+
+    def towers_digest(self) -> str:
+        """SHA-256 of all that decides what `look` and `read` give."""
+        parts = [tensors_digest(tower.state_dict()) for tower in self.towers()]
+        return files.digest_json([parts, self._inputs(), self.family])
 
     @property
     def activation(self) -> str:
@@ -254,6 +264,23 @@ class Matcher(nn.Module, ABC):
             yield
         finally:
             self.train(training)
+
+
+def score_pairs(
+    teacher: FusionTeacher, images: Sequence[Tensor], texts: Sequence[str], pairs: Tensor
+) -> Tensor:
+    """Scores of (P, 2) rows of `images` and of `texts` → (P,); towers run once an input.
+
+    A teacher that is no `Matcher` is handed every pair as it is.
+    """
+    if isinstance(teacher, Matcher):
+        states = teacher.image_states(images), teacher.text_states(texts)
+        return teacher.match_pairs(*states, pairs)
+    out = [
+        teacher.score([images[i] for i, _ in chunk], [texts[t] for _, t in chunk])
+        for chunk in (rows.tolist() for rows in pairs.split(PAIRS))
+    ]
+    return torch.cat(out)
 
 
 def half(depth: int) -> list[int]:

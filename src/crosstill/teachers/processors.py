@@ -9,7 +9,6 @@ from crosstill.images import Preprocess
 
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _REFUSED = {
-    "do_pad": "padding",
     "include_top": "a second normalisation",
     "max_num_patches": "images cut into a varying number of patches (NaFlex)",
     "crop_pct": "a crop given as a share",
@@ -33,6 +32,8 @@ def preprocess_from(record: dict[str, Any], source: str) -> Preprocess:
         raise _refusal(source, f"resample={record['resample']}")
     mean, std = _normalisation(record)
     geometry = _geometry(record, source)
+    if record.get("do_pad") and not _pads_only_batches(record, geometry["size"]):
+        raise _refusal(source, "padding (do_pad)")
     return Preprocess.from_json(
         {**geometry, "interpolation": interpolation, "mean": mean, "std": std}
     )
@@ -45,11 +46,30 @@ def _geometry(record: dict[str, Any], source: str) -> dict[str, Any]:
         target = [size["height"], size["width"]]
         if not crops or crop == size:
             return {"size": target, "resize": "squash"}
+    elif set(size) == {"shortest_edge"} and record.get("size_divisor"):
+        return _bounded(size["shortest_edge"], record["size_divisor"], crop if crops else {})
     elif set(size) == {"shortest_edge"} and crops and set(crop) == {"height", "width"}:
         target = [crop["height"], crop["width"]]
         if size["shortest_edge"] >= max(target):
             return {"size": target, "resize": "crop", "shorter": size["shortest_edge"]}
     raise _refusal(source, f"size={size} with crop_size={crop if crops else None}")
+
+
+def _bounded(shorter: int, multiple: int, crop: dict[str, int]) -> dict[str, Any]:
+    """ViLT's resizing: a bound for the longer side, then both rounded down; BridgeTower crops."""
+    bounds = {"shorter": shorter, "longer": int(1333 / 800 * shorter), "multiple": multiple}
+    if not crop:
+        side = shorter // multiple * multiple
+        return {**bounds, "resize": "fit", "size": [side, side]}
+    edge = crop.get("shortest_edge")
+    target = [crop.get("height", edge), crop.get("width", edge)]
+    return {**bounds, "resize": "crop", "size": target}
+
+
+def _pads_only_batches(record: dict[str, Any], size: list[int]) -> bool:
+    """Whether an image that comes alone is left as it is; a batch's padding lies under a mask."""
+    multiple = record.get("size_divisor")
+    return bool(multiple and not record.get("pad_size") and not any(s % multiple for s in size))
 
 
 def _sides(size: Any) -> dict[str, int]:

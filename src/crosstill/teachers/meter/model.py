@@ -1,0 +1,161 @@
+"""A METER-shaped model over any two towers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosstill.errors import CorruptError
+from crosstill.images import Preprocess, normalise
+from crosstill.teachers import storage, towers
+from crosstill.teachers.matcher import Matcher
+from crosstill.teachers.meter.stack import CoAttention, Shape
+from crosstill.teachers.meter.visual import ClipVisual
+from crosstill.types import States
+
+RECORD = "matcher.json"
+CLIP_VISUAL = "openai-vit"  # model_type of METER's own image tower in a record
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a METER-shaped model stands on, besides its stack."""
+
+    image_tower: nn.Module  # normalised pixels (B, 3, H, W) → (B, L, W), or a Hugging Face tower
+    text_tower: nn.Module  # a Hugging Face text model
+    preprocess: Preprocess
+    tokenizer: Any
+    max_length: int
+    licence: str | None = None
+
+
+class Meter(Matcher):
+    """Two towers, two co-attention streams, a rank head.
+
+    An image tower without a class token, such as a CNN, gets the mean of its patches in front:
+    token 0 is what the stack's poolers read.
+
+    Args:
+        parts: towers, preprocess and tokenizer.
+        fusion: the stack.
+        name: what to call it in tables.
+    """
+
+    family = "meter"
+
+    def __init__(self, parts: Parts, fusion: CoAttention, name: str) -> None:
+        super().__init__()
+        self.image_tower, self.text_tower = parts.image_tower, parts.text_tower
+        self.fusion = fusion
+        self.name, self.source = name, None
+        self.preprocess, self.licence = parts.preprocess, parts.licence
+        self.tokenizer, self.max_length = parts.tokenizer, parts.max_length
+
+    def look(self, pixels: Tensor) -> States:
+        values = normalise(pixels, self.preprocess).contiguous(memory_format=torch.channels_last)
+        if isinstance(self.image_tower, ClipVisual):
+            tokens = self.image_tower(values)
+        else:
+            tokens = _with_first(self.image_tower(pixel_values=values).last_hidden_state)
+        return States(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.int64))
+
+    def read(self, tokens: States) -> States:
+        output = self.text_tower(input_ids=tokens.hidden, attention_mask=tokens.mask)
+        return States(output.last_hidden_state, tokens.mask)
+
+    def enter(self, states: States, side: str) -> States:
+        return States(self.fusion.enter(states.hidden, side), states.mask)
+
+    def match(self, images: States, texts: States) -> Tensor:
+        return self.fusion(*images, *texts).float()
+
+    def towers(self) -> list[nn.Module]:
+        return [self.image_tower, self.text_tower]
+
+    @property
+    def depth(self) -> int:
+        return self.fusion.shape.layers
+
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        stack = self.fusion
+        for name in ("cross_modal_image_layers", "cross_modal_text_layers"):
+            held = getattr(stack, name)
+            setattr(stack, name, nn.ModuleList(held[layer] for layer in layers))
+        stack.shape = replace(stack.shape, layers=len(layers))
+
+    @property
+    def activation(self) -> str:
+        text = getattr(self.text_tower.config, "hidden_act", "none")
+        image = "quick_gelu"
+        if not isinstance(self.image_tower, ClipVisual):
+            image = getattr(self.image_tower.config, "hidden_act", "none")
+        return f"{image}/{text}/gelu"
+
+    def save(self, folder: Path) -> None:
+        described = {
+            "image": _describe(self.image_tower),
+            "text": towers.describe(self.text_tower.config),
+        }
+        record = {
+            "family": self.family,
+            "name": self.name,
+            "shape": self.fusion.shape.to_json(),
+            "towers": described,
+            "preprocess": self.preprocess.to_json(),
+            "max_length": self.max_length,
+            "licence": self.licence,
+        }
+        storage.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path, name: str, device: torch.device | None = None) -> Meter:
+        """Read what `save` wrote, in eval mode.
+
+        Raises:
+            ModelError: the folder holds no such model.
+            CorruptError: one of its files was damaged; it is named.
+        """
+        record, weights, tokenizer = storage.read(folder, RECORD)
+        with torch.random.fork_rng():
+            parts = Parts(
+                image_tower=_restore(record["towers"]["image"]),
+                text_tower=_restore(record["towers"]["text"]),
+                preprocess=Preprocess.from_json(record["preprocess"]),
+                tokenizer=tokenizer,
+                max_length=record["max_length"],
+                licence=record["licence"],
+            )
+            model = cls(parts, CoAttention(Shape(**record["shape"])), name)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            path = folder / storage.WEIGHTS
+            raise CorruptError(f"{path}: not the weights of this model ({error})") from None
+        model.source = str(folder.absolute())
+        where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return model.freeze_towers().to(where).eval()
+
+
+def _with_first(hidden: Tensor) -> Tensor:
+    """Tokens of an image tower's output: a CNN's (B, W, H, W') become (B, 1 + H W', W)."""
+    if hidden.ndim == 3:
+        return hidden
+    patches = hidden.flatten(2).transpose(1, 2)
+    return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+
+
+def _describe(tower: nn.Module) -> dict[str, Any]:
+    if isinstance(tower, ClipVisual):
+        return {"model_type": CLIP_VISUAL, **tower.config}
+    return towers.describe(tower.config)
+
+
+def _restore(record: dict[str, Any]) -> nn.Module:
+    if record["model_type"] == CLIP_VISUAL:
+        return ClipVisual(**{k: v for k, v in record.items() if k != "model_type"})
+    return towers.assemble(towers.restore(record), pooling="mean")

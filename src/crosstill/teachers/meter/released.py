@@ -1,0 +1,277 @@
+"""METER's released checkpoints, and DCD's: which tensor belongs where, and what does not fit.
+
+Everything is said in the file's own names. Sizes are read from the tensors, so that a small model
+under the same names loads as the released ones do; attention heads are always 64 wide.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import RobertaConfig, RobertaModel
+
+from crosstill.errors import ConfigError, ModelError
+from crosstill.preprocess import Preprocess
+from crosstill.teachers import hugging_face
+from crosstill.teachers.checkpoints import Findings
+from crosstill.teachers.meter.model import Meter, Parts
+from crosstill.teachers.meter.stack import CoAttention, Shape
+from crosstill.teachers.meter.visual import ClipVisual, grid_of, resized_positions
+
+HEAD = 64  # width of an attention head
+LENGTH = 40  # tokens of a caption in METER's retrieval settings
+PAD = 1  # the id of RoBERTa's padding; it counts positions by it
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_VISUAL = "vit_model.visual."
+_TEXT = "text_transformer.embeddings."
+# first letters of our names → of the file's
+_PREFIXES = {
+    "image_tower.": _VISUAL,
+    "text_tower.": "text_transformer.",
+    "fusion.": "",
+}
+# what DCD's student has of its own; towers, transforms and token types are its teacher's
+_STACK = (
+    "cross_modal_image_layers.",
+    "cross_modal_text_layers.",
+    "cross_modal_image_pooler.",
+    "cross_modal_text_pooler.",
+    "rank_output.",
+)
+_STUDENT_PREFIXES = {f"fusion.{part}": f"stu_{part}" for part in _STACK} | _PREFIXES
+
+_CLIP_TEXT = "CLIP's text side, which METER does not run"
+# first letters of what a file may hold beside the model → why it is not read
+LEFTOVERS = {
+    "vit_model.positional_embedding": _CLIP_TEXT,
+    "vit_model.ln_final.": _CLIP_TEXT,
+    "vit_model.token_embedding.weight": _CLIP_TEXT,
+    "text_transformer.embeddings.position_ids": "a row of numbers, computed anew",
+    "text_transformer.pooler.": "RoBERTa's pooler, which METER does not run",
+    "itm_score.fc.": "the matching head; its row 1 is the rank head where a file has none",
+    "mlm_score.": "the masked-word head of pretraining",
+}
+_OF_STUDENT = {f"stu_{part}": "DCD's student, read with --student" for part in _STACK}
+_OF_TEACHER = {part: "the stack of the student's teacher" for part in _STACK}
+
+
+def is_released(names: Iterable[str]) -> bool:
+    """Whether these are METER's parameter names, by a look at its stack's."""
+    return any(re.match(r"(stu_)?cross_modal_(image|text)_layers\.", name) for name in names)
+
+
+def examine(tensors: Mapping[str, Tensor], student: bool = False) -> tuple[Meter, Findings]:
+    """Compare a released state dict with the model that its sizes describe.
+
+    Args:
+        tensors: the file's, under its names; only their shapes are looked at.
+        student: look at DCD's student (`stu_*`) instead of its teacher.
+
+    Returns:
+        that model on the meta device, and what does not fit.
+
+    Raises:
+        ModelError: these are not METER's names, or no model has such sizes.
+    """
+    stack = "stu_cross_modal_" if student else "cross_modal_"
+    if not any(name.startswith(f"{stack}image_layers.") for name in tensors):
+        raise ModelError(
+            f"no tensor named {stack}image_layers.*: not "
+            + ("a checkpoint with DCD's student" if student else "a METER checkpoint")
+        )
+    with torch.device("meta"):
+        model = _build(tensors, student)
+    return model, _compare(model, _completed(tensors, student), student)
+
+
+def load(
+    tensors: Mapping[str, Tensor],
+    tokenizer: Path,
+    name: str,
+    student: bool = False,
+    image_size: int | None = None,
+) -> Meter:
+    """A model of a released state dict, in float32 and eval mode, its towers frozen.
+
+    Args:
+        tensors: the file's, under its names, on one device; they are copied.
+        tokenizer: the folder of RoBERTa's tokenizer.
+        name: what to call the model in tables.
+        student: read DCD's student (`stu_*`) instead of its teacher.
+        image_size: in pixels, of the images; None keeps the file's own.
+
+    Raises:
+        ModelError: something is missing, unexpected or of another shape; or the tokenizer is
+            another model's.
+        ConfigError: the patches do not tile images of that size.
+    """
+    _, found = examine(tensors, student)
+    if not found.whole:
+        raise ModelError(f"{name}: {found.summary()}; list them with `crosstill inspect`")
+    given = _completed(tensors, student)
+    if image_size is not None:
+        grid = grid_of(image_size, given[f"{_VISUAL}conv1.weight"].shape[-1])
+        table = given[f"{_VISUAL}positional_embedding"]
+        given[f"{_VISUAL}positional_embedding"] = resized_positions(table.float(), grid)
+    words = _read_tokenizer(tokenizer, len(given[f"{_TEXT}word_embeddings.weight"]))
+    with torch.random.fork_rng(), next(iter(given.values())).device:
+        model = _build(given, student)
+    model.name, model.tokenizer = name, words
+    model.load_state_dict({ours: given[theirs] for ours, theirs in _released_names(model, student)})
+    return model.freeze_towers().eval()
+
+
+def _read_tokenizer(folder: Path, words: int) -> Any:
+    tokenizer = hugging_face.read_tokenizer(folder)
+    if tokenizer.pad_token_id != PAD or len(tokenizer) > words:
+        raise ModelError(
+            f"{folder}: {len(tokenizer)} tokens with padding {tokenizer.pad_token_id}, where the "
+            f"checkpoint has {words} with padding {PAD}; give the tokenizer of roberta-base"
+        )
+    return tokenizer
+
+
+def _build(tensors: Mapping[str, Tensor], student: bool) -> Meter:
+    """A randomly started model of the sizes that the tensors show, without a tokenizer."""
+    try:
+        image = ClipVisual(**_image_sizes(tensors))
+        text = RobertaModel(_text_config(tensors), add_pooling_layer=False)
+        widths = image.config["width"], text.config.hidden_size
+        stack = CoAttention(_stack_shape(tensors, "stu_" if student else "", *widths))
+    except (AssertionError, ConfigError, RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())[:160]
+        raise ModelError(f"the tensors' shapes make no METER ({line})") from None
+    parts = Parts(
+        image_tower=image,
+        text_tower=text,
+        preprocess=_preprocess(image.config["image_size"]),
+        tokenizer=None,
+        max_length=min(LENGTH, text.config.max_position_embeddings - PAD - 1),
+    )
+    return Meter(parts, stack, "meter")
+
+
+def _preprocess(size: int) -> Preprocess:
+    return Preprocess(size=(size, size), resize="crop", mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def _image_sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    blocks = r"vit_model\.visual\.transformer\.resblocks\.(\d{1,4})\."
+    width = _usual(tensors, rf"{blocks}ln_\d\.(weight|bias)", 0, 768)
+    patch = _usual(tensors, r"vit_model\.visual\.conv1\.weight", 3, 16)
+    tokens = _usual(tensors, r"vit_model\.visual\.positional_embedding", 0, 577)
+    return {
+        "image_size": math.isqrt(tokens - 1) * patch,
+        "patch_size": patch,
+        "width": width,
+        "layers": _count(tensors, blocks, 11),
+        "heads": _heads(width),
+        "mlp": _usual(tensors, rf"{blocks}mlp\.c_fc\.(weight|bias)", 0, 3072),
+    }
+
+
+def _text_config(tensors: Mapping[str, Tensor]) -> RobertaConfig:
+    embeddings = r"text_transformer\.embeddings\."
+    layers = r"text_transformer\.encoder\.layer\.(\d{1,4})\."
+    width = _usual(tensors, rf"{layers}output\.LayerNorm\.(weight|bias)", 0, 768)
+    return RobertaConfig(
+        vocab_size=_usual(tensors, rf"{embeddings}word_embeddings\.weight", 0, 50265),
+        max_position_embeddings=_usual(
+            tensors, rf"{embeddings}position_embeddings\.weight", 0, 514
+        ),
+        type_vocab_size=1,
+        hidden_size=width,
+        num_hidden_layers=_count(tensors, layers, 12),
+        num_attention_heads=_heads(width),
+        intermediate_size=_usual(tensors, rf"{layers}intermediate\.dense\.(weight|bias)", 0, 3072),
+        layer_norm_eps=1e-5,
+        pad_token_id=PAD,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+
+
+def _stack_shape(
+    tensors: Mapping[str, Tensor], prefix: str, image_width: int, text_width: int
+) -> Shape:
+    layers = rf"{prefix}cross_modal_(?:image|text)_layers\.(\d{{1,4}})\."
+    width = _usual(tensors, rf"{layers}output\.LayerNorm\.(weight|bias)", 0, 768)
+    return Shape(
+        layers=_count(tensors, layers, 6),
+        width=width,
+        heads=_heads(width),
+        mlp=_usual(tensors, rf"{layers}intermediate\.dense\.(weight|bias)", 0, 3072),
+        image_width=image_width,
+        text_width=text_width,
+    )
+
+
+def _usual(tensors: Mapping[str, Tensor], pattern: str, axis: int, default: int) -> int:
+    """The most frequent size along an axis of the tensors of a kind: one wrong is outvoted."""
+    sizes = Counter(
+        value.shape[axis]
+        for name, value in tensors.items()
+        if value.ndim > axis and value.shape[axis] and re.fullmatch(pattern, name)
+    )
+    return sizes.most_common(1)[0][0] if sizes else default
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str, default: int) -> int:
+    """How many layers the names tell of."""
+    return len({found[1] for name in tensors if (found := re.match(pattern, name))}) or default
+
+
+def _heads(width: int) -> int:
+    if not width or width % HEAD:
+        raise ConfigError(f"width {width} is not a multiple of {HEAD}")
+    return width // HEAD
+
+
+def _completed(tensors: Mapping[str, Tensor], student: bool) -> dict[str, Tensor]:
+    """With a rank head: where a file has none, METER takes row 1 of the matching head."""
+    given = dict(tensors)
+    if student or any(name.startswith("rank_output.") for name in given):
+        return given
+    for part in ("weight", "bias"):
+        head = given.get(f"itm_score.fc.{part}")
+        if head is not None and head.ndim and len(head) == 2:
+            given[f"rank_output.{part}"] = head[1:]
+    return given
+
+
+def _released_names(model: Meter, student: bool) -> list[tuple[str, str]]:
+    """The model's parameter names, each with the one that a released file has for it."""
+    prefixes = _STUDENT_PREFIXES if student else _PREFIXES
+    pairs = []
+    for ours in model.state_dict():
+        start = next(prefix for prefix in prefixes if ours.startswith(prefix))
+        pairs.append((ours, prefixes[start] + ours.removeprefix(start)))
+    return pairs
+
+
+def _compare(model: Meter, given: Mapping[str, Tensor], student: bool) -> Findings:
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = {theirs: shapes[ours] for ours, theirs in _released_names(model, student)}
+    reasons = LEFTOVERS | (_OF_TEACHER if student else _OF_STUDENT)
+    found = Findings(missing={n: shape for n, shape in wanted.items() if n not in given})
+    for name, value in sorted(given.items()):
+        shape = tuple(value.shape)
+        if name in wanted:
+            if shape != wanted[name]:
+                found.misshapen[name] = (shape, wanted[name])
+            continue
+        reason = next((why for start, why in reasons.items() if name.startswith(start)), None)
+        if reason is None:
+            found.unexpected[name] = shape
+        else:
+            found.leftovers.setdefault(reason, []).append(name)
+    return found

@@ -1,0 +1,209 @@
+"""METER's co-attention stack, under the parameter names of its released checkpoints.
+
+A text layer and an image layer of one depth both read the previous depth's outputs: each looks
+at its own stream, then at the other, then goes through its own perceptron (post-norm).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crosstill.errors import ConfigError
+
+EPS = 1e-12  # of every LayerNorm in the stack; the towers have their own
+MASKED = -10_000.0  # added to the score of a padded key; exp of it is 0 in float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a stack; the defaults are the released one's.
+
+    Raises:
+        ConfigError: a size below 1, or a width that the heads do not divide.
+    """
+
+    layers: int = 6
+    width: int = 768
+    heads: int = 12
+    mlp: int = 3072
+    image_width: int = 768  # of the image tower's tokens
+    text_width: int = 768
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        sizes = {k: v for k, v in asdict(self).items() if k != "dropout"}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"{name} = {size}: must be at least 1")
+        if self.width % self.heads:
+            raise ConfigError(f"width = {self.width} is not a multiple of heads = {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout = {self.dropout}: must be at least 0 and below 1")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of multi-head attention."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(shape.width, shape.width) for _ in range(3))
+        self.heads, self.dropout = shape.heads, shape.dropout
+
+    def forward(self, own: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+        """(B, Q, W) looks at (B, K, W) under an additive (B, 1, 1, K) mask → (B, Q, W)."""
+        query, key, value = (
+            layer(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, states in ((self.query, own), (self.key, other), (self.value, other))
+        )
+        dropout = self.dropout if self.training else 0.0
+        seen = functional.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return seen.transpose(1, 2).flatten(2)
+
+
+class Output(nn.Module):
+    """Linear, dropout, and the residual's LayerNorm."""
+
+    def __init__(self, width: int, shape: Shape) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, shape.width)
+        self.LayerNorm = nn.LayerNorm(shape.width, eps=EPS)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        """(B, Q, width) and (B, Q, W) → (B, Q, W)."""
+        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
+
+
+class Attention(nn.Module):
+    """One attention with its residual."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.self = Projections(shape)  # the checkpoints' name, for looking at others too
+        self.output = Output(shape.width, shape)
+
+    def forward(self, own: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+        """As `Projections`, with the residual added."""
+        return self.output(self.self(own, other, mask), own)
+
+
+class Intermediate(nn.Module):
+    """The perceptron's first half."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.dense = nn.Linear(shape.width, shape.mlp)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, Q, W) → (B, Q, mlp)."""
+        return functional.gelu(self.dense(states))
+
+
+class Layer(nn.Module):
+    """One stream's layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention, self.crossattention = Attention(shape), Attention(shape)
+        self.intermediate, self.output = Intermediate(shape), Output(shape.mlp, shape)
+
+    def forward(self, own: Stream, other: Stream, queries: int | None = None) -> Stream:
+        """This stream after one depth.
+
+        Args:
+            own: this stream after the previous depth.
+            other: the other stream after the previous depth.
+            queries: compute the first so many tokens only; None computes all.
+        """
+        states = own.states[:, :queries]
+        states = self.attention(states, own.states, own.mask)
+        states = self.crossattention(states, other.states, other.mask)
+        return Stream(self.output(self.intermediate(states), states), own.mask)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One side's tokens within the stack."""
+
+    states: Tensor  # (B, L, W)
+    mask: Tensor  # additive (B, 1, 1, L)
+
+
+class Pooler(nn.Module):
+    """Token 0 through a linear layer and tanh."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.dense = nn.Linear(shape.width, shape.width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, L, W) → (B, W)."""
+        return torch.tanh(self.dense(states[:, 0]))
+
+
+class CoAttention(nn.Module):
+    """Everything of METER above its towers.
+
+    Attributes:
+        shape: as given; its `layers` follow `keep_layers`.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.cross_modal_text_transform = nn.Linear(shape.text_width, shape.width)
+        self.cross_modal_image_transform = nn.Linear(shape.image_width, shape.width)
+        self.token_type_embeddings = nn.Embedding(2, shape.width)
+        self.cross_modal_image_layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.cross_modal_text_layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.cross_modal_image_pooler = Pooler(shape)
+        self.cross_modal_text_pooler = Pooler(shape)
+        self.rank_output = nn.Linear(2 * shape.width, 1)
+        self.apply(_start)
+
+    def enter(self, tokens: Tensor, side: str) -> Tensor:
+        """A tower's tokens (B, L, tower's width) in the stack's width, their type added."""
+        types = self.token_type_embeddings.weight
+        if side == "text":
+            return self.cross_modal_text_transform(tokens) + types[0]
+        return self.cross_modal_image_transform(tokens) + types[1]
+
+    def forward(self, image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """How well image i fits text i: entered (B, L, W) with masks (B, L) → (B,) logits.
+
+        Only token 0 of each stream is pooled, so the last depth computes no other.
+        """
+        images, texts = Stream(image, _additive(image_mask)), Stream(text, _additive(text_mask))
+        both = zip(self.cross_modal_image_layers, self.cross_modal_text_layers, strict=True)
+        for depth, (of_image, of_text) in enumerate(both, start=1):
+            queries = 1 if depth == self.shape.layers else None
+            images, texts = (
+                of_image(images, texts, queries),
+                of_text(texts, images, queries),
+            )
+        pooled = (
+            self.cross_modal_text_pooler(texts.states),
+            self.cross_modal_image_pooler(images.states),
+        )
+        return self.rank_output(torch.cat(pooled, dim=1))[:, 0]
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """(B, L) of 1 and 0 → (B, 1, 1, L) of 0 and -10,000."""
+    return ((1 - mask) * MASKED)[:, None, None, :]
+
+
+def _start(module: nn.Module) -> None:
+    """BERT's start: normal weights of deviation 0.02, zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
