@@ -89,6 +89,35 @@ class SmallTeacher:
                 raise KeyboardInterrupt
 
 
+class SmallJudge:
+    """A fusion teacher that runs in microseconds: brightness against length.
+
+    `limit` makes it die after so many calls, as a machine would.
+    """
+
+    licence = "mit"
+    source = "judge"
+
+    def __init__(self, weights: float = 1.0, limit: int | None = None) -> None:
+        self.name, self.limit, self._weights = "judge", limit, weights
+        self.preprocess = Preprocess(size=(8, 8))
+
+    def identity(self) -> dict[str, str]:
+        return {"weights": str(self._weights), "preprocess": self.preprocess.digest()}
+
+    def parameter_count(self) -> int:
+        return 1
+
+    def score(self, images: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        if self.limit is not None:
+            self.limit -= 1
+            if self.limit < 0:
+                raise KeyboardInterrupt
+        light = torch.stack([image.float().mean() for image in images])
+        length = torch.tensor([float(len(text)) for text in texts])
+        return self._weights * torch.sin(light * length)
+
+
 def small_config(dropout: float = 0.1) -> StudentConfig:
     """A ViT and a BERT of one layer and width 16."""
     layer = {

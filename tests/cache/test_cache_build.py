@@ -31,7 +31,7 @@ ROWS = 16  # in a shard, so that sixty scenes make several
 def short_shards(monkeypatch):
     import sys
 
-    monkeypatch.setattr(sys.modules["crosstill.cache.build"], "SHARD_ROWS", ROWS)
+    monkeypatch.setattr(sys.modules["crosstill.cache.work"], "SHARD_ROWS", ROWS)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

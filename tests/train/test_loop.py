@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crosstill import evaluate
 from crosstill.cache import build
 from crosstill.errors import (
     ConfigError,
@@ -44,7 +45,7 @@ def test_a_run_learns_and_leaves_its_folder(cached, student, settings, tmp_path)
     assert run.metrics["best"]["val"] == epochs[best]["val"]
     assert run.metrics["teacher"]["images"] == 6
     assert run.config["command"] == "crosstill train …"
-    recall = module.evaluate.CachedSplit(cached, cached.split("val"), run.best).recall(run.best)
+    recall = evaluate.CachedSplit(cached, cached.split("val"), run.best).recall(run.best)
     assert recall.to_json() == run.metrics["best"]["val"]
 
 

@@ -5,6 +5,7 @@ Decoded photos, a frozen tower's outputs and a head start are the same for every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from crosstill import files
-from crosstill.cache.store import FORMAT, Cache
+from crosstill.cache.store import FORMAT, Listing
 from crosstill.errors import CorruptError
 
 
-def kept(cache: Cache, name: str, write: Callable[[Path], object]) -> Path:
+def kept(cache: Listing, name: str, write: Callable[[Path], object]) -> Path:
     """The `.npy` file of that name, written if it is not there whole.
 
     A second process that wants the same array waits for the first.
@@ -42,7 +43,7 @@ def kept(cache: Cache, name: str, write: Callable[[Path], object]) -> Path:
     return path
 
 
-def rows(cache: Cache, name: str, compute: Callable[[], Tensor]) -> Tensor:
+def rows(cache: Listing, name: str, compute: Callable[[], Tensor]) -> Tensor:
     """As `kept`, for a tensor that fits into memory: on the CPU, in its own type."""
 
     def write(path: Path) -> None:
@@ -50,6 +51,16 @@ def rows(cache: Cache, name: str, compute: Callable[[], Tensor]) -> Tensor:
             np.save(file, compute().cpu().numpy())
 
     return torch.from_numpy(np.load(kept(cache, name, write), allow_pickle=False))
+
+
+def new_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
+    """A .npy file of zeros to fill in any order, larger than memory if need be; flush it."""
+    with path.open("wb") as file:  # open_memmap would insist on the suffix .npy
+        described = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, described)
+        offset = file.tell()
+        file.truncate(offset + math.prod(shape) * np.dtype(kind).itemsize)
+    return np.memmap(path, dtype=kind, mode="r+", offset=offset, shape=shape)
 
 
 def _usable(path: Path) -> bool:

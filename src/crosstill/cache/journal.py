@@ -7,7 +7,7 @@ costs the shard in hand and nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ NAME = "building.json"
 
 
 class Journal:
-    """The shards of both kinds, in order, as a list of records each.
+    """The shards of each kind, in order, as a list of records each.
 
     A record holds `file` (None for a shard without rows), `rows`, `sha256` and whatever else
     `commit` was given.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], version: int) -> None:
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], version: int, kinds: Iterable[str]
+    ) -> None:
         self._folder = folder
         self._head = {"format": version, "key": dict(key)}
-        self.shards: dict[str, list[dict[str, Any]]] = {"image": [], "text": []}
+        self.shards: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
 
     @staticmethod
     def read(folder: Path, version: int) -> dict[str, Any] | None:
@@ -49,12 +51,14 @@ class Journal:
         for kind, shards in self.shards.items():
             shards.extend(self._whole(earlier[kind]))
 
-    def commit(self, kind: str, array: np.ndarray | None, **record: Any) -> None:
+    def commit(
+        self, kind: str, array: np.ndarray | None, name: str | None = None, **record: Any
+    ) -> None:
         """Put one more shard on disk; `array` is None when it has no rows."""
         shards = self.shards[kind]
         entry: dict[str, Any] = {"file": None, "rows": 0, **record}
         if array is not None:
-            path = self._folder / f"{kind}-{len(shards):05d}.npy"
+            path = self._folder / (name or f"{kind}-{len(shards):05d}.npy")
             files.write_atomic(path, lambda temporary: save_array(temporary, array))
             entry |= {"file": path.name, "rows": len(array), "sha256": files.digest_file(path)}
         shards.append(entry)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crosstill import images, progress
 from crosstill.cache import derived
-from crosstill.cache.store import Cache, Split
+from crosstill.cache.store import Listing, Split
 from crosstill.errors import DataError, ImageError, MismatchError
 from crosstill.types import Example, image_id
 
@@ -36,7 +36,7 @@ class PixelStore:
         return torch.from_numpy(self._array[np.asarray(positions) * self._views + view])
 
 
-def pixels(cache: Cache, split: Split, preprocess: images.Preprocess) -> PixelStore:
+def pixels(cache: Listing, split: Split, preprocess: images.Preprocess) -> PixelStore:
     """Open the decoded photos of a split, decoding them first if that was never done.
 
     Raises:
@@ -48,15 +48,9 @@ def pixels(cache: Cache, split: Split, preprocess: images.Preprocess) -> PixelSt
     return PixelStore(np.load(path, mmap_mode="r", allow_pickle=False), cache.views)
 
 
-def _decode(path: Path, cache: Cache, split: Split, preprocess: images.Preprocess) -> None:
+def _decode(path: Path, cache: Listing, split: Split, preprocess: images.Preprocess) -> None:
     shape = (len(split.images) * cache.views, 3, *preprocess.size)
-    with path.open("wb") as file:  # open_memmap would insist on the suffix .npy
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-        )
-        offset = file.tell()
-        file.truncate(offset + int(np.prod(shape)))
-    out = np.memmap(path, dtype=np.uint8, mode="r+", offset=offset, shape=shape)
+    out = derived.new_array(path, np.uint8, shape)
     fill = _filler(out, cache, split, preprocess)
     count = len(split.images)
     with ThreadPoolExecutor(max_workers=4) as pool, progress.bar("decoding", count) as bar:
@@ -66,7 +60,7 @@ def _decode(path: Path, cache: Cache, split: Split, preprocess: images.Preproces
 
 
 def _filler(
-    out: np.ndarray, cache: Cache, split: Split, preprocess: images.Preprocess
+    out: np.ndarray, cache: Listing, split: Split, preprocess: images.Preprocess
 ) -> Callable[[int], None]:
     seed = cache.header["key"]["seed"]
 
@@ -86,7 +80,7 @@ def _filler(
     return fill
 
 
-def _read(cache: Cache, row: int) -> bytes:
+def _read(cache: Listing, row: int) -> bytes:
     path = cache.paths[row]
     try:
         return cache.read(Example(cache.image_ids[row], path, (), cache.splits[row]))

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from crosstill import images
+from crosstill import images, progress
 from crosstill.errors import ImageError, ModelError
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.features import FeaturesTeacher
@@ -46,13 +47,16 @@ class Vectors(Pixels):
 
 
 class Nothing(Pixels):
-    """No rows at all, only the check that a photo can be read."""
+    """No rows at all, only the check that a photo can be read, and brought to a model's size."""
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, preprocess: images.Preprocess | None = None) -> None:
+        self._preprocess = preprocess
 
     def load(self, data: bytes, example: Example, view: images.View | None) -> Tensor | None:
-        images.decode(data, example.path)
+        if self._preprocess is None:
+            images.decode(data, example.path)
+        else:
+            images.load(data, example.path, self._preprocess, view)
         return None
 
 
@@ -78,3 +82,16 @@ def ahead(
     for following in [*batches[1:], []]:
         ready, pending = pending, [pool.submit(load, row) for row in following]
         yield [future.result() for future in ready]
+
+
+def embed_texts(
+    teacher: Teacher | FeaturesTeacher, texts: Sequence[str], size: int, bar: progress.Bar
+) -> Tensor:
+    """Features (T, D), `size` texts in a pass; those of one length share it and its padding."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    out = torch.empty(len(texts), teacher.dim)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        out[rows] = teacher.embed_texts([texts[row] for row in rows]).cpu()
+        bar.advance(len(rows))
+    return out

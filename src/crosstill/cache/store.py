@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +28,23 @@ import torch
 from torch import Tensor
 
 from crosstill import data, files
-from crosstill.errors import CorruptError, DataError, InputError
+from crosstill.errors import CorruptError, DataError, InputError, MismatchError
 from crosstill.types import Features, id_key
 
 FORMAT = 1
 HEADER = "cache.json"
+SCORES = "scores.json"  # the header of a score cache, see crosstill.cache.scores
 IMAGES = "images.parquet"
 CAPTIONS = "captions.parquet"
 QUARANTINE = "quarantine.jsonl"
+
+# by the header that is there, when the other is asked for
+_WRONG_KIND = {
+    HEADER: "holds a teacher's features, and scores of pairs are needed here; make a score cache "
+    "with `crosstill cache` and a fusion model",
+    SCORES: "holds scores of pairs, and a teacher's features are needed here; make a cache with "
+    "`crosstill cache` and a dual encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -71,21 +80,23 @@ class Rows:
         return torch.from_numpy(out)
 
 
-class Cache:
-    """An opened cache; `Cache(folder)` checks every checksum before anything is used.
+class Listing:
+    """What every cache holds: which images and captions there are, in order of the image ids.
+
+    Opening one checks every checksum before anything is used.
 
     Raises:
-        InputError: there is no finished cache in the folder.
+        InputError: there is no finished cache of this kind in the folder.
         CorruptError: a file is damaged, missing, or written by a newer crosstill.
     """
 
+    file: ClassVar[str]  # of the header
+    version: ClassVar[int]  # of the format
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / HEADER).is_file():
-            raise InputError(
-                f"{self.folder}: no finished cache there; make one with `crosstill cache`"
-            )
-        self.header: dict[str, Any] = files.read_sealed(self.folder / HEADER, {FORMAT})
+        self._find()
+        self.header: dict[str, Any] = files.read_sealed(self.folder / self.file, {self.version})
         self._check()
         images = pq.read_table(self.folder / IMAGES).to_pydict()
         captions = pq.read_table(self.folder / CAPTIONS)
@@ -96,12 +107,11 @@ class Cache:
         self.owner = captions["image"].to_numpy()  # (T,) image row of each caption
         self.keys = torch.tensor([id_key(i) for i in self.image_ids], dtype=torch.int64)  # (I,)
         self.read = data.reader(self.header["data"]["source"])
-        self._rows = {kind: self._open(kind) for kind in self.modalities}
 
     @property
     def modalities(self) -> frozenset[str]:
         """Which features are stored: a subset of {"image", "text"}."""
-        return frozenset(self.header["shards"])
+        return frozenset()
 
     @property
     def teacher(self) -> dict[str, Any]:
@@ -109,16 +119,17 @@ class Cache:
 
     @property
     def dim(self) -> int | None:
-        """Width of the features; None for a cache without a teacher."""
-        return self.header["teacher"]["dim"]
+        """Width of the features; None for a cache without features."""
+        return None
 
     @property
     def views(self) -> int:
-        return int(self.header["key"]["views"])
+        """How many views of each image the teacher saw."""
+        return 1
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides the features."""
+        """SHA-256 of everything that decides what is stored."""
         return files.digest_json(self.header["key"])
 
     def split(self, name: str) -> Split:
@@ -139,6 +150,42 @@ class Cache:
     def captions(self, split: str) -> list[str]:
         """The captions of a split: what a trimmed or learnt vocabulary is made from."""
         return [self.texts[row] for row in self.split(split).captions]
+
+    def _find(self) -> None:
+        for name in {HEADER, SCORES} - {self.file}:
+            if (self.folder / name).is_file() and not (self.folder / self.file).is_file():
+                raise MismatchError(f"{self.folder}: {_WRONG_KIND[name]}")
+        if not (self.folder / self.file).is_file():
+            raise InputError(
+                f"{self.folder}: no finished cache there; make one with `crosstill cache`"
+            )
+
+    def _check(self) -> None:
+        for name, digest in self.header["files"].items():
+            files.check_digest(self.folder / name, digest)
+
+
+class Cache(Listing):
+    """An opened feature cache: `image_features` and `text_features` of its rows."""
+
+    file = HEADER
+    version = FORMAT
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self._rows = {kind: self._open(kind) for kind in self.modalities}
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        return frozenset(self.header["shards"])
+
+    @property
+    def dim(self) -> int | None:
+        return self.header["teacher"]["dim"]
+
+    @property
+    def views(self) -> int:
+        return int(self.header["key"]["views"])
 
     def image_features(self, images: np.ndarray, view: int | np.ndarray = 0) -> Tensor:
         """Teacher features (len(images), D) of image rows; `view` says of which view."""
@@ -165,8 +212,7 @@ class Cache:
         return Rows([self.folder / shard["file"] for shard in self.header["shards"][kind]])
 
     def _check(self) -> None:
-        for name, digest in self.header["files"].items():
-            files.check_digest(self.folder / name, digest)
+        super()._check()
         for kind, shards in self.header["shards"].items():
             for shard in shards:
                 files.check_digest(self.folder / shard["file"], shard["sha256"])

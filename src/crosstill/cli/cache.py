@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crosstill.cli import common
+from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crosstill.cache import Cache
+    from crosstill.cache import Listing
+
+FEATURES = ("views", "dtype", "batch_size")  # options that only a feature cache has
+SCORES = ("false", "false_images", "find")
+
+
+Views = Annotated[
+    int | None, typer.Option(help="Views of each image; the first is the photo.", show_default="1")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="How features are stored: fp16 or fp32.", show_default="fp16")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images or captions in one pass.", show_default="64")
+]
+False_ = Annotated[
+    int | None,
+    typer.Option(
+        help="Fusion teacher: false captions of each image to score. With `none`: to keep without "
+        "scores, for training a fusion teacher.",
+        show_default="63",
+    ),
+]
+FalseImages = Annotated[
+    int | None, typer.Option(help="The same, false images of each caption.", show_default="7")
+]
+Find = Annotated[
+    str | None,
+    typer.Option(
+        help="Who finds the false ones: random, batch, or a cache of features or a dual encoder, "
+        "whose highest cosines they are.",
+        show_default="random",
+    ),
+]
 
 
 def command(
@@ -24,12 +58,16 @@ def command(
     data: Annotated[str, typer.Argument(help=common.DATA + " After `verify`: the cache.")],
     images: common.Images = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the cache to make.")] = None,
-    views: Annotated[int, typer.Option(help="Views of each image; the first is the photo.")] = 1,
-    dtype: Annotated[str, typer.Option(help="How features are stored: fp16 or fp32.")] = "fp16",
-    batch_size: Annotated[int, typer.Option(help="Images or captions in one pass.")] = 64,
+    views: Views = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = None,
+    false: False_ = None,
+    false_images: FalseImages = None,
+    find: Find = None,
+    seed: Annotated[int, typer.Option(help="Of views, and of what is drawn at random.")] = 0,
     strict: common.Strict = False,
 ) -> None:
-    """Run TEACHER over DATA once and keep its features in a cache.
+    """Run TEACHER over DATA once and keep its features, or a fusion teacher's scores, in a cache.
 
     A cache that was interrupted goes on where it was; one that is finished is only checked.
     `crosstill cache verify CACHE` checks every byte of a finished cache.
@@ -40,32 +78,76 @@ def command(
     if out is None:
         raise typer.BadParameter("give the folder of the cache to make", param_hint="--out")
     common.hush()
-    from crosstill import cache
     from crosstill import data as sources
-    from crosstill.evaluate import open_model
 
+    given = {"views": views, "dtype": dtype, "batch_size": batch_size}
+    given |= {"false": false, "false_images": false_images, "find": find}
+    given = {name: value for name, value in given.items() if value is not None}
     pairs = sources.open(data, images=images, strict=strict)
     for line in pairs.notes:
         common.note(line)
-    model = None if teacher == "none" else open_model(teacher)
-    options = {"views": views, "dtype": dtype, "batch_size": batch_size, "strict": strict}
-    made = cache.build(model, pairs, out, **options)
+    made = _build(teacher, pairs, out, {**given, "seed": seed, "strict": strict})
     common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
     _describe(made)
 
 
+def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> Listing:
+    """The cache that suits the teacher; options of the other kind are refused."""
+    from crosstill import cache
+    from crosstill.evaluate import open_model
+    from crosstill.teachers.matcher import FusionTeacher
+
+    model: Any = None if teacher == "none" else open_model(teacher)
+    scores = isinstance(model, FusionTeacher) or (model is None and bool({*SCORES} & {*given}))
+    wrong = [name for name in (FEATURES if scores else SCORES) if name in given]
+    if wrong:
+        option = "--" + wrong[0].replace("_", "-")
+        raise ConfigError(
+            f"{option}: {teacher} keeps scores of pairs and no features; leave it out"
+            if scores
+            else f"{option}: {teacher} embeds images and captions and needs no pairs; leave it out"
+        )
+    if not scores:
+        return cache.build(model, pairs, out, **given)
+    return cache.build_scores(model, pairs, out, **given | {"find": _finder(given.get("find"))})
+
+
+def _finder(find: str | None) -> Any:
+    """What the option names: a way to draw, an opened cache of features, or a model."""
+    from crosstill import cache
+    from crosstill.cache.candidates import FINDERS
+    from crosstill.cache.store import HEADER, SCORES
+    from crosstill.evaluate import open_model
+
+    if find is None or find in FINDERS:
+        return find or "random"
+    if any((Path(find) / name).is_file() for name in (HEADER, SCORES)):
+        return cache.Cache(find)
+    return open_model(find)
+
+
 def _verify(folder: Path) -> None:
-    from crosstill.cache import Cache as Opened
+    from crosstill import cache
 
-    _describe(Opened(folder))
+    _describe(cache.open(folder))
 
 
-def _describe(cache: Cache) -> None:
-    width = f"{cache.dim} wide" if cache.dim else "no features"
+def _describe(cache: Listing) -> None:
     splits = ", ".join(
         f"{name} {len(cache.split(name).images):,}" for name in sorted(set(cache.splits))
     )
     common.say(
         f"{cache.folder}: whole; {len(cache.image_ids):,} images ({splits}), "
-        f"{len(cache.texts):,} captions, {width}, teacher {cache.teacher['name'] or 'none'}"
+        f"{len(cache.texts):,} captions, {_held(cache)}, teacher {cache.teacher['name'] or 'none'}"
     )
+
+
+def _held(cache: Listing) -> str:
+    from crosstill.cache import ScoreCache
+
+    if not isinstance(cache, ScoreCache):
+        return f"{cache.dim} wide" if cache.dim else "no features"
+    pairs, key = f"{len(cache.pair_captions):,} pairs", cache.header["key"]
+    scored = pairs if cache.scores is not None else f"{pairs} without scores"
+    asked = f"F = {key['false']} false captions an image, {key['false_images']} images a caption"
+    return f"{scored} ({asked})"

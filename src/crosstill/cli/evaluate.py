@@ -7,31 +7,73 @@ from typing import Annotated
 import typer
 
 from crosstill.cli import common
+from crosstill.errors import ConfigError
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run, a student's folder, a teacher's folder (dual encoder or fusion model), "
+        "or a hub id."
+    ),
+]
+Beside = Annotated[
+    list[str] | None, typer.Option(help="Another model, as a row below; as often as you like.")
+]
+Efficiency = Annotated[
+    bool, typer.Option("--efficiency", help="Also measure latency, and seconds for the split.")
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(help="With --efficiency: time fusion models on so many pairs, without recall."),
+]
+Finder = Annotated[
+    str | None, typer.Option(help="A dual encoder whose finds MODEL, a fusion model, re-ranks.")
+]
+Top = Annotated[
+    int | None,
+    typer.Option(help="With --finder: how many candidates of each query to re-rank; 20."),
+]
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(help="A run, a student's folder, a teacher's folder or a hub id.")
-    ],
+    model: Model,
     data: common.Data,
     images: common.Images = None,
     split: Annotated[str, typer.Option(help="Which split.")] = "test",
     protocol: Annotated[str, typer.Option(help="full or coco-1k-5fold.")] = "full",
-    efficiency: Annotated[bool, typer.Option("--efficiency", help="Also measure latency.")] = False,
+    beside: Beside = None,
+    efficiency: Efficiency = False,
+    sample: Sample = None,
+    finder: Finder = None,
+    top: Top = None,
     strict: common.Strict = False,
     as_json: common.AsJson = False,
 ) -> None:
     """Measure the recall of MODEL on a split of DATA.
 
     A run is shown beside its teacher and its untrained self. Recall is in percent; ties count
-    by expected rank.
+    by expected rank. Seconds are those of one thread for all scores of the split.
     """
     common.hush()
     from crosstill import data as sources
     from crosstill.evaluate import compare
+    from crosstill.evaluate.rerank import TOP, Reranked
+    from crosstill.evaluate.rerank import run as rerank
 
     pairs = sources.open(data, images=images, strict=strict).split(split)
-    found = compare.run(model, pairs, protocol, efficiency, strict)
+    found: compare.Comparison | Reranked
+    if finder is None:
+        if top is not None:
+            raise ConfigError(f"--top {top}: re-ranks what a dual encoder finds; give --finder")
+        found = compare.run(model, pairs, protocol, efficiency, strict, beside or (), sample)
+    else:
+        if beside or sample is not None or protocol != "full":
+            raise ConfigError(
+                "--finder: prints a table of its own, without --beside, --sample "
+                "and --protocol; leave them out"
+            )
+        depth = TOP if top is None else top
+        found = rerank(model, finder, pairs, depth, efficiency, strict)
     for line in found.notes:
         common.note(line)
     if as_json:

@@ -12,15 +12,19 @@ import typer
 from crosstill.cli import common
 
 if TYPE_CHECKING:
-    from crosstill.cache import Cache
-    from crosstill.students.student import Student
+    from crosstill.cache import Listing
+    from crosstill.train import Learner, TrainConfig
 
 
 def command(
     cache: Annotated[Path, typer.Argument(help="The cache to learn from.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     student: Annotated[
-        str, typer.Option(help="A preset (paper, mobile, tiny, …) or a TOML file.")
+        str,
+        typer.Option(
+            help="A preset (paper, mobile, tiny, …), a TOML file, or, of a score cache, half: its "
+            "teacher with half the fusion layers."
+        ),
     ] = "mobile",
     recipe: Annotated[
         str,
@@ -31,6 +35,12 @@ def command(
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,3,5", help="Keep these fusion layers of the score cache's teacher."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
 ) -> None:
@@ -43,7 +53,7 @@ def command(
 
     settings = recipes.config(recipe, changes or [])
     common.hush()
-    from crosstill.cache import Cache as Opened
+    from crosstill import cache as caches
     from crosstill.train import folder, train
     from crosstill.train.distributed import leads
 
@@ -51,13 +61,9 @@ def command(
         folder.check_new(out)  # before a student is fetched or built
     elif folder.is_run(out):
         settings = folder.settings_of(out).changed(changes or [])
-    source = Opened(cache)
+    source = caches.open(cache)
     # the other processes of torchrun read the student that the first one saves
-    made = (
-        None
-        if resume or not leads()
-        else _build(student, source, settings.train_split, settings.seed)
-    )
+    made = None if resume or not leads() else _build(student, layers, source, settings)
     command_line = shlex.join(["crosstill", *sys.argv[1:]])
     run = train(made, source, settings, out, resume=resume, command=command_line)
     if leads():
@@ -65,7 +71,21 @@ def command(
         common.say(f"{out}: best val RSUM {best['rsum']:.2f} at epoch {best['epoch']}")
 
 
-def _build(student: str, cache: Cache, split: str, seed: int) -> Student:
+def _build(student: str, layers: str | None, cache: Listing, settings: TrainConfig) -> Learner:
     from crosstill import students
+    from crosstill.students.config import StudentConfig
 
-    return students.build(student, dim=cache.dim, captions=cache.captions(split), seed=seed)
+    captions, seed = cache.captions(settings.train_split), settings.seed
+    config = students.load_config("half" if layers is not None else student)
+    if isinstance(config, StudentConfig):
+        return students.build(config, dim=cache.dim, captions=captions, seed=seed)
+    if layers is not None:
+        config = config.model_copy(update={"layers": _numbers(layers)})
+    return students.fuse(config, captions, seed, cache.teacher["source"])
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter("numbers with commas between, such as 0,3,5") from None

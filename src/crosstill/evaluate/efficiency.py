@@ -1,13 +1,14 @@
-"""What a model costs: parameters, and the time of one image and of one caption."""
+"""What a model costs: parameters, the time of one image and of one caption, and of a whole set."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -26,6 +27,80 @@ class Efficiency:
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole set takes, from decoded pixels and plain text to all I x T scores.
+
+    Attributes:
+        passes: I + T of a dual encoder, I x T of a fusion model, whose towers are in `seconds`.
+        seconds: wall time on one thread.
+        sample: the pairs that were timed, where `seconds` is extrapolated from them.
+        faster: how many times quicker than the slowest model beside it.
+        rough: whether `faster` rests on an extrapolation.
+    """
+
+    passes: int
+    seconds: float
+    sample: int | None = None
+    faster: float = 1.0
+    rough: bool = False
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the seconds are extrapolated."""
+        return self.sample is not None
+
+    def to_json(self) -> dict[str, Any]:
+        values = {**asdict(self), "estimated": self.estimated}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def cells(self) -> list[str]:
+        """Passes, seconds and how many times faster, as a table shows them."""
+        mark, ratio = "≈" * self.estimated, "≈" * self.rough
+        return [f"{self.passes:,}", mark + figure(self.seconds), ratio + figure(self.faster)]
+
+
+def compared(costs: Mapping[str, Cost]) -> dict[str, Cost]:
+    """Each cost with how many times faster it is than the slowest."""
+    slowest = max(costs.values(), key=lambda cost: cost.seconds)
+    return {
+        name: replace(
+            cost,
+            faster=slowest.seconds / cost.seconds,
+            rough=cost is not slowest and (cost.estimated or slowest.estimated),
+        )
+        for name, cost in costs.items()
+    }
+
+
+def figure(value: float) -> str:
+    """A number with as many digits as it is worth: 0.123, 12.3, 1,230."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+class Stopwatch:
+    """Adds up the seconds of pieces of work, on a GPU to their end."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what the block takes."""
+        _finish()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _finish()
+            self.seconds += time.perf_counter() - start
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def measure(
@@ -70,10 +145,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _milliseconds(job: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    job()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+    watch = Stopwatch()
+    with watch.running():
+        job()
+    return 1000 * watch.seconds

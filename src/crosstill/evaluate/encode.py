@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor
 
 from crosstill import images, progress
-from crosstill.cache import Cache, PixelStore, Split, derived, pixels
+from crosstill.cache import Cache, Listing, PixelStore, Split, derived, pixels
 from crosstill.data import Pairs
-from crosstill.errors import DataError, ImageError
+from crosstill.errors import DataError
+from crosstill.evaluate.efficiency import Stopwatch
+from crosstill.evaluate.reading import BATCH, by_length, captions, photos, quarantined
 from crosstill.evaluate.recall import Retrieval, retrieval
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher, embed_pixels
 from crosstill.types import Example, Features
-
-BATCH = 128  # rows per pass; no gradient is kept, so memory is small
 
 
 @dataclass(frozen=True)
@@ -34,61 +33,56 @@ class Embedded:
     quarantine: images.Quarantine
 
 
-def embed(model: Teacher, pairs: Pairs, strict: bool = False) -> Embedded:
+def embed(
+    model: Teacher, pairs: Pairs, strict: bool = False, watch: Stopwatch | None = None
+) -> Embedded:
     """Read, decode and embed every image and caption of a dataset.
+
+    Args:
+        model: what embeds.
+        pairs: the dataset, usually one split of it.
+        strict: raise at the first image that cannot be read instead of setting it apart.
+        watch: adds up the seconds of the model alone, without reading and decoding.
 
     Raises:
         DataError: no image is readable.
         ImageError: an image is unreadable and `strict` is set.
     """
-    quarantine = images.Quarantine(strict=strict)
-    for row in pairs.quarantine.rows:
-        quarantine.add(ImageError(row["path"], row["reason"]), row["bytes"])
-    kept, rows = _embed_images(model, pairs, quarantine)
+    quarantine, watch = quarantined(pairs, strict), watch or Stopwatch()
+    kept, rows = _embed_images(model, pairs, quarantine, watch)
     if not kept:
         raise DataError(f"{pairs.name}: all {len(pairs.examples)} images are unreadable")
-    texts = [text for example in kept for text in example.captions]
-    owner = [row for row, example in enumerate(kept) for _ in example.captions]
-    ids = [example.image_id for example in kept]
-    return Embedded(rows, embed_texts(model, texts), torch.tensor(owner), ids, quarantine)
+    texts, owner = captions(kept)
+    with watch.running():
+        text = embed_texts(model, texts)
+    return Embedded(rows, text, owner, [example.image_id for example in kept], quarantine)
 
 
 def _embed_images(
-    model: Teacher, pairs: Pairs, quarantine: images.Quarantine
+    model: Teacher, pairs: Pairs, quarantine: images.Quarantine, watch: Stopwatch
 ) -> tuple[list[Example], Tensor]:
-    def load(example: Example) -> Tensor | tuple[ImageError, int]:
-        data = b""
-        try:
-            data = pairs.read(example)
-            return images.load(data, example.path, model.preprocess)
-        except ImageError as error:
-            return error, len(data)
-
     kept: list[Example] = []
     rows: list[Tensor] = []
-    examples = pairs.examples
-    with ThreadPoolExecutor(max_workers=4) as pool, progress.bar("images", len(examples)) as bar:
-        for start in range(0, len(examples), BATCH):
-            chunk = examples[start : start + BATCH]
+    with progress.bar("images", len(pairs.examples)) as bar:
+        for chunk in photos(pairs, model.preprocess):
             good = []
-            for example, loaded in zip(chunk, pool.map(load, chunk), strict=True):
+            for example, loaded in chunk:
                 if isinstance(loaded, Tensor):
                     good.append(loaded)
                     kept.append(example)
                 else:
                     quarantine.add(*loaded)
-            rows += [model.embed_images(torch.stack(good)).cpu()] if good else []
+            with watch.running():
+                rows += [model.embed_images(torch.stack(good)).cpu()] if good else []
             bar.advance(len(chunk))
     return kept, torch.cat(rows) if rows else torch.empty(0, model.dim)
 
 
 def embed_texts(model: Teacher, texts: Sequence[str]) -> Tensor:
     """Unit rows (T, D); captions of one length share a pass, so that little is padding."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     out = torch.empty(len(texts), model.dim)
     with progress.bar("captions", len(texts)) as bar:
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
+        for rows in by_length(texts):
             out[rows] = model.embed_texts([texts[row] for row in rows]).cpu()
             bar.advance(len(rows))
     return out
@@ -104,7 +98,9 @@ class CachedSplit:
         frozen: the tower that will not change, if any: "image" or "text".
     """
 
-    def __init__(self, cache: Cache, split: Split, student: Student, frozen: str = "none") -> None:
+    def __init__(
+        self, cache: Listing, split: Split, student: Student, frozen: str = "none"
+    ) -> None:
         self._cache, self._split = cache, split
         self._owner = torch.from_numpy(split.owner)
         self._images = frozen_images(student, cache, split) if frozen == "image" else None
@@ -138,15 +134,15 @@ class CachedSplit:
         return teacher_recall(self._cache, self._split)
 
 
-def teacher_recall(cache: Cache, split: Split) -> Retrieval | None:
+def teacher_recall(cache: Listing, split: Split) -> Retrieval | None:
     """The recall of the features that a cache holds of a split."""
-    if not {"image", "text"} <= cache.modalities:
+    if not isinstance(cache, Cache) or not {"image", "text"} <= cache.modalities:
         return None
     owner = torch.from_numpy(split.owner)
     return retrieval(cache.image_features(split.images), cache.text_features(split.captions), owner)
 
 
-def frozen_images(student: Student, cache: Cache, split: Split, views: int = 1) -> Tensor:
+def frozen_images(student: Student, cache: Listing, split: Split, views: int = 1) -> Tensor:
     """`pool_images` of a tower that will not change: computed once for all runs with it."""
     name = f"pooled-{student.tower_digest('image')[:16]}-{views}-{split.name}"
     return derived.rows(
@@ -156,7 +152,7 @@ def frozen_images(student: Student, cache: Cache, split: Split, views: int = 1) 
     )
 
 
-def frozen_texts(student: Student, cache: Cache, split: Split) -> Tensor:
+def frozen_texts(student: Student, cache: Listing, split: Split) -> Tensor:
     """`pool_texts` of a tower that will not change: computed once for all runs with it."""
     texts = [cache.texts[row] for row in split.captions]
     name = f"pooled-{student.tower_digest('text')[:16]}-{split.name}"

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosstill import students, teachers
-from crosstill.cache.store import HEADER
+from crosstill.cache.store import HEADER, SCORES
 from crosstill.errors import ModelError
 from crosstill.students.student import RECORD, Student
+from crosstill.teachers import fusion
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.features import FeaturesTeacher
+from crosstill.teachers.matcher import Matcher
 
 
-def open_model(source: str | Path) -> Student | Teacher | FeaturesTeacher:
+def open_model(source: str | Path) -> Student | Teacher | FeaturesTeacher | Matcher:
     """A run folder (its best student), a student folder, a teacher folder or a hub id.
 
     Raises:
@@ -22,14 +24,46 @@ def open_model(source: str | Path) -> Student | Teacher | FeaturesTeacher:
     for candidate in (folder, folder / "best"):
         if (candidate / RECORD).is_file():
             return students.load(candidate)
-    if (folder / HEADER).is_file():
+        if fusion.find(candidate):
+            return teachers.load(candidate)
+    if any((folder / header).is_file() for header in (HEADER, SCORES)):
         raise ModelError(f"{source}: a cache, not a model; give a run, a student or a teacher")
     return teachers.load(str(source))
 
 
-def open_encoder(source: str | Path) -> Student | Teacher:
+def open_live(source: str | Path) -> Student | Teacher | Matcher:
     """As `open_model`, for those who need a model that runs, not a folder of its vectors."""
     model = open_model(source)
     if isinstance(model, FeaturesTeacher):
         raise ModelError(f"{source}: vectors without a model; cache them and train a student")
+    return model
+
+
+def open_encoder(source: str | Path) -> Student | Teacher:
+    """As `open_live`, for those who need embeddings of one side alone.
+
+    BLIP's dual heads serve here, though the model is a fusion model.
+    """
+    model = open_live(source)
+    if isinstance(model, Matcher):
+        heads = model.source and fusion.load_dual(
+            Path(model.source), model.name, None, fusion.FINDERS
+        )
+        if heads:
+            return heads
+        raise ModelError(
+            f"{source}: a fusion model, which reads pairs and has no embeddings; give a dual "
+            "encoder here, and the fusion model to `crosstill evaluate` or as a teacher of scores"
+        )
+    return model
+
+
+def open_matcher(source: str | Path) -> Matcher:
+    """As `open_live`, for those who need a model that reads image and text together."""
+    model = open_live(source)
+    if not isinstance(model, Matcher):
+        raise ModelError(
+            f"{source}: a dual encoder, which does not read pairs; give a fusion model here "
+            "(METER, ViLT, BLIP, BridgeTower, or a run whose student is one)"
+        )
     return model

@@ -57,6 +57,15 @@ def run(name: str, image: Tensor, text: Tensor, owner: Tensor) -> Retrieval:
         ConfigError: no such protocol.
         DataError: the features do not fit together or do not fit the protocol.
     """
+    check(name)
+    return PROTOCOLS[name](image, text, owner)
+
+
+def check(name: str) -> None:
+    """Refuse a protocol that does not exist.
+
+    Raises:
+        ConfigError: no such protocol.
+    """
     if name not in PROTOCOLS:
         raise unknown("protocol", name, PROTOCOLS)
-    return PROTOCOLS[name](image, text, owner)

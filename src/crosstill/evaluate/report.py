@@ -8,9 +8,10 @@ from typing import Any
 
 from crosstill.data import Pairs
 from crosstill.evaluate import protocols
-from crosstill.evaluate.efficiency import Efficiency
+from crosstill.evaluate.efficiency import Cost, Efficiency
 from crosstill.evaluate.encode import Embedded, embed
-from crosstill.evaluate.recall import Retrieval
+from crosstill.evaluate.recall import DEPTHS, Retrieval
+from crosstill.images import Quarantine
 from crosstill.teachers.base import Teacher
 
 HEADINGS = (
@@ -25,6 +26,7 @@ HEADINGS = (
     "RSUM",
 )
 LATENCY = ("ms/image", "ms/caption")
+WHOLE = ("passes", "seconds", "times faster")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Evaluation:
     recall: Retrieval
     parameters: int | None = None
     efficiency: Efficiency | None = None
+    cost: Cost | None = None
 
     def renamed(self, name: str) -> Evaluation:
         """The same row under another name."""
@@ -42,22 +45,57 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Recall at the top level (`i2t`, `t2i`, `rsum`, …), then what is known of the cost."""
-        cost: dict[str, Any] = {"model": self.name, "parameters": self.parameters}
-        if self.efficiency is not None:
-            cost["efficiency"] = self.efficiency.to_json()
-        return {**self.recall.to_json(), **cost}
+        return {**self.recall.to_json(), **_costs(self)}
 
     def cells(self, latency: bool) -> list[str]:
-        """The row's text, column by column."""
-        i2t, t2i = self.recall.i2t, self.recall.t2i
-        numbers = (i2t.r1, i2t.r5, i2t.r10, t2i.r1, t2i.r5, t2i.r10, self.recall.rsum)
-        count = f"{self.parameters:,}" if self.parameters is not None else "–"
-        cost = self.efficiency
-        times = [f"{cost.image_ms:.2f}", f"{cost.caption_ms:.2f}"] if cost else ["–", "–"]
-        return [self.name, count, *(f"{n:.2f}" for n in numbers), *(times if latency else [])]
+        """The row's text, column by column, up to RSUM or to the latency."""
+        numbers = [f"{number:.2f}" for number in six(self.recall)]
+        return _cells(self, [*numbers, f"{self.recall.rsum:.2f}"], latency)
 
     def __str__(self) -> str:
         return table([self])
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A row of a model whose recall was not measured."""
+
+    name: str
+    parameters: int | None = None
+    efficiency: Efficiency | None = None
+    cost: Cost | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Name, parameters and cost."""
+        return _costs(self)
+
+    def cells(self, latency: bool) -> list[str]:
+        """As those of `Evaluation`."""
+        return _cells(self, ["–"] * 7, latency)
+
+
+Row = Evaluation | Timed
+
+
+def six(recall: Retrieval) -> tuple[float, ...]:
+    """The recalls in the table's order."""
+    return (*recall.i2t.fair, *recall.t2i.fair)
+
+
+def _costs(row: Row) -> dict[str, Any]:
+    values: dict[str, Any] = {"model": row.name, "parameters": row.parameters}
+    if row.efficiency is not None:
+        values["efficiency"] = row.efficiency.to_json()
+    if row.cost is not None:
+        values["cost"] = row.cost.to_json()
+    return values
+
+
+def _cells(row: Row, numbers: list[str], latency: bool) -> list[str]:
+    count = f"{row.parameters:,}" if row.parameters is not None else "–"
+    cost = row.efficiency
+    times = [f"{cost.image_ms:.2f}", f"{cost.caption_ms:.2f}"] if cost else ["–", "–"]
+    return [row.name, count, *numbers, *(times if latency else [])]
 
 
 def retrieval(
@@ -78,11 +116,29 @@ def judge(model: Teacher, rows: Embedded, protocol: str = "full") -> Evaluation:
     return Evaluation(model.name, found, model.parameter_count())
 
 
-def table(rows: Sequence[Evaluation]) -> str:
+def remarks(quarantine: Quarantine, images: int) -> list[str]:
+    """What a person should know of the images that were measured, and of those that were not."""
+    notes = [f"left out: {bad['path']}: {bad['reason']}" for bad in quarantine.rows]
+    if quarantine.rows:
+        notes.append(f"unreadable images left out: {len(quarantine)}")
+    if images <= DEPTHS[-1]:
+        notes.append(f"only {images} images: recall at {DEPTHS[-1]} is 100 for any model")
+    return notes
+
+
+def table(rows: Sequence[Row]) -> str:
     """A Markdown table, one row a model; times are shown if any model has them."""
-    latency = any(row.efficiency for row in rows)
-    heads = [*HEADINGS, *(LATENCY if latency else ())]
+    latency, whole = any(row.efficiency for row in rows), any(row.cost for row in rows)
+    heads = [*HEADINGS, *(LATENCY if latency else ()), *(WHOLE if whole else ())]
     body = [row.cells(latency) for row in rows]
+    if whole:
+        for row, cells in zip(rows, body, strict=True):
+            cells += row.cost.cells() if row.cost else ["–"] * len(WHOLE)
+    return aligned(heads, body)
+
+
+def aligned(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up as text; all but the first are numbers."""
     widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_line(cells, widths) for cells in [heads, rule, *body])

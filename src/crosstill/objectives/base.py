@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from crosstill.types import Features, Hidden
+from crosstill.errors import ConfigError
+from crosstill.types import Features, Hidden, Lists
 
 
 class Objective(nn.Module):
@@ -26,6 +27,10 @@ class Objective(nn.Module):
     layers: tuple[str, ...] = ()
     ratio: float = 0.0
 
+    # `hardest` negatives of each list are asked of a score cache, by a loss that has `rank`
+    ranks: bool = False
+    hardest: int = 0
+
     def meet(self, student: Hidden, teacher: Hidden) -> None:
         """See one photo's layers before training, to learn how wide they are."""
 
@@ -42,6 +47,14 @@ class Objective(nn.Module):
             A scalar, finite for finite input.
         """
         raise NotImplementedError
+
+    def rank(self, lists: Lists) -> Tensor:
+        """The loss of one batch of candidate lists, as a score cache has them.
+
+        Returns:
+            A scalar, finite for finite input.
+        """
+        raise ConfigError(f"{type(self).__module__}: this loss cannot read a score cache")
 
     def update(self, teacher: Features, ids: Tensor) -> None:
         """Take note of a batch after its optimizer step; most losses have nothing to note."""

@@ -13,6 +13,8 @@ The rest is our reading, as only the abstract and summaries of the paper were at
   below, it is as good as easy;
 - it has to beat every negative that the teacher ranks lower, be that a hard or an easy one;
   ties are not ranked, and the true partner takes no part;
+- from a score cache, the hard negatives are the `hardest` of a list, valid above the mean of
+  that list, and the batch's other partners, which the teacher has not scored, are easy ones;
 - terms are averaged, not summed, over the valid hard negatives of a batch and over the two
   directions, and the contrastive loss of the labels is added with a weight of 1.
 """
@@ -30,7 +32,7 @@ from crosstill.objectives.base import Objective
 from crosstill.objectives.parts.candidates import hardest, others
 from crosstill.objectives.parts.named import positive
 from crosstill.objectives.parts.similarity import similarity
-from crosstill.types import Features
+from crosstill.types import Features, Lists
 
 Valid = Literal["above_mean", "all"]
 TIE = 1e-6  # cosines closer than this are equal: rounding may tell even equal captions apart
@@ -49,6 +51,8 @@ class Loss(Objective):
         task_weight: of the symmetric InfoNCE on the labels; 0 leaves it out.
     """
 
+    ranks = True
+
     def __init__(
         self,
         *,
@@ -65,7 +69,7 @@ class Loss(Objective):
         self.valid: Valid = valid
         self.task_weight = task_weight
         self.temperature = temperature
-        self.task = info_nce.Loss(temperature=temperature)
+        self.task = info_nce.Loss(temperature=temperature, hardest=hardest)
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         scores = similarity(*student) / self.temperature
@@ -73,21 +77,53 @@ class Loss(Objective):
         ranking = (self._rank(scores, target, ids) + self._rank(scores.T, target.T, ids)) / 2
         return ranking + self.task_weight * self.task(student, teacher, ids)
 
+    def rank(self, lists: Lists) -> Tensor:
+        """See `Objective.rank`; the first `hardest` negatives of each list are the hard ones."""
+        ranking = torch.stack([self._listed(lists, way) for way in lists.valid]).mean()
+        return ranking + self.task_weight * self.task.rank(lists)
+
+    def _listed(self, lists: Lists, way: str) -> Tensor:
+        kept = slice(1, 1 + self.hardest)
+        student, teacher = lists.student[way].scores[:, kept], lists.teacher[way].scores[:, kept]
+        valid = lists.valid[way][:, kept]
+        easy = student[:, :0]
+        if lists.features is not None:
+            student, scores = student / self.temperature, similarity(*lists.features)
+            scores = (scores if way == "image" else scores.T) / self.temperature
+            easy = scores.masked_fill(~others(lists.ids), -torch.inf)
+        below = valid[:, None] & (teacher[:, None] < teacher[:, :, None] - TIE)  # (B, h, h)
+        lower = student[:, None].masked_fill(~below, -torch.inf)
+        lower = torch.cat([lower, easy[:, None].expand(-1, lower.shape[1], -1)], dim=2)
+        return self._beat(student, lower, teacher, valid, _mean(teacher, valid))
+
     def _rank(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
         """The ranking loss of the rows of two (B, B) score matrices, h hard negatives each."""
         negative = others(ids)
         lists = hardest(teacher, student.detach(), ids, self.hardest)
-        own = lists.pick(student)[:, 1:, None]  # (B, h, 1)
-        rank = lists.pick(teacher)[:, 1:, None]
-        below = negative[:, None] & (teacher[:, None] < rank - TIE)  # (B, h, B)
+        rank = lists.pick(teacher)[:, 1:]
+        below = negative[:, None] & (teacher[:, None] < rank[..., None] - TIE)  # (B, h, B)
         lower = student[:, None].masked_fill(~below, -torch.inf)
-        lost = torch.cat([own, lower], dim=2).logsumexp(2) - own[..., 0]
-        valid = lists.valid[:, 1:]
+        own, valid = lists.pick(student)[:, 1:], lists.valid[:, 1:]
+        return self._beat(own, lower, rank, valid, _mean(teacher, negative))
+
+    def _beat(
+        self, own: Tensor, lower: Tensor, rank: Tensor, valid: Tensor, mean: Tensor
+    ) -> Tensor:
+        """Mean over the valid of -log of each hard negative's share among those below it.
+
+        Args:
+            own: (B, h) the student's scores of the hard negatives.
+            lower: (B, h, N) its scores of those that the teacher ranks lower, -inf for others.
+            rank: (B, h) the teacher's scores of the hard negatives.
+            valid: (B, h) bool, which of them are there.
+            mean: (B,) the teacher's mean score of a query's negatives.
+        """
+        lost = torch.cat([own[..., None], lower], dim=2).logsumexp(2) - own
         if self.valid == "above_mean":
-            valid = valid & (rank[..., 0] - TIE > _mean(teacher, negative)[:, None])
+            valid = valid & (rank - TIE > mean[:, None])
         return lost.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
 
 
 def _mean(scores: Tensor, counted: Tensor) -> Tensor:
-    """Mean of the counted entries of each row, 0 where there is none: two (B, B) to (B,)."""
+    """Mean of the counted entries of each row, 0 where there is none: two (B, N) to (B,)."""
     return scores.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)

@@ -1,9 +1,9 @@
-"""Dynamic contrastive distillation (DCD) on a dual encoder.
+"""Dynamic contrastive distillation (DCD).
 
-DCD, arXiv 2207.01426, made for fusion models that score one pair at a time; DSMD (arXiv
-2404.10838, table 2) runs it on a dual encoder. Each query keeps its own partner and the
-negatives of the batch that the teacher finds hardest, and the student learns their scores. How
-sure the teacher is of a query decides between the teacher's scores and the label.
+DCD, arXiv 2207.01426, made for fusion models that score one pair at a time (`rank`); DSMD
+(arXiv 2404.10838, table 2) runs it on the batch of a dual encoder (`forward`). Each query keeps
+its own partner and the negatives that the teacher finds hardest, and the student learns their
+scores. How sure the teacher is of a query decides between the teacher's scores and the label.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from crosstill.objectives.base import Objective
 from crosstill.objectives.parts.candidates import hardest
 from crosstill.objectives.parts.named import positive
 from crosstill.objectives.parts.similarity import similarity
-from crosstill.objectives.parts.uncertainty import Reduction, focal_loss, uncertainty_loss
-from crosstill.types import CandidateScores, Features
+from crosstill.objectives.parts.uncertainty import (
+    Reduction,
+    focal_loss,
+    plain_loss,
+    uncertainty_loss,
+)
+from crosstill.types import CandidateScores, Features, Lists
 
-Variant = Literal["uncertainty", "focal"]
+Variant = Literal["uncertainty", "focal", "plain"]
 Directions = Literal["both", "image", "text"]
-VARIANTS = {"uncertainty": uncertainty_loss, "focal": focal_loss}
+VARIANTS = {"uncertainty": uncertainty_loss, "focal": focal_loss, "plain": plain_loss}
 
 
 class Loss(Objective):
-    """Scores are cosines over the temperature, the teacher's and the student's alike.
+    """A dual encoder's scores are cosines over the temperature; a fusion model's are its logits.
 
     Args:
         temperature: what the cosines are divided by.
@@ -35,15 +40,18 @@ class Loss(Objective):
             fusion model's head learns where that is; a cosine of 0 is far below the cosines of
             hard negatives, so that the labels' part pushes all of them away.
         hardest: h, negatives of each query; a batch with fewer other images gives all it has.
+            Of a score cache the teacher's own, so that only h + 1 pairs reach the student.
         alpha: share of the distillation; 1 - alpha is the labels' ("uncertainty"). Under
             "focal" the labels' part keeps its full weight.
         directions: "image" ranks captions for each image, "text" the reverse; "both" is the
             mean of the two.
         variant: "uncertainty" weights by the teacher's entropy, "focal" by the student's
-            cross-entropy against the teacher's.
+            cross-entropy against the teacher's; "plain" weights all alike.
         reduction: "sample" weights each query's error; "released" as the authors' code, where
             the weights do nothing.
     """
+
+    ranks = True
 
     def __init__(
         self,
@@ -74,16 +82,35 @@ class Loss(Objective):
         scores = (similarity(*student) - self.threshold) / self.temperature
         target = (similarity(*teacher).detach() - self.threshold) / self.temperature
         ways = {"image": (scores, target), "text": (scores.T, target.T)}
-        chosen = ways if self.directions == "both" else (self.directions,)
-        return torch.stack([self._rank(*ways[way], ids) for way in chosen]).mean()
+        return torch.stack([self._rows(*ways[way], ids) for way in self.ways]).mean()
 
-    def _rank(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+    def rank(self, lists: Lists) -> Tensor:
+        """See `Objective.rank`; the first `hardest` negatives of each list count."""
+        return torch.stack([self._listed(lists, way) for way in self.ways]).mean()
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Which lists it reads."""
+        return ("image", "text") if self.directions == "both" else (self.directions,)
+
+    def _listed(self, lists: Lists, way: str) -> Tensor:
+        size = 1 + self.hardest
+        student, teacher = lists.student[way].scores[:, :size], lists.teacher[way].scores[:, :size]
+        if lists.features is not None:
+            student = (student - self.threshold) / self.temperature
+        return self._lose(student, teacher, lists.valid[way][:, :size])
+
+    def _rows(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
         """The loss of the rows of two (B, B) score matrices."""
         lists = hardest(teacher, student.detach(), ids, self.hardest)
+        return self._lose(lists.pick(student), lists.pick(teacher), lists.valid)
+
+    def _lose(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        """The loss of (B, N) lists."""
         return VARIANTS[self.variant](
-            CandidateScores(lists.pick(student)),
-            CandidateScores(lists.pick(teacher)),
-            lists.valid,
+            CandidateScores(student),
+            CandidateScores(teacher),
+            valid,
             alpha=self.alpha,
             reduction=self.reduction,
         )

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crosstill.cache import Cache
+from crosstill.cache import Listing
 from crosstill.errors import unknown
-from crosstill.students.student import Student
-from crosstill.train import Run, TrainConfig, train
+from crosstill.train import Learner, Run, TrainConfig, train
 
 Losses = Mapping[str, Mapping[str, Any]]
 
@@ -54,7 +53,7 @@ def fsp() -> TrainConfig:
 
 
 def dcd() -> TrainConfig:
-    """DCD (arXiv 2207.01426) on a dual encoder: its own two terms over hard candidates."""
+    """DCD (arXiv 2207.01426): its own two terms over the candidates the teacher finds hardest."""
     return _derived("dcd", {"dcd": {}})
 
 
@@ -127,8 +126,8 @@ def config(recipe: str, changes: Sequence[str] = ()) -> TrainConfig:
 
 
 def distill(
-    student: Student | None,
-    cache: Cache,
+    student: Learner | None,
+    cache: Listing,
     recipe: str | TrainConfig = "dsmd",
     *,
     out: str | Path,
@@ -138,8 +137,9 @@ def distill(
     """Train `student` to say what the teacher behind `cache` said.
 
     Args:
-        student: the student; None with `resume`, since a run keeps its own.
-        cache: what the teacher said.
+        student: the student, a dual encoder or a fusion model; None with `resume`, since a run
+            keeps its own.
+        cache: what the teacher said: features, or scores of candidate lists.
         recipe: a recipe's name, or settings made by hand.
         out: the run's folder.
         changes: `key=value` texts, as after `--set`.

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosstill.errors import MismatchError
+from crosstill.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
-    from crosstill.students.config import StudentConfig
+    from crosstill.students.config import FusionConfig, StudentConfig
     from crosstill.students.student import Student
+    from crosstill.teachers.matcher import Matcher
 
-__all__ = ["build", "load", "load_config"]
+__all__ = ["build", "fuse", "load", "load_config"]
 
 ALONE = 256  # embedding width where neither a teacher nor the configuration says one
 
 
-def load_config(preset_or_toml: str | Path) -> StudentConfig:
+def load_config(preset_or_toml: str | Path) -> StudentConfig | FusionConfig:
     """Read a student's configuration: see `crosstill.students.config.load_config`."""
     from crosstill.students import config
 
@@ -46,8 +47,11 @@ def build(
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
     from crosstill.students import building
+    from crosstill.students.config import FusionConfig
 
     config = load_config(student) if isinstance(student, str | Path) else student
+    if isinstance(config, FusionConfig):
+        raise ConfigError(f"student {config.name}: a fusion model, which learns from a score cache")
     width = dim or config.dim or ALONE
     if width != (config.dim or width):
         raise MismatchError(
@@ -55,6 +59,33 @@ def build(
             f"{dim}; leave dim out of the student, or choose another teacher"
         )
     return building.build(config.model_copy(update={"dim": width}), captions, seed)
+
+
+def fuse(
+    student: FusionConfig | str | Path,
+    captions: Sequence[str] = (),
+    seed: int = 0,
+    teacher: str | None = None,
+) -> Matcher:
+    """Make a fusion model to train: see `crosstill.students.fusion.build`.
+
+    Args:
+        student: a configuration, "half", or a TOML file with the key `fusion`.
+        captions: what a model from scratch learns its vocabulary from.
+        seed: of all that starts at random.
+        teacher: the folder of the fusion model that a "cut" without a `source` is cut from.
+
+    Raises:
+        ConfigError: a configuration that cannot be, or that is of a dual encoder.
+        ModelError: a source that does not load.
+    """
+    from crosstill.students import fusion
+    from crosstill.students.config import FusionConfig
+
+    config = load_config(student) if isinstance(student, str | Path) else student
+    if not isinstance(config, FusionConfig):
+        raise ConfigError(f"student {config.name}: a dual encoder, not a fusion model")
+    return fusion.build(config, captions, seed, teacher)
 
 
 def load(folder: str | Path) -> Student:

@@ -89,12 +89,45 @@ class StudentConfig(_Frozen):
         return self.batch_norm == "frozen"
 
 
-def load_config(preset_or_toml: str | Path) -> StudentConfig:
+class FusionConfig(_Frozen):
+    """A fusion model to train.
+
+    Attributes:
+        fusion: "cut" takes a fusion model with some of its layers (DCD's student), "meter" puts
+            new co-attention layers on a dual encoder's towers, "vilt" starts a ViLT at random.
+        source: of "cut": folder or hub id of the model; None takes the score cache's teacher.
+        layers: of "cut": which fusion layers to keep; None keeps half of them, 0, 3, 5 of 6.
+        towers: of "meter": a student, run or dual teacher whose towers, tokenizer and
+            preprocess it takes.
+        shape: of "meter": fields of `crosstill.teachers.meter.Shape` but for the towers' widths.
+        config: of "vilt": fields of transformers' ViltConfig.
+        max_length: tokens of a caption.
+        name: what to call it in tables.
+    """
+
+    fusion: Literal["cut", "meter", "vilt"]
+    source: str | None = None
+    layers: tuple[int, ...] | None = None
+    towers: str | None = None
+    shape: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    max_length: int = 40
+    name: str = "fusion"
+
+    @model_validator(mode="after")
+    def _has_towers(self) -> FusionConfig:
+        if (self.fusion == "meter") != (self.towers is not None):
+            raise ValueError("fusion = 'meter' needs towers, and nothing else takes them")
+        return self
+
+
+def load_config(preset_or_toml: str | Path) -> StudentConfig | FusionConfig:
     """Read a student's configuration.
 
     Args:
-        preset_or_toml: a preset's name, or a TOML file with the fields of `StudentConfig`.
-            A relative `source` in it is looked for from here first, then beside the file.
+        preset_or_toml: a preset's name, or a TOML file with the fields of `StudentConfig`, or of
+            `FusionConfig` if it has the key `fusion`. A relative `source` in it is looked for
+            from here first, then beside the file.
 
     Raises:
         ConfigError: no such preset or file, or a key or value that cannot be; it is named.
@@ -107,7 +140,10 @@ def load_config(preset_or_toml: str | Path) -> StudentConfig:
         return PRESETS[name]
     if path.suffix != ".toml":
         raise unknown("student preset (or .toml file)", name, PRESETS)
-    return parse(_with_sources(_read_toml(path), path.parent), str(path))
+    value = _read_toml(path)
+    if "fusion" in value:
+        return parse_fusion(value, str(path))
+    return parse(_with_sources(value, path.parent), str(path))
 
 
 def parse(value: dict[str, Any], where: str) -> StudentConfig:
@@ -116,6 +152,18 @@ def parse(value: dict[str, Any], where: str) -> StudentConfig:
         return StudentConfig.model_validate(value)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def parse_fusion(value: dict[str, Any], where: str) -> FusionConfig:
+    """As `parse`, for `FusionConfig`."""
+    try:
+        return FusionConfig.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        reason = first["msg"].removeprefix("Value error, ")
+        known = ", ".join(FusionConfig.model_fields)
+        raise ConfigError(f"{where}: {key}: {reason}; keys of a fusion model: {known}") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -6,13 +6,14 @@ deit-albert   DeiT-tiny and ALBERT-base: very small towers, for the `towers` tab
 mobile        MobileNetV2 and three MiniLM layers over a trimmed vocabulary; about 10 M
 tiny          a small ResNet and a small BERT from scratch, for 64 x 64 pixels; 0.7 M
 tiny-teacher  the same kind, five times as large: the teacher of the demonstration
+half          a score cache's fusion teacher with half of its fusion layers: DCD's student
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig
+from crosstill.students.config import FusionConfig, ImageTowerConfig, StudentConfig, TextTowerConfig
 
 
 def _resnet(width: int, stages: list[int]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def _bert(width: int, layers: int) -> dict[str, Any]:
     }
 
 
-PRESETS: dict[str, StudentConfig] = {
+PRESETS: dict[str, StudentConfig | FusionConfig] = {
     "paper": StudentConfig(
         name="paper",
         image=ImageTowerConfig(source="google/vit-base-patch16-224-in21k", pooling="cls"),
@@ -76,4 +77,5 @@ PRESETS: dict[str, StudentConfig] = {
         image=ImageTowerConfig(config=_resnet(64, [64, 128, 256])),
         text=TextTowerConfig(config=_bert(256, 4)),
     ),
+    "half": FusionConfig(fusion="cut", name="half"),
 }

@@ -1,7 +1,7 @@
 """Training: settings, loop, checkpoints, run folders, several processes."""
 
 from crosstill.train.config import TrainConfig
-from crosstill.train.folder import Run
+from crosstill.train.folder import Learner, Run
 from crosstill.train.loop import train
 
-__all__ = ["Run", "TrainConfig", "train"]
+__all__ = ["Learner", "Run", "TrainConfig", "train"]

@@ -6,17 +6,16 @@ from torch import nn
 
 from crosstill import balance, objectives
 from crosstill.balance import Rule
-from crosstill.cache import Cache
+from crosstill.cache import Listing, ScoreCache
 from crosstill.errors import ConfigError, MismatchError
-from crosstill.students.student import Student
-from crosstill.train import inside
+from crosstill.train import inside, work
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.sampler import Sampler
 from crosstill.train.step import check_precision
 
 
-def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleDict, Rule]:
+def prepare(config: TrainConfig, cache: Listing, group: Group) -> tuple[nn.ModuleDict, Rule]:
     """Losses and balancer of a run, after all that can be checked has been."""
     check_precision(config, group.device)
     group.check(config.batch_size)
@@ -28,7 +27,7 @@ def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleD
             "lacks some; use init_heads=random"
         )
     losses = build_losses(config, cache)
-    inside.check(config, losses, cache, group.world)
+    work.check(losses, cache, config, group)
     options = dict(config.balance)
     rule = balance.build(options.pop("name", "fixed"), list(losses), **options)
     blind = [*inside.reading(losses, "hidden"), *inside.reading(losses, "masked")]
@@ -40,7 +39,7 @@ def prepare(config: TrainConfig, cache: Cache, group: Group) -> tuple[nn.ModuleD
     return losses, rule
 
 
-def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:
+def build_losses(config: TrainConfig, cache: Listing) -> nn.ModuleDict:
     """The losses of a run, each refused by name if the teacher did not leave what it reads."""
     losses: dict[str, objectives.Objective] = {}
     keys = cache.keys[cache.split(config.train_split).images]
@@ -49,6 +48,8 @@ def build_losses(config: TrainConfig, cache: Cache) -> nn.ModuleDict:
         losses[name] = objectives.build(
             name, dim=cache.dim or 1, seed=config.seed, keys=keys, **options
         )
+    if isinstance(cache, ScoreCache):
+        return nn.ModuleDict(losses)  # whose scores are checked with the lists
     starved = [name for name, loss in losses.items() if loss.needs - cache.modalities]
     if starved:
         lacking = sorted({kind for n in starved for kind in losses[n].needs - cache.modalities})
@@ -66,12 +67,3 @@ def _without(has: frozenset[str]) -> str:
         return "use --recipe info_nce"
     (side,) = has
     return f"""use --recipe info_nce --set 'losses.feature.side="{side}"'"""
-
-
-def width(student: Student, cache: Cache) -> None:
-    """Refuse a student whose embeddings are not as wide as the teacher's."""
-    if cache.dim is not None and student.dim != cache.dim:
-        raise MismatchError(
-            f"the student's embedding width is {student.dim} and the teacher's is {cache.dim}; "
-            f"build the student with dim = {cache.dim}"
-        )

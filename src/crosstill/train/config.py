@@ -45,6 +45,9 @@ class TrainConfig(BaseModel):
     normalise: bool = True  # False: losses see the student's rows before their L2 normalisation
     init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.warm
     freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once
+    towers: Literal["frozen", "train"] = "frozen"  # of a fusion student
+    negatives: Literal["hardest", "random", "batch"] = "hardest"  # of a score cache's candidates
+    drawn: Positive | None = None  # candidates a step draws these from; None: all of them
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile the student
 

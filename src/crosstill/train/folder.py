@@ -21,12 +21,15 @@ import torch
 import transformers
 
 import crosstill.students as students
-from crosstill import files
-from crosstill.cache import Cache
+from crosstill import files, teachers
+from crosstill.cache import Listing
 from crosstill.cache.store import QUARANTINE
-from crosstill.errors import ConfigError, InputError, MismatchError
-from crosstill.students.student import Student
+from crosstill.errors import ConfigError, InputError, MismatchError, ModelError
+from crosstill.students.student import RECORD, Student
+from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig, parse
+
+Learner = Student | Matcher
 
 FORMAT = 1
 STARTING = ".starting"  # there while a run is being laid out
@@ -40,8 +43,24 @@ class Run:
 
     @property
     def best(self) -> Student:
-        """The student with the best validation RSUM."""
+        """The student with the best validation RSUM.
+
+        Raises:
+            ModelError: the run trained a fusion model; see `matcher`.
+        """
         return students.load(self.folder / "best")
+
+    @property
+    def matcher(self) -> Matcher:
+        """As `best`, of a run that trained a fusion model.
+
+        Raises:
+            ModelError: it trained a dual encoder.
+        """
+        found = learner(self.folder / "best")
+        if isinstance(found, Student):
+            raise ModelError(f"{self.folder}: trained a dual encoder, not a fusion model")
+        return found
 
     @property
     def untrained(self) -> Student:
@@ -59,12 +78,24 @@ class Run:
         return dict(files.read_json(self.folder / "metrics.json"))
 
 
+def learner(folder: Path) -> Learner:
+    """The dual encoder or fusion model that a run put into a folder."""
+    if (folder / RECORD).is_file():
+        return students.load(folder)
+    found = teachers.load(folder)
+    if not isinstance(found, Matcher):
+        raise ModelError(f"{folder}: no student of a run")
+    return found
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run was started there."""
     return (folder / "config.json").is_file()
 
 
-def create(folder: Path, config: TrainConfig, student: Student, cache: Cache, command: str) -> None:
+def create(
+    folder: Path, config: TrainConfig, student: Learner, cache: Listing, command: str
+) -> None:
     """Lay out a new run; the folder is held by the caller.
 
     Raises:
@@ -110,7 +141,7 @@ def check_new(folder: Path) -> None:
         raise ConfigError(f"{folder} already holds a run; give --resume, or another --out")
 
 
-def check_resumable(folder: Path, config: TrainConfig, cache: Cache) -> None:
+def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> None:
     """Refuse to go on with a run in another way than it was started.
 
     Raises:
@@ -138,13 +169,13 @@ def check_resumable(folder: Path, config: TrainConfig, cache: Cache) -> None:
         )
 
 
-def reopen(folder: Path) -> Student:
+def reopen(folder: Path) -> Learner:
     """Tidy up a run that was stopped, and give its untrained student."""
     files.sweep(folder)
     files.sweep(folder / "checkpoints")
     (folder / STARTING).unlink(missing_ok=True)
     _finish_swap(folder)
-    return students.load(folder / "student")
+    return learner(folder / "student")
 
 
 def settings_of(folder: Path) -> TrainConfig:
@@ -152,7 +183,7 @@ def settings_of(folder: Path) -> TrainConfig:
     return parse(files.read_sealed(folder / "config.json", {FORMAT})["settings"])
 
 
-def save_best(folder: Path, student: Student, metrics: dict[str, Any]) -> None:
+def save_best(folder: Path, student: Learner, metrics: dict[str, Any]) -> None:
     """Put a new best student in place of the old; a kill leaves one of the two, whole."""
     new, old = folder / "best.new", folder / "best.old"
     shutil.rmtree(new, ignore_errors=True)

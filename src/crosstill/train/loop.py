@@ -10,25 +10,25 @@ from typing import Any
 
 from torch import nn
 
-from crosstill import evaluate, files, progress
+from crosstill import files, progress
 from crosstill.balance import Rule
-from crosstill.cache import Cache
+from crosstill.cache import Cache, Listing
 from crosstill.errors import ConfigError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
-from crosstill.train import checkpoint, checks, distributed, folder, inside, optim, stream, warm
+from crosstill.train import checkpoint, checks, distributed, folder, optim, warm, work
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
-from crosstill.train.folder import Run
+from crosstill.train.folder import Learner, Run
 from crosstill.train.interrupt import Stop, stop_signals
-from crosstill.train.step import Outcome, Step
+from crosstill.train.step import Outcome
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    student: Student | None,
-    cache: Cache,
+    student: Learner | None,
+    cache: Listing,
     config: TrainConfig,
     out: str | Path,
     *,
@@ -55,24 +55,21 @@ def train(
     path = Path(out)
     if resume:
         folder.check_resumable(path, config, cache)
-    elif student is not None:
+    else:
         folder.check_new(path)
-        checks.width(student, cache)
     with distributed.group() as group, ExitStack() as stack:
         losses, rule = checks.prepare(config, cache, group)
         # before the folder is touched, because it may refuse
-        looking = inside.look(student, losses, config, cache) if student else None
+        beside = work.fit(student, cache, losses, config) if student else None
         if group.leads:
             files.writable_folder(path)
             stack.enter_context(files.locked(path))
             student = _prepare(path, config, student, cache, resume, command)
         group.wait()
         if student is None or not group.leads:
-            student = Run(path).untrained
-        checks.width(student, cache)
-        looking = looking or inside.look(student, losses, config, cache)
-        session = Session(path, student, losses, rule, cache, config, group)
-        session.step.inside = looking
+            student = folder.learner(path / "student")
+        beside = beside or work.fit(student, cache, losses, config)
+        session = Session(path, student, (losses, rule, beside), cache, config, group)
         stack.callback(session.close)
         session.run()
     return Run(path)
@@ -81,11 +78,11 @@ def train(
 def _prepare(
     path: Path,
     config: TrainConfig,
-    student: Student | None,
-    cache: Cache,
+    student: Learner | None,
+    cache: Listing,
     resume: bool,
     command: str,
-) -> Student:
+) -> Learner:
     """Lay out or reopen the run's folder."""
     if resume:
         return folder.reopen(path)
@@ -100,32 +97,30 @@ def _prepare(
 
 
 class Session:
-    """A run in progress."""
+    """A run in progress: `parts` are losses, balancer, and what runs beside the student."""
 
     def __init__(
         self,
         path: Path,
-        student: Student,
-        losses: nn.ModuleDict,
-        rule: Rule,
-        cache: Cache,
+        student: Learner,
+        parts: tuple[nn.ModuleDict, Rule, Any],
+        cache: Listing,
         config: TrainConfig,
         group: Group,
     ) -> None:
+        losses, rule, beside = parts
         checkpoint.seed_rng(config.seed)
         self.path, self.config, self.group, self.cache = path, config, group, cache
         self.student = student.to(group.device)
-        self._freeze()
+        work.freeze(student, config)
         self.losses, self.balance = losses.to(group.device), rule.to(group.device)
-        split = cache.split(config.train_split)
         self.optimizer = optim.build((student, self.losses), self.balance, config)
-        self.stream = stream.Stream(cache, split, student, config, group)
-        val = cache.split(config.val_split)
-        self.val = evaluate.CachedSplit(cache, val, student, config.freeze)
+        self.stream, self.val = work.data(student, cache, self.losses, config, group)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
         self._load()
-        self.step = Step(student, self.losses, self.balance, self.optimizer, config, group)
+        learning = (student, self.losses, self.balance, self.optimizer, config, group)
+        self.step = work.step(cache, beside, *learning)
         self.events = folder.Events(path, self.position["total"]) if group.leads else None
 
     def run(self) -> None:
@@ -162,7 +157,7 @@ class Session:
         self._end_epoch(epoch, time.perf_counter() - began, seen)
         stop.obey()
 
-    def _guarded_step(self, batch: stream.Batch, per_epoch: int) -> Outcome:
+    def _guarded_step(self, batch: Any, per_epoch: int) -> Outcome:
         """One step; if a loss is not finite, save the state before it and say where."""
         before = (checkpoint.rng_state(), _copied(self.balance))
         try:
@@ -172,7 +167,7 @@ class Session:
             checkpoint.restore_rng(before[0])
             raise NonFiniteError(self._report(error, batch)) from None
 
-    def _report(self, error: NonFiniteError, batch: stream.Batch) -> str:
+    def _report(self, error: NonFiniteError, batch: Any) -> str:
         number = self.position["total"]
         rows = self.cache.split(self.config.train_split).images[batch.picked.images]
         captions = self.cache.split(self.config.train_split).captions[batch.picked.captions]
@@ -284,12 +279,8 @@ class Session:
         if state is not None:
             self.restore(state)
         elif self.config.init_heads == "ridge":
+            assert isinstance(self.cache, Cache) and isinstance(self.student, Student)
             warm.ridge_heads(self.student, self.cache, self.stream.split)
-
-    def _freeze(self) -> None:
-        if self.config.freeze != "none":
-            tower = getattr(self.student, f"{self.config.freeze}_tower")
-            tower.requires_grad_(False)
 
     def _bar(self, total: int) -> Any:
         done = self.position["total"]

@@ -53,24 +53,32 @@ class Step:
         self._student = student
         self.inside: Inside | None = None
 
-    def __call__(self, batch: Batch, lr: float) -> Outcome:
+    def __call__(self, batch: Any, lr: float) -> Outcome:
         """Take one step.
 
         Raises:
             NonFiniteError: a loss is NaN or infinite; nothing has been updated.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        size = self._config.chunk_size
-        chunked = size is not None and size < len(batch.image_of)
-        outcome = self._in_chunks(batch, size or 0) if chunked else self._whole(batch)
+        outcome = self._learn(batch)
         if self._config.clip_norm:
             nn.utils.clip_grad_norm_(self._parameters, self._config.clip_norm)
         for options in self.optimizer.param_groups:
             options["lr"] = lr
         self.optimizer.step()
+        self._note(batch)
+        return outcome
+
+    def _note(self, batch: Any) -> None:
+        """What losses keep of a batch after its step."""
         for loss in self._objectives().values():
             loss.update(batch.teacher, batch.ids)
-        return outcome
+
+    def _learn(self, batch: Any) -> Outcome:
+        """Forward and backward."""
+        size = self._config.chunk_size
+        chunked = size is not None and size < len(batch.image_of)
+        return self._in_chunks(batch, size or 0) if chunked else self._whole(batch)
 
     def _whole(self, batch: Batch) -> Outcome:
         if self.inside is not None:
@@ -135,7 +143,13 @@ class Step:
         losses = {
             name: loss(*nouns[loss.reads], batch.ids) for name, loss in self._objectives().items()
         }
-        if self.balance.needs_gradients:
+        return self._weigh(losses, features)
+
+    def _weigh(
+        self, losses: Mapping[str, Tensor], features: Features | None
+    ) -> tuple[Outcome, Tensor]:
+        """The weighted sum of the losses, with gradient, and all of it to look at."""
+        if self.balance.needs_gradients and features is not None:
             self.balance.watch({name: _norm(loss, features) for name, loss in losses.items()})
         weights = self.balance.weights({name: loss.detach() for name, loss in losses.items()})
         total = sum((weights[name] * losses[name] for name in losses), self.balance.penalty())

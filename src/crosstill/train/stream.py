@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.sampler import Picked, Sampler
 from crosstill.types import Features
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,7 @@ class Stream:
 
     def ahead(self, epoch: int, first: int) -> Iterator[tuple[int, Batch, float]]:
         """(step, batch, seconds waited for it) from step `first` to the end of the epoch."""
-        steps = range(first, self.sampler.steps_per_epoch)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            pending = pool.submit(self.batch, epoch, first) if len(steps) else None
-            for step in steps:
-                assert pending is not None
-                start = time.perf_counter()
-                batch = pending.result()
-                waited = time.perf_counter() - start
-                if step + 1 in steps:
-                    pending = pool.submit(self.batch, epoch, step + 1)
-                yield step, batch, waited
+        yield from ahead(self.batch, epoch, range(first, self.sampler.steps_per_epoch))
 
     def _image_input(self, seen: np.ndarray) -> Tensor:
         if self._pooled_images is not None:
@@ -110,6 +103,22 @@ class Stream:
         empty = torch.empty(0)
         image = self.cache.image_features(images, views) if "image" in has else empty
         return Features(image, self.cache.text_features(captions) if "text" in has else empty)
+
+
+def ahead(
+    make: Callable[[int, int], Made], epoch: int, steps: range
+) -> Iterator[tuple[int, Made, float]]:
+    """(step, batch, seconds waited for it): the next batch is made while one is in use."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(make, epoch, steps[0]) if steps else None
+        for step in steps:
+            assert pending is not None
+            start = time.perf_counter()
+            batch = pending.result()
+            waited = time.perf_counter() - start
+            if step + 1 in steps:
+                pending = pool.submit(make, epoch, step + 1)
+            yield step, batch, waited
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

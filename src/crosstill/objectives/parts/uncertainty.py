@@ -128,6 +128,24 @@ def focal_loss(
     return alpha * softening**2 * (weight * error).mean() + paid.mean()
 
 
+def plain_loss(
+    student: CandidateScores,
+    teacher: CandidateScores,
+    valid: Tensor | None = None,
+    *,
+    alpha: float = 0.2,
+    softening: float = 1.0,
+    reduction: Reduction = "sample",
+) -> Tensor:
+    """No dynamic weights: every sample counts 1 / B in both terms. The ablation's baseline.
+
+    Args and the result are those of `uncertainty_loss`.
+    """
+    error = _error(student, teacher, valid, softening, reduction)
+    task = binary_cross_entropy(student.scores, valid)
+    return alpha * softening**2 * error.mean() + (1 - alpha) * task.mean()
+
+
 def _error(
     student: CandidateScores,
     teacher: CandidateScores,

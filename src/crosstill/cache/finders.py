@@ -1,0 +1,124 @@
+"""Who finds false candidates: a seed, or a dual encoder whose highest cosines are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosstill import images, progress
+from crosstill.cache import candidates, sources
+from crosstill.cache.store import Cache
+from crosstill.data import Pairs
+from crosstill.errors import ConfigError, MismatchError, unknown
+from crosstill.teachers.base import Teacher
+from crosstill.teachers.features import FeaturesTeacher
+from crosstill.types import Example
+
+BATCH = 64  # images or texts in one pass
+
+Finder = str | Cache | Teacher
+
+
+def check(find: Finder, pairs: Pairs) -> None:
+    """Refuse what cannot find candidates, before any work is done.
+
+    Raises:
+        ConfigError: an unknown name, a model without features, or features of one side only.
+        MismatchError: a cache of another dataset.
+    """
+    if isinstance(find, str):
+        if find not in candidates.FINDERS:
+            raise unknown("candidate finder", find, candidates.FINDERS)
+        return
+    if isinstance(find, FeaturesTeacher) or not isinstance(find, Cache | Teacher):
+        name = getattr(find, "name", None) or getattr(find, "folder", type(find).__name__)
+        raise ConfigError(
+            f"find = {name}: cannot find candidates; give random, batch, a dual encoder, or a "
+            "cache of its features"
+        )
+    if find.modalities != {"image", "text"}:
+        name = find.folder if isinstance(find, Cache) else find.name
+        left = " and ".join(sorted(find.modalities)) or "no"
+        raise ConfigError(f"find = {name}: has {left} features, and image and text are needed")
+    if isinstance(find, Cache):
+        known = set(find.image_ids)
+        lacking = [e for e in pairs.examples if e.image_id not in known]
+        if len(lacking) > find.header["quarantined"]:
+            raise _of_other_data(find, lacking[0])
+
+
+def identity(find: Finder) -> str | dict[str, Any]:
+    """What decides which candidates it finds, for a cache's key."""
+    if isinstance(find, str):
+        return find
+    return {"cache": find.digest} if isinstance(find, Cache) else {"model": find.identity()}
+
+
+def rated(
+    find: Finder, examples: Sequence[Example], pairs: Pairs, texts: Sequence[str], names: np.ndarray
+) -> str | candidates.Rated:
+    """What `candidates.choose` takes.
+
+    Args:
+        find: as `check` let it pass.
+        examples: the images, whose captions are texts[names].
+        pairs: where their bytes are.
+        texts: all distinct captions.
+        names: (T,) which of `texts` each caption is.
+
+    Raises:
+        MismatchError: a cache that lacks an image or a caption.
+    """
+    if isinstance(find, str):
+        return find
+    if isinstance(find, Cache):
+        return _cached(find, examples)
+    with progress.bar("finder's captions", len(texts)) as bar:
+        text = sources.embed_texts(find, texts, BATCH, bar)
+    return candidates.Rated(_images(find, examples, pairs).numpy(), text.numpy()[names])
+
+
+def _images(find: Teacher, examples: Sequence[Example], pairs: Pairs) -> Tensor:
+    """Features (I, D) of photos."""
+
+    def load(example: Example) -> Tensor:
+        return images.load(pairs.read(example), example.path, find.preprocess)
+
+    rows = []
+    with (
+        ThreadPoolExecutor(max_workers=4) as pool,
+        progress.bar("finder's images", len(examples)) as bar,
+    ):
+        for photos in sources.ahead(examples, BATCH, pool, load):
+            rows.append(find.embed_images(torch.stack(photos)).cpu())
+            bar.advance(len(photos))
+    return torch.cat(rows)
+
+
+def _cached(find: Cache, examples: Sequence[Example]) -> candidates.Rated:
+    """Features of the same images and captions, wherever the cache has them."""
+    image = {key: row for row, key in enumerate(find.image_ids)}
+    text = {pair: row for row, pair in enumerate(zip(find.owner.tolist(), find.texts, strict=True))}
+    images, texts = [], []
+    for example in examples:
+        row = image.get(example.image_id)
+        captions = [text.get((row, caption)) for caption in example.captions]
+        if row is None or None in captions:
+            raise _of_other_data(find, example)
+        images.append(row)
+        texts += captions
+    return candidates.Rated(
+        find.image_features(np.array(images)).numpy(), find.text_features(np.array(texts)).numpy()
+    )
+
+
+def _of_other_data(find: Cache, example: Example) -> MismatchError:
+    return MismatchError(
+        f"find = {find.folder}: a cache of other data, {example.path} with its captions is not in "
+        "it; make a cache of the same data"
+    )

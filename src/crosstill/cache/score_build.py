@@ -1,0 +1,223 @@
+"""Ask a fusion teacher about chosen pairs of a dataset, in shards that survive a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosstill import images, progress
+from crosstill.cache import candidates, finders, scores, sources, work
+from crosstill.data import Pairs
+from crosstill.errors import ConfigError, DataError, ModelError
+from crosstill.teachers.matcher import FusionTeacher, score_pairs
+from crosstill.types import Example
+
+SHARD_IMAGES = 64  # images whose pairs share a shard: what a kill can cost at most
+CALL = 4096  # pairs handed to the teacher at a time: their texts' states are held at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Which pairs are scored besides the true ones."""
+
+    false: int = 63  # false captions of each image
+    false_images: int = 7  # false images of each caption
+    find: finders.Finder = "random"  # or "batch", or whose highest cosines are taken
+    seed: int = 0  # of what is drawn
+    strict: bool = False  # stop at the first unreadable image
+
+    def __post_init__(self) -> None:
+        if min(self.false, self.false_images) < 0 or not self.false + self.false_images:
+            raise ConfigError(
+                f"false = {self.false}, false_images = {self.false_images}: give numbers of "
+                "candidates, at least one of them above 0"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed}: give 0 or more")
+
+
+def build_scores(
+    teacher: FusionTeacher | None, pairs: Pairs, folder: str | Path, **options: Any
+) -> scores.ScoreCache:
+    """Make the score cache of `pairs` under `teacher`, or finish it, or find it already there.
+
+    Args:
+        teacher: a fusion model; None keeps the candidates without scores, which is what a
+            fusion model itself is trained from.
+        pairs: the dataset, all splits.
+        folder: where the cache is, or is to be.
+        options: fields of `ScoreOptions`.
+
+    Raises:
+        MismatchError: the folder holds a cache of another teacher, dataset or setting, or the
+            finder is a cache of another dataset.
+        LockedError: another process is building in the folder.
+        ConfigError: an option that cannot be, or a folder that holds something else.
+        ModelError: the teacher gives no scores, or scores that are not finite.
+        ImageError: an image is unreadable and `strict` is set.
+        DataError: no image is readable, or one of the train split has no false candidate.
+    """
+    try:
+        settings = ScoreOptions(**options)
+    except TypeError as error:
+        raise ConfigError(f"score cache: {error}") from None
+    if teacher is not None and not isinstance(teacher, FusionTeacher):
+        name = getattr(teacher, "name", type(teacher).__name__)
+        raise ModelError(f"{name}: embeds each side alone and scores no pairs; make a plain cache")
+    finders.check(settings.find, pairs)
+    return _ScoreBuild(teacher, pairs, folder, settings).make()
+
+
+class _ScoreBuild(work.Work[scores.ScoreCache]):
+    """One build of a score cache."""
+
+    opened = scores.ScoreCache
+    kinds = ("image", "pairs", "score")
+    words: ClassVar = {
+        "data": "dataset",
+        "false": "number of false captions",
+        "false_images": "number of false images",
+        "find": "candidate finder",
+    }
+
+    def __init__(
+        self,
+        teacher: FusionTeacher | None,
+        pairs: Pairs,
+        folder: str | Path,
+        options: ScoreOptions,
+    ) -> None:
+        self.teacher, self.options = teacher, options
+        about = _describe(teacher)
+        key = {
+            "teacher": about["identity"],
+            "data": pairs.digest(),
+            "false": options.false,
+            "false_images": options.false_images,
+            "find": finders.identity(options.find),
+            "seed": options.seed,
+        }
+        reading = work.Reading(seed=options.seed, strict=options.strict)
+        super().__init__(pairs, folder, about, key, reading)
+
+    def _source(self) -> sources.Pixels:
+        return sources.Nothing(None if self.teacher is None else self.teacher.preprocess)
+
+    def _fill(self, readable: list[Example]) -> dict[str, Any]:
+        texts, names = candidates.numbered([t for e in readable for t in e.captions])
+        indptr, captions = self._pairs(readable, texts, names)
+        if self.teacher is not None:
+            self._score_shards(readable, texts, indptr, names[captions])
+        made = [*self.journal.stored("pairs"), *self.journal.stored("score")]
+        return {
+            "rows": {"image": len(readable), "text": len(names), "pair": len(captions)},
+            "files": {shard["file"]: shard["sha256"] for shard in made},
+        }
+
+    # --- candidates ---
+
+    def _pairs(
+        self, readable: list[Example], texts: list[str], names: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `candidates.choose`; kept on disk, so that a resumed build asks the same pairs."""
+        kept = self.journal.stored("pairs")
+        if len(kept) == 2:
+            indptr, captions = (
+                np.load(self.folder / shard["file"], allow_pickle=False) for shard in kept
+            )
+            return indptr, captions
+        self.journal.shards["pairs"].clear()
+        self.journal.shards["score"].clear()
+        owner = np.repeat(np.arange(len(readable)), [len(e.captions) for e in readable])
+        splits = np.array([example.split for example in readable], dtype=object)
+        rows = candidates.Rows(owner, names, splits)
+        wanted = candidates.Wanted(self.options.false, self.options.false_images, self.options.seed)
+        find = finders.rated(self.options.find, readable, self.pairs, texts, names)
+        indptr, captions = candidates.choose(rows, wanted, find)
+        self._refuse_alone(rows, indptr, captions)
+        self.journal.commit("pairs", indptr, name=scores.INDPTR)
+        self.journal.commit("pairs", captions, name=scores.PAIRS)
+        return indptr, captions
+
+    def _refuse_alone(
+        self, rows: candidates.Rows, indptr: np.ndarray, captions: np.ndarray
+    ) -> None:
+        """A query of the train split without a false candidate could teach nothing."""
+        trains = rows.splits == "train"
+        images = np.diff(indptr) - np.bincount(rows.owner, minlength=len(trains))
+        texts = np.bincount(captions, minlength=len(rows.owner)) - 1
+        alone = int((images[trains] == 0).sum()) if self.options.false else 0
+        unseen = int((texts[trains[rows.owner]] == 0).sum()) if self.options.false_images else 0
+        if alone or unseen:
+            kind = f"{alone} images have no false caption"
+            raise DataError(
+                f"{self.pairs.name}: in split 'train' "
+                f"{kind if alone else f'{unseen} captions have no false image'}: all that is "
+                "there is true of them; add images with other captions"
+            )
+
+    # --- scores ---
+
+    def _score_shards(
+        self, readable: list[Example], texts: list[str], indptr: np.ndarray, names: np.ndarray
+    ) -> None:
+        """Score the pairs that are left; `names` (P,) says which of `texts` each pair has."""
+        first = len(self.journal.shards["score"])
+        bounds = indptr[np.r_[: len(readable) : SHARD_IMAGES, len(readable)]]
+        image = np.repeat(np.arange(len(readable)) % SHARD_IMAGES, np.diff(indptr))
+        left = readable[first * SHARD_IMAGES :]
+        with (
+            ThreadPoolExecutor(max_workers=4) as pool,
+            progress.bar("pairs", len(names), int(bounds[first])) as bar,
+        ):
+            for shard, photos in enumerate(
+                sources.ahead(left, SHARD_IMAGES, pool, self._photo), start=first
+            ):
+                parts = []
+                for start in range(bounds[shard], bounds[shard + 1], CALL):
+                    part = slice(start, min(start + CALL, bounds[shard + 1]))
+                    parts.append(self._scored(photos, texts, image[part], names[part]))
+                    bar.advance(len(parts[-1]))
+                self.journal.commit("score", np.concatenate(parts))
+
+    def _photo(self, example: Example) -> Tensor:
+        assert self.teacher is not None
+        return images.load(self.pairs.read(example), example.path, self.teacher.preprocess)
+
+    def _scored(
+        self, photos: Sequence[Tensor], texts: Sequence[str], image: np.ndarray, name: np.ndarray
+    ) -> np.ndarray:
+        """float32 scores (P,) of pairs; every image and text of them is handed over once."""
+        assert self.teacher is not None
+        shown, row = np.unique(image, return_inverse=True)
+        said, place = np.unique(name, return_inverse=True)
+        found = score_pairs(
+            self.teacher,
+            [photos[i] for i in shown],
+            [texts[i] for i in said],
+            torch.from_numpy(np.stack([row, place], axis=1)),
+        )
+        if not found.isfinite().all():
+            raise ModelError(f"{self.teacher.name}: its scores are not finite; check its weights")
+        return found.float().cpu().numpy()
+
+
+def _describe(teacher: FusionTeacher | None) -> dict[str, Any]:
+    if teacher is None:
+        return dict.fromkeys(("name", "source", "licence", "parameters", "kind")) | {"identity": {}}
+    known: Any = teacher
+    return {
+        "name": known.name,
+        "source": known.source,
+        "parameters": known.parameter_count(),
+        "licence": known.licence,
+        "identity": known.identity(),
+        "kind": "fusion",
+    }

@@ -1,0 +1,124 @@
+"""A finished score cache: what a fusion teacher said of some pairs of images and captions.
+
+A score cache is a folder:
+
+    scores.json        sealed header: teacher, data, candidates, SHA-256 of every other file
+    images.parquet     one row an image: image_id, path, split
+    captions.parquet   one row a caption: image (row of images.parquet), text
+    indptr.npy         int64 (I + 1,): the pairs of image i are indptr[i] to indptr[i + 1]
+    captions.npy       int32 (P,): caption row of each pair, ascending within an image
+    score-00000.npy …  float32: the scores of the pairs of consecutive images, higher is better
+    quarantine.jsonl   images that could not be read, with the reason
+    pixels/            decoded photos for students, made on demand
+
+Rows are in the order of the image ids. Every caption is paired with its own image, and with as
+many others as were asked for. Without a teacher the pairs are there and no scores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosstill.cache import store
+from crosstill.errors import CorruptError
+
+FORMAT = 1
+INDPTR = "indptr.npy"
+PAIRS = "captions.npy"
+
+
+class Partners(NamedTuple):
+    """The false partners of all queries: those of query q are indptr[q] to indptr[q + 1]."""
+
+    indptr: np.ndarray  # (Q + 1,)
+    rows: np.ndarray  # (F,) row of each partner, ascending within a query
+    pairs: np.ndarray  # (F,) which of all pairs it is
+
+    def counts(self, queries: np.ndarray) -> np.ndarray:
+        """How many each of these queries has."""
+        return self.indptr[queries + 1] - self.indptr[queries]
+
+
+class ScoreCache(store.Listing):
+    """An opened score cache.
+
+    Attributes:
+        indptr: (I + 1,) int64, see the format above.
+        pair_images: (P,) int32 image row of each pair, ascending.
+        pair_captions: (P,) int32 caption row of each pair.
+        scores: (P,) float32; None when no teacher scored them.
+        true_scores: (T,) float32 score of each caption with its own image, or None.
+        by_image: false captions of each image.
+        by_caption: false images of each caption.
+    """
+
+    file = store.SCORES
+    version = FORMAT
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self.indptr = self._load(INDPTR)
+        self.pair_captions = self._load(PAIRS)
+        rows = np.arange(len(self.image_ids), dtype=np.int32)
+        self.pair_images = np.repeat(rows, np.diff(self.indptr))
+        self.scores: Tensor | None = self._read_scores()
+        true = self.owner[self.pair_captions] == self.pair_images
+        self.true_scores = None if self.scores is None else self.scores.numpy()[true]
+        false = np.flatnonzero(~true)
+        self.by_image = _grouped(self.pair_images, self.pair_captions, false, len(self.image_ids))
+        self.by_caption = _grouped(self.pair_captions, self.pair_images, false, len(self.texts))
+
+    def of_image(self, image: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """False captions of an image row, ascending, and their scores, if there are any."""
+        return self._of(self.by_image, image)
+
+    def of_caption(self, caption: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """False images of a caption row, ascending, and their scores, if there are any."""
+        return self._of(self.by_caption, caption)
+
+    def least_false(self, split: str) -> tuple[int, int]:
+        """The fewest false captions of any image of a split, and false images of any caption."""
+        rows = self.split(split)
+        captions = self.by_image.counts(rows.images).min()
+        return int(captions), int(self.by_caption.counts(rows.captions).min())
+
+    def _of(self, partners: Partners, query: int) -> tuple[np.ndarray, np.ndarray | None]:
+        mine = slice(partners.indptr[query], partners.indptr[query + 1])
+        scores = None if self.scores is None else self.scores.numpy()[partners.pairs[mine]]
+        return partners.rows[mine], scores
+
+    def _read_scores(self) -> Tensor | None:
+        names = sorted(name for name in self.header["files"] if name.startswith("score-"))
+        if not names:
+            return None
+        scores = np.concatenate([self._load(name) for name in names])
+        if len(scores) != len(self.pair_captions):
+            raise CorruptError(f"{self.folder / self.file}: its scores do not add up")
+        return torch.from_numpy(scores)
+
+    def _load(self, name: str) -> np.ndarray:
+        array: np.ndarray = np.load(self.folder / name, allow_pickle=False)
+        return array
+
+
+def open(folder: str | Path) -> store.Cache | ScoreCache:
+    """Open a cache of either kind.
+
+    Raises:
+        InputError: there is no finished cache in the folder.
+        CorruptError: a file is damaged, missing, or written by a newer crosstill.
+    """
+    scored = (Path(folder) / store.SCORES).is_file()
+    return ScoreCache(folder) if scored else store.Cache(folder)
+
+
+def _grouped(queries: np.ndarray, partners: np.ndarray, false: np.ndarray, count: int) -> Partners:
+    """The false pairs by query; a stable sort keeps the partners of each ascending."""
+    pairs = false[queries[false].argsort(kind="stable")]
+    counts = np.bincount(queries[false], minlength=count)
+    return Partners(np.concatenate([[0], counts.cumsum()]), partners[pairs], pairs)

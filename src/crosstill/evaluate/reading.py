@@ -1,0 +1,98 @@
+"""The photos of a dataset, decoded as a model wants them, some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crosstill import images, progress
+from crosstill.data import Pairs
+from crosstill.errors import DataError, ImageError
+from crosstill.images import Preprocess, Quarantine
+from crosstill.types import Example
+
+BATCH = 128  # rows per pass; no gradient is kept, so memory is small
+
+Loaded = Tensor | tuple[ImageError, int]  # pixels, or what is wrong and the file's size in bytes
+
+
+def photos(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[tuple[Example, Loaded]]]:
+    """Every example with its uint8 pixels (3, H, W), `BATCH` at a time, in order."""
+
+    def load(example: Example) -> Loaded:
+        data = b""
+        try:
+            data = pairs.read(example)
+            return images.load(data, example.path, preprocess)
+        except ImageError as error:
+            return error, len(data)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for start in range(0, len(pairs.examples), BATCH):
+            chunk = pairs.examples[start : start + BATCH]
+            yield list(zip(chunk, pool.map(load, chunk), strict=True))
+
+
+def sound(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[Tensor]]:
+    """As `photos`, of images that were found `readable` before.
+
+    Raises:
+        ImageError: an image has become unreadable since.
+    """
+    for chunk in photos(pairs, preprocess):
+        bad = [loaded[0] for _, loaded in chunk if not isinstance(loaded, Tensor)]
+        if bad:
+            raise bad[0]
+        yield [loaded for _, loaded in chunk if isinstance(loaded, Tensor)]
+
+
+def readable(pairs: Pairs, preprocesses: Iterable[Preprocess], strict: bool = False) -> Pairs:
+    """The images that all of several models can read; the others go into the quarantine.
+
+    Raises:
+        DataError: no image is readable.
+        ImageError: an image is unreadable and `strict` is set.
+    """
+    quarantine, listed = quarantined(pairs, strict), len(pairs.examples)
+    for preprocess in dict.fromkeys(preprocesses):
+        kept = []
+        with progress.bar("checking images", len(pairs.examples)) as bar:
+            for chunk in photos(pairs, preprocess):
+                for example, loaded in chunk:
+                    if isinstance(loaded, Tensor):
+                        kept.append(example)
+                    else:
+                        quarantine.add(*loaded)
+                bar.advance(len(chunk))
+        pairs = replace(pairs, examples=tuple(kept))
+    if not pairs.examples:
+        raise DataError(f"{pairs.name}: all {listed} images are unreadable")
+    return replace(pairs, quarantine=quarantine)
+
+
+def quarantined(pairs: Pairs, strict: bool) -> Quarantine:
+    """A quarantine that begins with what the dataset could not use.
+
+    Raises:
+        ImageError: there is such an image and `strict` is set.
+    """
+    quarantine = Quarantine(strict=strict)
+    for row in pairs.quarantine.rows:
+        quarantine.add(ImageError(row["path"], row["reason"]), row["bytes"])
+    return quarantine
+
+
+def captions(examples: Iterable[Example]) -> tuple[list[str], Tensor]:
+    """All captions, and the row of the image that each describes: T texts, (T,) int64."""
+    rows = [(row, text) for row, example in enumerate(examples) for text in example.captions]
+    return [text for _, text in rows], torch.tensor([row for row, _ in rows], dtype=torch.int64)
+
+
+def by_length(texts: Sequence[str], size: int = BATCH) -> list[list[int]]:
+    """Rows of texts in chunks of similar length, so that little is padding."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]

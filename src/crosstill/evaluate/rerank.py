@@ -1,0 +1,254 @@
+"""Two-stage retrieval: a dual encoder finds the top k, a fusion model puts them in order.
+
+Both directions have candidates of their own: the k captions nearest to each image, the k images
+nearest to each caption. All other candidates stay behind these, in the finder's order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosstill.data import Pairs
+from crosstill.errors import ConfigError
+from crosstill.evaluate import fusion
+from crosstill.evaluate.efficiency import Stopwatch, figure, one_thread
+from crosstill.evaluate.encode import embed
+from crosstill.evaluate.models import open_encoder, open_matcher
+from crosstill.evaluate.reading import readable
+from crosstill.evaluate.recall import Retrieval, from_scores
+from crosstill.evaluate.report import HEADINGS, Evaluation, aligned, remarks, six
+from crosstill.images import Quarantine
+from crosstill.teachers.base import Teacher
+from crosstill.teachers.matcher import Matcher
+
+log = logging.getLogger(__name__)
+
+DEPTHS = (1, 5, 10, 20, 50)
+FURTHER = (100, 200, 500, 1000)
+TOP = 20
+BLOCK = 2**24  # scores that are sorted together
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Recall where the first `k` of the finder are re-ranked.
+
+    Attributes:
+        k: candidates of each query.
+        recall: in percent.
+        pairs: how many the judge has to score, each once for both directions.
+        seconds: of the finder and the judge, decoding left out; below the greatest k the
+            judge's time for pairs is that of the greatest, in proportion.
+    """
+
+    k: int
+    recall: Retrieval
+    pairs: int
+    seconds: float
+    estimated: bool
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """Recall as a function of k.
+
+    Attributes:
+        finder: the dual encoder's own row: k = 0.
+        judge: the fusion model's name.
+        stages: one a k, by increasing k.
+        seconds: of the finder alone.
+        threads: that torch computed with.
+        quarantine: images that one of the two could not read.
+    """
+
+    finder: Evaluation
+    judge: str
+    stages: tuple[Stage, ...]
+    seconds: float
+    threads: int
+    quarantine: Quarantine
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the numbers."""
+        notes = remarks(self.quarantine, self.finder.recall.images)
+        if any(stage.estimated for stage in self.stages):
+            last = self.stages[-1]
+            notes.append(
+                f"≈: the seconds of k = {last.k}, in proportion to the pairs ({last.pairs:,})"
+            )
+        return notes
+
+    def table(self) -> str:
+        """A Markdown table; passes are the finder's I + T and the judge's pairs."""
+        heads = ["k", *HEADINGS[2:], "passes", "seconds"]
+        own = self.finder.recall
+        encoded = own.images + own.captions
+        rows = [["0", *_recalls(own), f"{encoded:,}", figure(self.seconds)]]
+        for stage in self.stages:
+            mark = "≈" * stage.estimated
+            passes, seconds = f"{encoded + stage.pairs:,}", mark + figure(stage.seconds)
+            rows.append([str(stage.k), *_recalls(stage.recall), passes, seconds])
+        return aligned(heads, rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The finder's evaluation, then what each k gives."""
+        stages = [
+            {
+                "k": stage.k,
+                **stage.recall.to_json(),
+                "pairs": stage.pairs,
+                "seconds": stage.seconds,
+                "estimated": stage.estimated,
+            }
+            for stage in self.stages
+        ]
+        finder = {**self.finder.to_json(), "seconds": self.seconds}
+        return {"finder": finder, "judge": self.judge, "threads": self.threads, "stages": stages}
+
+
+def run(
+    source: str,
+    finder: str,
+    pairs: Pairs,
+    top: int = TOP,
+    efficiency: bool = False,
+    strict: bool = False,
+) -> Reranked:
+    """Open two models and re-rank: k of 1, 5, 10, 20, … below `top`, and `top`.
+
+    Args:
+        source: a fusion model.
+        finder: a dual encoder.
+        pairs: images and captions, usually one split of a dataset.
+        top: the greatest k.
+        efficiency: compute on one thread, so that the seconds compare with those of `compare`.
+        strict: raise at the first image that cannot be read.
+
+    Raises:
+        ConfigError: `top` is below 1.
+        ModelError: a model does not load, or is not of the right kind.
+    """
+    if top < 1:
+        raise ConfigError(f"--top {top}: re-rank at least 1 of each query's candidates")
+    judge, first = open_matcher(source), open_encoder(finder)
+    depths = [k for k in (*DEPTHS, *FURTHER) if k < top] + [top]
+    with one_thread() if efficiency else nullcontext():
+        found = rerank(first, judge, pairs, depths, strict)
+    return replace(found, finder=found.finder.renamed(finder), judge=source)
+
+
+def rerank(
+    finder: Teacher,
+    judge: Matcher,
+    pairs: Pairs,
+    depths: Sequence[int] = DEPTHS,
+    strict: bool = False,
+) -> Reranked:
+    """Find with one model, re-rank with another, for several k at once.
+
+    What the greatest k needs is scored once, and serves all others. Of candidates that the
+    finder scores the same, those that come first in the dataset count as nearer.
+
+    Args:
+        finder: a dual encoder.
+        judge: a fusion model.
+        pairs: images and captions, usually one split of a dataset.
+        depths: the values of k; one above the number of candidates re-ranks them all.
+        strict: raise at the first image that cannot be read.
+
+    Raises:
+        ConfigError: no k, or one below 1.
+        DataError, ImageError, ModelError: see `crosstill.evaluate.fusion.score_matrix`.
+    """
+    if not depths or min(depths) < 1:
+        raise ConfigError(f"re-rank the top {list(depths)}: each must be at least 1")
+    clean = readable(pairs, [finder.preprocess, judge.preprocess], strict)
+    watch = Stopwatch()
+    found = embed(finder, clean, watch=watch)
+    with watch.running():
+        cosines = found.image @ found.text.T
+    depths, places = sorted(set(depths)), _Places(cosines)
+    wanted = places.within(depths[-1])
+    log.info("%s: %s passes of %s", judge.name, f"{int(wanted.sum()):,}", f"{wanted.numel():,}")
+    scored = fusion.score(judge, clean, wanted)
+    stages = []
+    for k in depths:
+        count = int(places.within(k).sum())
+        share = count / scored.passes
+        seconds = watch.seconds + scored.towers + share * scored.matching
+        recall = places.recall(cosines, scored.scores, found.owner, k)
+        stages.append(Stage(k, recall, count, seconds, estimated=count < scored.passes))
+    own = Evaluation(finder.name, from_scores(cosines, found.owner), finder.parameter_count())
+    threads = torch.get_num_threads()
+    return Reranked(own, judge.name, tuple(stages), watch.seconds, threads, clean.quarantine)
+
+
+class _Places:
+    """Where each candidate stands in the finder's order, 0 the nearest.
+
+    Attributes:
+        texts: (I, T) places of the captions of each image.
+        images: (I, T) places of the images of each caption.
+    """
+
+    def __init__(self, cosines: Tensor) -> None:
+        self.texts = _by_query(_places, cosines)
+        self.images = _by_query(_places, cosines.T).T
+
+    def within(self, k: int) -> Tensor:
+        """(I, T) bool: the pairs among the first k of either direction."""
+        return (self.texts < k) | (self.images < k)
+
+    def recall(self, cosines: Tensor, scores: Tensor, owner: Tensor, k: int) -> Retrieval:
+        """Recall where the first k are in the order of `scores`, the others in their own."""
+        texts, images = self.texts < k, self.images < k
+        i2t = from_scores(_merged(cosines, scores, texts), owner).i2t
+        t2i = from_scores(_merged(cosines.T, scores.T, images.T).T, owner).t2i
+        return Retrieval(i2t, t2i, images=len(cosines), captions=len(owner))
+
+
+def _merged(cosines: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    """Ranks (Q, N) of queries' candidates, higher is better: the chosen ones above the others.
+
+    Whole numbers, so that no score comes so near to another that rounding would tie the two.
+    """
+    return _by_query(_ranks, cosines, scores, chosen)
+
+
+def _ranks(cosines: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    judged = _dense(scores.masked_fill(~chosen, -torch.inf))
+    return torch.where(chosen, cosines.shape[1] + judged, _dense(cosines)).float()
+
+
+def _dense(values: Tensor) -> Tensor:
+    """How many different values of its row are below each: (Q, N) → int64, ties equal."""
+    ordered, order = values.sort(dim=1)
+    steps = torch.zeros_like(order)
+    steps[:, 1:] = (ordered[:, 1:] > ordered[:, :-1]).cumsum(1)
+    return torch.empty_like(order).scatter_(1, order, steps)
+
+
+def _places(scores: Tensor) -> Tensor:
+    """(Q, N) → int32, 0 for the best of each row; of equals the first is the better."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    counted = torch.arange(scores.shape[1], dtype=torch.int32).expand_as(order)
+    return torch.empty(order.shape, dtype=torch.int32).scatter_(1, order, counted)
+
+
+def _by_query(job: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """A job on (Q, N) matrices, some rows at a time: sorting takes several times their memory."""
+    step = max(1, BLOCK // max(1, matrices[0].shape[1]))
+    blocks = zip(*(matrix.split(step) for matrix in matrices), strict=True)
+    return torch.cat([job(*parts) for parts in blocks])
+
+
+def _recalls(recall: Retrieval) -> list[str]:
+    return [f"{number:.2f}" for number in (*six(recall), recall.rsum)]

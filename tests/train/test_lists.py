@@ -1,0 +1,360 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from listed import SHAPE, meter_config, parameters, settings
+
+from crosstill import cache as caches
+from crosstill import students, teachers
+from crosstill.errors import ConfigError, MismatchError, ModelError
+from crosstill.objectives.parts.uncertainty import uncertainty_loss
+from crosstill.students.config import FusionConfig
+from crosstill.teachers.matcher import Matcher
+from crosstill.train import TrainConfig, lists, train, work
+from crosstill.train.distributed import Group
+from crosstill.train.list_step import ListStep, see
+from crosstill.train.lists import ListStream, Ways
+from crosstill.train.matched import MatchedSplit
+from crosstill.train.states import Sides
+from crosstill.types import CandidateScores, States
+from support import same, small_student
+
+DCD = {"recipe": "dcd", "losses": {"dcd": {"hardest": 3}}}
+
+
+@pytest.fixture(scope="module")
+def towers(cached, tmp_path_factory):
+    """A dual encoder's folder, whose towers fusion models stand on."""
+    folder = tmp_path_factory.mktemp("towers") / "dual"
+    small_student(cached).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(towers, tmp_path_factory):
+    """A METER-shaped teacher's folder; its head is loud enough to tell candidates apart."""
+    folder = tmp_path_factory.mktemp("teacher") / "meter"
+    model = students.fuse(meter_config(towers, layers=4), seed=1)
+    with torch.no_grad():
+        for weight in parameters(model, "fusion"):
+            weight.mul_(4)
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(teacher, scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scores") / "scores"
+    return caches.build_scores(teachers.load(teacher), scenes, folder, false=12, false_images=6)
+
+
+@pytest.fixture(scope="module")
+def unscored(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("candidates") / "listed"
+    return caches.build_scores(None, scenes, folder, false=12, false_images=6)
+
+
+@pytest.fixture
+def half(teacher):
+    return students.fuse("half", teacher=str(teacher))
+
+
+def stream(cache, inputs, config, hardest=3, names=("image", "text")):
+    split = cache.split("train")
+    return ListStream(cache, split, inputs, Ways(names, hardest), config, Group())
+
+
+def sides(cache, model, keep=True):
+    return Sides(model, cache, cache.split("train"), keep)
+
+
+def asked(batch, way, row):
+    """The positions in the split that a list of the batch names."""
+    found = batch.lists[way]
+    return found.partners[row][found.valid[row]]
+
+
+def test_the_hardest_of_the_scored_candidates_reach_the_student(scored, half):
+    made = stream(scored, sides(scored, half), settings(**DCD))
+    batch = made.batch(0, 1)
+    rows = scored.split("train")
+    for row, image in enumerate(batch.picked.images):
+        told = scored.of_image(int(rows.images[image]))[1]
+        best = np.sort(told)[::-1][:3]
+        scores = batch.lists["image"].teacher.scores[row]
+        assert np.allclose(scores[1:], best)
+        assert float(scores[0]) == scored.true_scores[rows.captions[batch.picked.captions[row]]]
+        assert len(set(asked(batch, "image", row).tolist())) == 4
+        assert set(scores[1:].tolist()) <= set(told.tolist())
+    for row, caption in enumerate(batch.picked.captions):
+        told = scored.of_caption(int(rows.captions[caption]))[1]
+        assert np.allclose(batch.lists["text"].teacher.scores[row][1:], np.sort(told)[::-1][:3])
+
+
+def test_random_negatives_are_other_ones_and_drawn_limits_the_choice(scored, half):
+    inputs = sides(scored, half)
+    hard = stream(scored, inputs, settings(**DCD)).batch(0, 0)
+    anyhow = stream(scored, inputs, settings(**DCD, negatives="random")).batch(0, 0)
+    few = stream(scored, inputs, settings(**DCD, drawn=4)).batch(0, 0)
+    means = [b.lists["image"].teacher.scores[:, 1:].mean() for b in (hard, few, anyhow)]
+    assert means[0] > means[1] > means[2]
+    for batch in (hard, anyhow, few):
+        scores = batch.lists["image"].teacher.scores[:, 1:]
+        assert (scores.diff(dim=1) <= 0).all()  # from hard to easy
+
+
+def test_a_batch_is_a_pure_function_of_epoch_and_step(scored, half):
+    inputs = sides(scored, half)
+    config = settings(**DCD, negatives="random")
+    one, two = (stream(scored, inputs, config) for _ in range(2))
+    one.batch(1, 0)
+    first, again = one.batch(0, 2), two.batch(0, 2)
+    for way in ("image", "text"):
+        assert same(first.lists[way].partners, again.lists[way].partners)
+    assert same(first.images.hidden, again.images.hidden)
+    assert not same(first.lists["image"].partners, one.batch(1, 2).lists["image"].partners)
+
+
+def test_a_short_list_is_filled_up_and_marked(scored, half):
+    made = stream(scored, sides(scored, half), settings(**DCD), hardest=40)
+    found = made.batch(0, 0).lists["text"]
+    assert found.valid[:, 0].all() and not found.valid.all()
+    assert (found.valid.sum(1) < 41).all()
+
+
+def step_of(model, cache, config, judge=None):
+    group = Group()
+    from crosstill.train import checks, optim
+
+    losses, rule = checks.prepare(config, cache, group)
+    work.freeze(model, config)
+    optimizer = optim.build((model, losses), rule, config)
+    made = work.step(cache, judge, model, losses, rule, optimizer, config, group)
+    assert isinstance(made, ListStep)
+    return made
+
+
+def test_the_students_scores_are_those_of_its_pairs(scored, half):
+    batch = stream(scored, sides(scored, half), settings(**DCD)).batch(0, 0)
+    step = step_of(half.eval(), scored, settings(**DCD))
+    said = step._rank_by_pairs(batch)
+    entered = half.enter(batch.images, "image"), half.enter(batch.texts, "text")
+    for way, own, other in (("image", 0, 1), ("text", 1, 0)):
+        for row in (0, 5):
+            pairs = torch.zeros(4, 2, dtype=torch.int64)
+            pairs[:, own] = batch.pairs[own][row]
+            pairs[:, other] = batch.lists[way].partners[row]
+            expected = half.match_pairs(
+                States(*(e.detach() for e in entered[0])),
+                States(*(e.detach() for e in entered[1])),
+                pairs,
+            )
+            assert torch.allclose(said.student[way].scores[row], expected, atol=1e-5)
+
+
+def test_the_loss_is_dcds_over_the_lists_and_only_fusion_learns(scored, half):
+    config = settings(recipe="dcd", losses={"dcd": {"hardest": 3, "directions": "image"}})
+    batch = stream(scored, sides(scored, half), config, names=("image",)).batch(0, 0)
+    step = step_of(half.eval(), scored, config)
+    said = step._rank_by_pairs(batch)
+    expected = uncertainty_loss(
+        CandidateScores(said.student["image"].scores.detach()),
+        said.teacher["image"],
+        said.valid["image"],
+        alpha=0.2,
+    )
+    before = copy.deepcopy(half.state_dict())
+    outcome = step(batch, 1e-3)
+    assert float(outcome.total) == pytest.approx(float(expected), rel=1e-5)
+    changed = {name for name, value in half.state_dict().items() if not same(value, before[name])}
+    assert changed and all(name.startswith("fusion") for name in changed)
+    assert any("layers.0" in name for name in changed)
+
+
+def test_kept_states_are_those_of_the_towers(scored, half):
+    positions = np.array([7, 3, 30])
+    kept, fresh = sides(scored, half), sides(scored, half, keep=False)
+    assert kept.keeps and not fresh.keeps
+    with torch.inference_mode():
+        looked = half.look_at(fresh.images(positions))
+        read = half.read(fresh.texts(positions))
+    assert torch.allclose(kept.images(positions).hidden, looked.hidden, atol=5e-3)
+    assert same(kept.texts(positions).mask, read.mask)
+    real = read.mask.bool()
+    assert torch.allclose(kept.texts(positions).hidden[real], read.hidden[real], atol=5e-3)
+
+
+def test_towers_can_learn_too(unscored, towers):
+    model = students.fuse(meter_config(towers))
+    config = settings(towers="train")
+    made = step_of(model, unscored, config)
+    batch = stream(unscored, sides(unscored, model), config).batch(0, 0)
+    assert isinstance(see(model, batch)[0], States)
+    before = copy.deepcopy(model.state_dict())
+    made(batch, 1e-3)
+    changed = {name for name, value in model.state_dict().items() if not same(value, before[name])}
+    assert any(name.startswith("image_tower") for name in changed)
+    assert any(name.startswith("text_tower") for name in changed)
+
+
+def test_a_judge_beside_the_student_finds_the_hardest_of_what_is_drawn(unscored, teacher, half):
+    judge = teachers.load(teacher)
+    config = settings(**DCD, teacher=str(teacher), drawn=20)
+    batch = stream(unscored, sides(unscored, half), config).batch(0, 0)
+    assert batch.lists["image"].partners.shape == (8, 21)
+    half.eval()
+    step = step_of(half, unscored, config, judge)
+    said = step._rank_by_pairs(batch)
+    assert said.student["image"].scores.shape == (8, 4)
+    entered = judge.enter(batch.images, "image"), judge.enter(batch.texts, "text")
+    found = batch.lists["image"]
+    for row in range(8):
+        pairs = torch.stack([batch.pairs[0][row].expand(21), found.partners[row]], dim=1)
+        scores = judge.match_pairs(*(States(*(p.detach() for p in e)) for e in entered), pairs)
+        hardest = scores[1:][found.valid[row, 1:]].sort(descending=True).values[:3]
+        assert torch.allclose(said.teacher["image"].scores[row, 0], scores[0], atol=1e-4)
+        assert torch.allclose(said.teacher["image"].scores[row, 1:], hardest, atol=1e-4)
+    assert not any(p.grad is not None for p in judge.parameters())
+
+
+def test_the_judges_own_student_gets_its_scores_and_no_distillation_error(scored, teacher):
+    whole = teachers.load(teacher).cut([0, 1, 2, 3]).eval()
+    batch = stream(scored, sides(scored, whole, keep=False), settings(**DCD)).batch(0, 0)
+    said = step_of(whole, scored, settings(**DCD))._rank_by_pairs(batch)
+    for way in ("image", "text"):
+        real = said.valid[way]
+        gap = (said.student[way].scores - said.teacher[way].scores)[real].abs().max()
+        assert gap.item() < 1e-4
+
+
+@pytest.mark.parametrize("recipe", ["dcd", "cprd", "info_nce"])
+def test_a_fusion_student_learns_and_its_run_opens(scored, half, tmp_path, recipe):
+    config = settings(recipe=recipe, losses={recipe: {"hardest": 3}}, epochs=4, lr=3e-3)
+    run = train(half, scored, config, tmp_path / "run")
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    totals = [event["total"] for event in events if event["kind"] == "step"]
+    assert len(totals) == 16 and np.mean(totals[-4:]) < np.mean(totals[:4])
+    assert run.matcher.depth == 2
+    assert run.metrics["teacher"]["rsum"] > 0
+    with pytest.raises(ModelError):
+        _ = run.best
+
+
+@pytest.mark.parametrize("recipe", ["dcd", "cprd", "info_nce"])
+@pytest.mark.parametrize("freeze", ["none", "image"])
+def test_a_dual_encoder_learns_from_scores(scored, cached, tmp_path, recipe, freeze):
+    student = small_student(cached, dropout=0.0)
+    config = settings(
+        recipe=recipe, losses={recipe: {"hardest": 3}}, epochs=4, lr=3e-3, freeze=freeze
+    )
+    run = train(student, scored, config, tmp_path / "run")
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    totals = [event["total"] for event in events if event["kind"] == "step"]
+    assert np.mean(totals[-4:]) < np.mean(totals[:4])
+    assert run.best.dim == cached.dim
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(scored, teacher, tmp_path, monkeypatch):
+    config = settings(**DCD, save_every=1)
+    make = lambda: students.fuse("half", teacher=str(teacher))  # noqa: E731
+    whole = train(make(), scored, config, tmp_path / "whole")
+    calls = iter(range(100))
+    real = ListStream.batch
+
+    def dying(self, epoch, step):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self, epoch, step)
+
+    monkeypatch.setattr(lists.ListStream, "batch", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(make(), scored, config, tmp_path / "cut")
+    monkeypatch.undo()
+    cut = train(None, scored, config, tmp_path / "cut", resume=True)
+    assert same(whole.matcher.state_dict(), cut.matcher.state_dict())
+
+
+def test_validation_ranks_among_the_listed_pairs(scored, teacher):
+    model = teachers.load(teacher)
+    val = scored.split("val")
+    judged = MatchedSplit(scored, val, Sides(model, scored, val, keep=False))
+    assert judged.recall(model).rsum == pytest.approx(judged.teacher_recall().rsum, abs=1e-6)
+    assert judged.recall(model).images == 6
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    scored, unscored, cached, teacher, half, tmp_path
+):
+    def refused(error, student, cache, config, *words):
+        with pytest.raises(error) as caught:
+            train(student, cache, config, tmp_path / "never")
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message
+        assert not (tmp_path / "never").exists()
+
+    dual = small_student(cached)
+    refused(MismatchError, half, cached, TrainConfig(), "fusion model", "score cache")
+    refused(MismatchError, dual, scored, TrainConfig(), "score cache", "similarity", "dcd")
+    refused(ConfigError, half, scored, settings(losses={"dcd": {"hardest": 13}}), "13", "--false")
+    refused(ConfigError, half, scored, settings(**DCD, drawn=2), "drawn")
+    refused(MismatchError, half, unscored, settings(**DCD), "without a teacher")
+    refused(ConfigError, half, scored, settings(**DCD, freeze="image"), "towers")
+    refused(ConfigError, dual, scored, settings(**DCD, teacher=str(teacher)), "fusion")
+    refused(ConfigError, half, scored, settings(**DCD, chunk_size=4), "chunk_size")
+    refused(ConfigError, half, scored, settings(**DCD, balance={"name": "gradnorm"}), "gradnorm")
+    refused(ConfigError, dual, cached, TrainConfig(negatives="random"), "negatives", "score cache")
+
+
+def test_a_judge_on_other_towers_is_refused(unscored, cached, teacher, half, tmp_path):
+    other = tmp_path / "other"
+    small_student(cached).save(other / "dual")
+    students.fuse(meter_config(other / "dual"), seed=5).cut([0]).save(other / "meter")
+    model = students.fuse(meter_config(other / "dual"), seed=5)
+    with torch.no_grad():
+        next(model.text_tower.parameters()).add_(1)
+    model.save(other / "moved")
+    config = settings(**DCD, teacher=str(other / "moved"))
+    with pytest.raises(MismatchError, match="towers are not the student's"):
+        train(half, unscored, config, tmp_path / "run")
+
+
+def test_layers_out_of_range_and_wrong_sources_are_refused(teacher, towers, tmp_path):
+    for layers in ((0, 4), (-1,), (), (1, 1)):
+        with pytest.raises(ConfigError, match="fusion layers 0 to 3"):
+            students.fuse(FusionConfig(fusion="cut", layers=layers), teacher=str(teacher))
+    with pytest.raises(ModelError, match=r"student|no fusion model"):
+        students.fuse("half", teacher=str(towers))
+    with pytest.raises(ConfigError, match="source is missing"):
+        students.fuse("half")
+    with pytest.raises(ModelError, match="no dual encoder"):
+        students.fuse(meter_config(teacher))
+    with pytest.raises(ConfigError, match="heads"):
+        students.fuse(meter_config(towers, heads=3))
+    bad = tmp_path / "bad.toml"
+    bad.write_text('fusion = "meter"\ntowers = "x"\nlayer = 3\n')
+    with pytest.raises(ConfigError, match="layer"):
+        students.load_config(bad)
+
+
+def test_a_vilt_from_scratch_trains_and_reloads(unscored, tmp_path):
+    config = FusionConfig(
+        fusion="vilt",
+        name="small-vilt",
+        config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+    )
+    model = students.fuse(config, captions=unscored.texts)
+    before = copy.deepcopy(model.state_dict())
+    run = train(model, unscored, settings(towers="train"), tmp_path / "run")
+    after = run.matcher.state_dict()
+    moved = {name for name in after if not same(after[name], before[name])}
+    assert any("word_embeddings" in name for name in moved)
+    assert isinstance(run.matcher, Matcher) and run.matcher.depth == SHAPE["layers"]
