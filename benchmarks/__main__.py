@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import caching, decode, recall, step
+from benchmarks import caching, decode, memory, recall, step
 
 
 def main() -> None:
     """Run all of them, the quick ones first."""
-    for module in (decode, step, caching, recall):
+    for module in (decode, step, caching, recall, memory):
         module.main()
 
 

@@ -7,28 +7,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViltImageProcessorPil
-from typer.testing import CliRunner, Result
 
 from crosstill import cache, data, images, students, teachers
-from crosstill.cli.app import app
 from crosstill.data import scenes as scenery
 from crosstill.students import vocabulary
 from support import small_config
-
-
-def crosstill(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result
-
-
-def refusal(*arguments: object) -> str:
-    """The one line with which a verb refuses wrong input."""
-    lines = crosstill(*arguments, code=2).stderr.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1 and lines[-1] == errors[0], lines
-    return errors[0]
+from verbs import crosstill, refusal
 
 
 @pytest.fixture(scope="module")

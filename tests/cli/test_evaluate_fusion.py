@@ -7,29 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from crosstill import data, students
-from crosstill.cli.app import app
 from crosstill.data import scenes
 from evaluate.judges import small_meter, texts_of
 from support import small_config
+from verbs import crosstill, refusal
 
 IMAGES, CAPTIONS = 6, 30
-
-
-def crosstill(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result
-
-
-def refusal(*arguments: object) -> str:
-    """The one line with which the verb refuses wrong input."""
-    lines = crosstill("evaluate", *arguments, code=2).stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def cells(table: str) -> list[list[str]]:
@@ -175,7 +160,7 @@ def test_unreadable_photos_are_named(home, tmp_path):
     assert json.loads(found.stdout)["images"] == 2
     assert "000009.png: not an image" in found.stderr
     strict = ("--strict", "--beside", home / "dual")
-    assert "000009.png" in refusal(home / "meter", tmp_path / "dataset.json", *strict)
+    assert "000009.png" in refusal("evaluate", home / "meter", tmp_path / "dataset.json", *strict)
 
 
 def test_what_is_refused(home, photos):
@@ -199,4 +184,4 @@ def test_what_is_refused(home, photos):
         ((meter, "--beside", home / "nowhere"), "nowhere: no such folder"),
     ]
     for (model, *options), message in cases:
-        assert message in refusal(model, photos, *options), (model, options)
+        assert message in refusal("evaluate", model, photos, *options), (model, options)

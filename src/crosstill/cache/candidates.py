@@ -81,7 +81,7 @@ def numbered(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 def _of_split(
     rows: Rows, images: np.ndarray, captions: np.ndarray, wanted: Wanted, find: str | Rated
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Positions in `images` and in `captions` of false pairs, first for images, then for texts."""
     owner = np.searchsorted(images, rows.owner[captions])
     names = np.unique(rows.names[captions], return_inverse=True)[1]
@@ -98,8 +98,7 @@ def _of_split(
             first[0] = _one_caption(owner, draws[0])[_batches(len(images), counts[0], draws[0])]
             first[1] = _batches(len(images), counts[1], draws[1])[owner]
         found = [_drawn(s, c, d, f) for s, c, d, f in zip(sides, counts, draws, first, strict=True)]
-    yield found[0]
-    yield found[1][::-1]
+    return [found[0], found[1][::-1]]
 
 
 class _Side:

@@ -73,15 +73,12 @@ def command(
 
 def _build(student: str, layers: str | None, cache: Listing, settings: TrainConfig) -> Learner:
     from crosstill import students
-    from crosstill.students.config import StudentConfig
+    from crosstill.train import work
 
-    captions, seed = cache.captions(settings.train_split), settings.seed
     config = students.load_config("half" if layers is not None else student)
-    if isinstance(config, StudentConfig):
-        return students.build(config, dim=cache.dim, captions=captions, seed=seed)
     if layers is not None:
         config = config.model_copy(update={"layers": _numbers(layers)})
-    return students.fuse(config, captions, seed, cache.teacher["source"])
+    return work.make(config, cache, settings)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -176,7 +176,7 @@ def _add_run(
             "no teacher's row: a fusion teacher leaves scores, not features; for it give "
             f"--beside {teacher.get('source') or teacher['name']}"
         )
-    elif teacher["modalities"]:  # a run without a teacher has none
+    elif teacher.get("modalities"):  # a run without a teacher has none
         try:
             found.rows[TEACHER] = _teacher(folder, pairs, protocol)
         except CrosstillError as error:

@@ -20,6 +20,7 @@ from crosstill.teachers.dual import DualEncoder
 from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter import CoAttention, Meter, Shape
 from crosstill.teachers.meter.model import Parts
+from crosstill.teachers.towers import drop_pooler
 from crosstill.teachers.vilt import Vilt
 
 
@@ -78,8 +79,7 @@ def _parts(source: str, max_length: int) -> tuple[Parts, dict[str, int]]:
     else:
         towers, limit = (model.model.vision_model, model.model.text_model), model.max_length
     for tower in towers:
-        if hasattr(tower, "pooler"):
-            tower.pooler = None
+        drop_pooler(tower)
     length = min(max_length, limit)
     parts = Parts(*towers, model.preprocess, model.tokenizer, length, model.licence)
     probe = Meter(parts, CoAttention(Shape(layers=1, width=1, heads=1, mlp=1)), "probe").eval()

@@ -19,9 +19,8 @@ def assemble(config: Any, pooling: str) -> Any:
             tower = AutoModel.from_config(config, dtype=torch.float32)
     except Exception as error:  # KeyError, ValueError, TypeError, ... by model
         raise ConfigError(f"no tower can be built of this config ({error})") from None
-    pooler = getattr(tower, "pooler", None)
-    if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
-        tower.pooler = None
+    if pooling != "pooler":
+        drop_pooler(tower)
     return tower.to(memory_format=torch.channels_last)
 
 
@@ -39,3 +38,10 @@ def restore(record: dict[str, Any]) -> Any:
     except Exception as error:  # unknown model types and values, by model
         line = " ".join(str(error).split())[:160]
         raise ConfigError(f"config of model_type {record['model_type']!r}: {line}") from None
+
+
+def drop_pooler(tower: Any) -> None:
+    """Remove a pooler that has parameters; one without is part of some towers' forward."""
+    pooler = getattr(tower, "pooler", None)
+    if pooler is not None and any(True for _ in pooler.parameters()):
+        tower.pooler = None

@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from crosstill import evaluate
+from crosstill import evaluate, students
 from crosstill.cache import Cache, Listing, ScoreCache
 from crosstill.errors import MismatchError
 from crosstill.evaluate.recall import Retrieval
+from crosstill.students.config import FusionConfig, StudentConfig
 from crosstill.students.student import Student
 from crosstill.teachers.matcher import Matcher
 from crosstill.train import inside, list_checks
@@ -31,6 +32,21 @@ class Validation(Protocol):
     def recall(self, student: Any) -> Retrieval: ...
 
     def teacher_recall(self) -> Retrieval | None: ...
+
+
+def make(student: StudentConfig | FusionConfig, cache: Listing, config: TrainConfig) -> Learner:
+    """The untrained student of a run.
+
+    Raises:
+        MismatchError: a fusion model, and the cache holds features.
+        ConfigError, ModelError: what cannot be built or read.
+    """
+    captions = cache.captions(config.train_split)
+    if isinstance(student, StudentConfig):
+        return students.build(student, dim=cache.dim, captions=captions, seed=config.seed)
+    if not isinstance(cache, ScoreCache):
+        raise _no_lists(student.name, cache)
+    return students.fuse(student, captions, config.seed, cache.teacher["source"])
 
 
 def check(losses: nn.ModuleDict, cache: Listing, config: TrainConfig, group: Group) -> None:
@@ -58,10 +74,7 @@ def fit(
     if isinstance(cache, ScoreCache):
         return list_checks.fit(student, losses, config)
     if isinstance(student, Matcher):
-        raise MismatchError(
-            f"{student.name} is a fusion model, which learns candidate lists, and {cache.folder} "
-            "holds features; make a score cache: crosstill cache TEACHER DATA --false 63"
-        )
+        raise _no_lists(student.name, cache)
     assert isinstance(cache, Cache)
     check_width(student, cache)
     return inside.look(student, losses, config, cache)
@@ -116,3 +129,10 @@ def check_width(student: Student, cache: Listing) -> None:
             f"the student's embedding width is {student.dim} and the teacher's is {cache.dim}; "
             f"build the student with dim = {cache.dim}"
         )
+
+
+def _no_lists(name: str, cache: Listing) -> MismatchError:
+    return MismatchError(
+        f"{name} is a fusion model, which learns candidate lists, and {cache.folder} holds "
+        "features; make a score cache: crosstill cache TEACHER DATA --false 63"
+    )

@@ -1,0 +1,126 @@
+"""From a dual encoder to a fusion teacher, its half, and a dual encoder that learnt from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crosstill import data, students, teachers
+from crosstill.train import Run
+from support import small_config
+from verbs import crosstill, refusal
+
+METER = """
+fusion = "meter"
+name = "meter"
+towers = "{towers}"
+[shape]
+layers = 4
+width = 16
+heads = 2
+mlp = 16
+dropout = 0.0
+"""
+SHORT = ["epochs=1", "steps_per_epoch=3", "batch_size=8"]
+SET = [word for change in SHORT for word in ("--set", change)]
+SCENES = "scenes:60"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Everything that the commands of docs/fusion.md make, very small."""
+    home = tmp_path_factory.mktemp("fusion")
+    texts = [text for example in data.open(SCENES).examples for text in example.captions]
+    students.build(small_config(), dim=16, captions=texts).save(home / "dual")
+    (home / "meter.toml").write_text(METER.format(towers=home / "dual"))
+    crosstill("cache", home / "dual", SCENES, "--out", home / "features")
+    few = ["--false", 12, "--false-images", 8]
+    find = ["--find", home / "features"]
+    crosstill("cache", "none", SCENES, "--out", home / "listed", *few, *find)
+    fresh = ["--student", home / "meter.toml", "--recipe", "info_nce"]
+    crosstill("train", home / "listed", *fresh, "--out", home / "meter", *SET)
+    crosstill("cache", home / "meter", SCENES, "--out", home / "scores", *few)
+    for out, options in {"half": ["--student", "half"], "first": ["--layers", "0"]}.items():
+        crosstill("train", home / "scores", *options, "--recipe", "dcd", "--out", home / out, *SET)
+    for recipe in ("dcd", "cprd"):
+        (home / "small.toml").write_text(SMALL)
+        small = ["--student", home / "small.toml", "--recipe", recipe]
+        crosstill("train", home / "scores", *small, "--out", home / recipe, *SET)
+    return home
+
+
+SMALL = """
+name = "small"
+[image.config]
+model_type = "vit"
+image_size = 16
+patch_size = 8
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+[text.config]
+model_type = "bert"
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+"""
+
+
+def test_students_of_a_fusion_teacher(home):
+    assert Run(home / "half").matcher.depth == 2
+    assert Run(home / "first").matcher.depth == 1
+    assert Run(home / "dcd").best.dim > 0 and Run(home / "cprd").best.dim > 0
+    assert Run(home / "half").config["teacher"]["kind"] == "fusion"
+    whole, half = teachers.load(home / "meter/best"), Run(home / "half").matcher
+    assert half.towers_digest() == whole.towers_digest()
+
+
+def test_all_of_them_in_one_table(home):
+    found = crosstill(
+        "evaluate", home / "meter", SCENES, "--beside", home / "half", "--beside", home / "dcd",
+        "--efficiency", "--json",
+    )  # fmt: skip
+    rows = json.loads(found.stdout)
+    beside = [value for key, value in rows.items() if key.startswith("beside")]
+    assert rows["rsum"] > 0 and len(beside) == 2
+    assert all(row["rsum"] > 0 for row in beside)
+
+
+def test_the_dual_students_finds_are_reranked(home):
+    found = crosstill("evaluate", home / "half", SCENES, "--finder", home / "dcd", "--top", 5)
+    assert [line.split("|")[1].strip() for line in found.stdout.splitlines()][-3:] == [
+        "1",
+        "5",
+    ] or ("| 5" in found.stdout)
+
+
+def test_resuming_a_fusion_run_needs_nothing_but_its_folder(home):
+    told = crosstill("train", home / "scores", "--out", home / "half", "--resume")
+    assert "best val RSUM" in told.stdout
+
+
+def test_wrong_input_is_one_line(home, tmp_path):
+    never = ["--out", tmp_path / "never"]
+    cases = {
+        (home / "scores", "--recipe", "dsmd", "--student", home / "small.toml"): "score cache",
+        (home / "features", "--student", "half", "--recipe", "dcd"): "score cache",
+        (home / "scores", "--layers", "0,4", "--recipe", "dcd"): "fusion layers 0 to 3",
+        (home / "scores", "--layers", "1,1", "--recipe", "dcd"): "fusion layers 0 to 3",
+        (home / "listed", "--student", "half", "--recipe", "dcd"): "source is missing",
+        (home / "listed", "--student", home / "small.toml", "--recipe", "dcd"): "without a teacher",
+        (home / "scores", "--student", "half", "--recipe", "dcd", "--set",
+         "losses.dcd.hardest=13"): "hardest = 13",
+        (home / "meter", "--student", "half", "--recipe", "dcd"): "cache",
+    }  # fmt: skip
+    for arguments, message in cases.items():
+        told = refusal("train", *arguments, *never)
+        assert message in told, told
+        assert not (tmp_path / "never").exists()
+    crosstill("train", home / "scores", "--layers", "x", "--recipe", "dcd", *never, code=2)
+    told = refusal("train", home / "listed", "--out", home / "half", "--resume")
+    assert "another teacher or dataset" in told
+    told = refusal("cache", home / "meter", "scenes:40", "--out", home / "scores")
+    assert "another" in told
+    assert "fusion" in refusal("cache", home / "meter", SCENES, "--dtype", "fp32", *never)
