@@ -83,9 +83,10 @@ def test_all_of_them_in_one_table(home):
         "--efficiency", "--json",
     )  # fmt: skip
     rows = json.loads(found.stdout)
-    beside = [value for key, value in rows.items() if key.startswith("beside")]
-    assert rows["rsum"] > 0 and len(beside) == 2
-    assert all(row["rsum"] > 0 for row in beside)
+    half, dual = rows["beside"]
+    assert min(row["rsum"] for row in (rows, half, dual)) > 0
+    costs = [row["cost"] for row in (rows, half, dual)]
+    assert [cost["passes"] for cost in costs] == [6 * 30, 6 * 30, 6 + 30]
 
 
 def test_the_dual_students_finds_are_reranked(home):

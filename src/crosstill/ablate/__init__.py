@@ -14,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosstill import cache as caches
 from crosstill import files
 from crosstill.ablate import grid, plan
 from crosstill.ablate.results import Cell, Row, Table, latex, markdown
 from crosstill.ablate.tables import TABLES
-from crosstill.cache import Cache
+from crosstill.cache import Listing, ScoreCache
 from crosstill.errors import InputError, RunError
 from crosstill.evaluate import bootstrap, teacher_recall
 from crosstill.evaluate.recall import Retrieval
+from crosstill.train import matched
 
 __all__ = ["TABLES", "Table", "fill", "is_grid", "latex", "markdown", "read", "run"]
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def run(
     table: str,
-    cache: Cache,
+    cache: Listing,
     out: str | Path,
     *,
     student: str | Sequence[str] = (),
@@ -44,9 +46,9 @@ def run(
 
     Args:
         table: a key of `TABLES`.
-        cache: what every row learns from.
+        cache: what every row learns from: features, or scores of candidate lists.
         out: the grid's folder; several tables may share one, and then share runs.
-        student: a preset or TOML file; for `towers` one for each row.
+        student: a preset or TOML file; for `towers` one for each row. None is the table's own.
         changes: `key=value` texts for all rows, such as "epochs=2" or "freeze=image".
         seeds: one run a row each.
         workers: runs at a time; None is one a GPU, or one.
@@ -59,7 +61,7 @@ def run(
     return fill(plan.make(table, cache, chosen, changes, seeds), cache, Path(out), workers)
 
 
-def fill(made: plan.Plan, cache: Cache, folder: Path, workers: int | None = None) -> Table:
+def fill(made: plan.Plan, cache: Listing, folder: Path, workers: int | None = None) -> Table:
     """Run what a plan asks for, and write its table into the grid's folder."""
     grid.run(made, cache, folder, workers)
     found = _table(plan.load(folder / f"{made.table}.json"), folder)
@@ -153,10 +155,13 @@ def _common(record: Mapping[str, Any], key: str) -> bool:
 def _teacher(record: Mapping[str, Any], split: str) -> Retrieval | None:
     """The teacher's row, from the cache that the grid learnt from, if it is still there."""
     try:
-        cache = Cache(record["cache"]["folder"])
+        cache = caches.open(record["cache"]["folder"])
         if cache.digest != record["cache"]["digest"]:
             raise RunError("another cache is in its place")
-        return teacher_recall(cache, cache.split(split))
+        rows = cache.split(split)
+        if record.get("listed") and isinstance(cache, ScoreCache):
+            return matched.Listed(cache, rows).teacher_recall()
+        return teacher_recall(cache, rows)
     except (InputError, RunError) as error:
         log.warning("no teacher's row: %s", error)
         return None

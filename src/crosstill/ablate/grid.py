@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from crosstill import cache as caches
 from crosstill import files, progress, students
 from crosstill.ablate.plan import Job, Plan
-from crosstill.cache import Cache
+from crosstill.cache import Listing, ScoreCache
 from crosstill.errors import ConfigError, CrosstillError, RunError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.recall import chances
-from crosstill.train import Run, folder, train
+from crosstill.teachers.matcher import Matcher
+from crosstill.train import folder, matched, train, work
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ ANSWERS = "answers.npz"
 DONE = "done.json"
 
 
-def run(plan: Plan, cache: Cache, out: Path, workers: int | None = None) -> None:
+def run(plan: Plan, cache: Listing, out: Path, workers: int | None = None) -> None:
     """Do the runs that are still to do.
 
     Args:
@@ -99,7 +101,7 @@ def answers(path: Path) -> Answers:
 
 
 def _results(
-    todo: list[Job], cache: Cache, out: Path, workers: int
+    todo: list[Job], cache: Listing, out: Path, workers: int
 ) -> Iterator[tuple[Job, float | Exception]]:
     """Each job with its RSUM or its error, as they finish."""
     if workers == 1 or len(todo) < 2:
@@ -127,7 +129,7 @@ def _results(
             pool.shutdown(cancel_futures=True)
 
 
-def _tried(job: Job, cache: Cache, out: Path) -> float | Exception:
+def _tried(job: Job, cache: Listing, out: Path) -> float | Exception:
     """One run; what it raises on purpose is handed back, so that the others go on."""
     try:
         return _one(job, cache, out / "runs" / job.key)
@@ -135,18 +137,16 @@ def _tried(job: Job, cache: Cache, out: Path) -> float | Exception:
         return error
 
 
-def _one(job: Job, cache: Cache, path: Path) -> float:
+def _one(job: Job, cache: Listing, path: Path) -> float:
     """Start a run or go on with it, and write down how its best student answers."""
     began = time.perf_counter()
     resume = folder.is_run(path)
     student = None
     if not resume:
-        captions = cache.captions(job.settings.train_split)
-        seed = job.settings.seed
-        student = students.build(job.student, dim=cache.dim, captions=captions, seed=seed)
+        student = work.make(students.load_config(job.student), cache, job.settings)
     if not (path / "metrics.json").is_file():
         train(student, cache, job.settings, path, resume=resume, command=job.command)
-    found = _answers(Run(path), job, cache)
+    found = _answers(path, job, cache)
     files.write_atomic(path / ANSWERS, lambda new: _save(new, found))
     # a finished run will not be resumed, and its optimizer is twice as large as its student
     shutil.rmtree(path / "checkpoints", ignore_errors=True)  # a kill may have left a part
@@ -157,10 +157,15 @@ def _one(job: Job, cache: Cache, path: Path) -> float:
     return found.rsum
 
 
-def _answers(run: Run, job: Job, cache: Cache) -> Answers:
-    best = run.best
-    split = CachedSplit(cache, cache.split(job.settings.val_split), best, job.settings.freeze)
-    return Answers(*chances(*split.features(best), split.owner), split.owner)
+def _answers(path: Path, job: Job, cache: Listing) -> Answers:
+    """A dual encoder's in the whole split, a fusion model's among each query's candidates."""
+    best = folder.learner(path / "best")
+    split = cache.split(job.settings.val_split)
+    if isinstance(best, Matcher):
+        assert isinstance(cache, ScoreCache)
+        return matched.of_run(best, cache, split, job.settings).answers(best)
+    seen = CachedSplit(cache, split, best, job.settings.freeze)
+    return Answers(*chances(*seen.features(best), seen.owner), seen.owner)
 
 
 def _save(path: Path, found: Answers) -> None:
@@ -193,7 +198,7 @@ def _start(places: Any, stop: Any, parent: int, cache: Path, out: Path) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     _die_with(parent)
     progress.hide()
-    _here.update(cache=Cache(cache), out=out, stop=stop)
+    _here.update(cache=caches.open(cache), out=out, stop=stop)
 
 
 def _work(job: Job) -> float | Exception | None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from crosstill import files, objectives, recipes, students
 from crosstill.ablate.tables import Design, Setting, design
-from crosstill.cache import Cache
+from crosstill.cache import Listing, ScoreCache
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
 from crosstill.objectives import contrastive
-from crosstill.train import TrainConfig, checks
+from crosstill.students.config import FusionConfig
+from crosstill.train import TrainConfig, checks, matched
 from crosstill.train.config import parse
 from crosstill.train.distributed import Group
 
@@ -64,7 +65,9 @@ class Plan:
         path = folder / f"{self.table}.json"
         if path.is_file():
             theirs = files.read_sealed(path, {FORMAT})
-            different = [k for k in self.record if k != "command" and theirs[k] != self.record[k]]
+            different = [
+                k for k in self.record if k != "command" and theirs.get(k) != self.record[k]
+            ]
             if not different:
                 return
             log.info("%s: planned anew, other %s", self.table, " and ".join(different))
@@ -78,7 +81,7 @@ def load(path: Path) -> Plan:
 
 def make(
     table: str,
-    cache: Cache,
+    cache: Listing,
     chosen: Sequence[str],
     changes: Sequence[str],
     seeds: Sequence[int],
@@ -95,16 +98,20 @@ def make(
         command: what the user typed.
 
     Raises:
-        ConfigError, MismatchError, DataError: no such table, a setting that cannot work, too few
-            images for the queue or for the bootstrap.
+        ConfigError, MismatchError, DataError: no such table, a setting that cannot work, a cache
+            that does not teach what it compares, too few images for the queue or the bootstrap.
     """
     what = design(table)
     _check_seeds(seeds)
     _check_varied(table, what, changes)
-    _check_cache(cache, changes)
+    _check_cache(table, what, cache)
+    _check_images(cache, changes)
     configs = [_settings(setting, changes) for setting in what.rows]
     _check_used(table, configs, changes)
-    filled = zip(what.rows, configs, _students(table, what, chosen), strict=True)
+    _check_lists(table, what, configs, cache)
+    named = _students(table, what, chosen)
+    listed = _check_fusion(named, configs, cache)
+    filled = zip(what.rows, configs, named, strict=True)
     rows = [_row(*one, cache, seeds) for one in filled]
     if table == "towers" and chosen:
         rows = [{**row, "name": students.load_config(row["student"]).name} for row in rows]
@@ -113,7 +120,8 @@ def make(
         "format": FORMAT,
         "table": table,
         "title": what.title,
-        "note": what.note,
+        "note": _note(what, cache, configs) if listed else what.note,
+        "listed": listed,
         "reference": reference,
         "seeds": list(seeds),
         "rows": rows,
@@ -126,13 +134,19 @@ def make(
     return Plan(json.loads(json.dumps(record)))
 
 
+def _note(what: Design, cache: Listing, configs: Sequence[TrainConfig]) -> str:
+    """The table's note, and where the recall of fusion models was measured."""
+    assert isinstance(cache, ScoreCache)
+    return f"{what.note} {matched.Listed(cache, cache.split(configs[0].val_split)).said}".strip()
+
+
 def _row(
-    setting: Setting, config: TrainConfig, student: str, cache: Cache, seeds: Sequence[int]
+    setting: Setting, config: TrainConfig, student: str, cache: Listing, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """A row of the record, after what it would refuse has been tried."""
     _check_row(setting.name, config, cache)
     described = students.load_config(student).model_dump(mode="json")
-    _check_width(student, described["dim"], cache)
+    _check_width(student, described.get("dim"), cache)
     identity = [described, cache.digest]
     return {
         "name": setting.name,
@@ -172,7 +186,7 @@ def _students(table: str, what: Design, chosen: Sequence[str]) -> list[str]:
         return list(chosen) or [str(row.student) for row in what.rows]
     if len(chosen) > 1:
         raise ConfigError(f"{table} has one student in all rows; give --student once")
-    return [chosen[0] if chosen else "mobile"] * len(what.rows)
+    return [chosen[0] if chosen else what.student] * len(what.rows)
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
@@ -202,20 +216,73 @@ def _check_used(table: str, configs: Sequence[TrainConfig], changes: Sequence[st
             raise ConfigError(f"--set {change}: no row of {table} has that loss; leave it out")
 
 
-def _check_width(student: str, dim: int | None, cache: Cache) -> None:
-    if dim not in (None, cache.dim):
+def _check_width(student: str, dim: int | None, cache: Listing) -> None:
+    if cache.dim is not None and dim not in (None, cache.dim):
         raise MismatchError(
             f"student {student}: its dim = {dim} does not fit the teacher's {cache.dim} in "
             f"{cache.folder}; leave dim out"
         )
 
 
-def _check_cache(cache: Cache, changes: Sequence[str]) -> None:
-    if cache.modalities != {"image", "text"}:
+def _check_cache(table: str, what: Design, cache: Listing) -> None:
+    """Refuse a cache of the other kind than the table's."""
+    scored = isinstance(cache, ScoreCache)
+    if what.lists and not (isinstance(cache, ScoreCache) and cache.scores is not None):
+        has = "was made without a teacher" if scored else "holds features"
+        raise MismatchError(
+            f"{cache.folder} {has}, and {table} compares ways to learn a fusion teacher's scores; "
+            "make a score cache: crosstill cache TEACHER DATA --false 63"
+        )
+    if not scored and cache.modalities != {"image", "text"}:
         raise MismatchError(
             f"{cache.folder} has not both image and text features of a teacher, which the tables "
             "compare; cache a teacher that gives both"
         )
+
+
+def _check_lists(table: str, what: Design, configs: Sequence[TrainConfig], cache: Listing) -> None:
+    """Refuse rows that a score cache cannot teach, or whose difference a setting undoes."""
+    if what.lists and configs[0].teacher is not None:
+        raise ConfigError(
+            f"teacher = {configs[0].teacher}: one that scores beside the student always keeps the "
+            f"hardest, so the rows of {table} would not differ; leave it out"
+        )
+    if not isinstance(cache, ScoreCache):
+        return
+    for config in configs:
+        blind = [n for n, loss in checks.build_losses(config, cache).items() if not loss.ranks]
+        if blind:
+            raise MismatchError(
+                f"{cache.folder} is a score cache, and rows of {table} learn from features "
+                f"({', '.join(blind)}); use the table dcd, or a cache of a dual encoder's features"
+            )
+
+
+def _check_fusion(named: Sequence[str], configs: Sequence[TrainConfig], cache: Listing) -> bool:
+    """Whether the students are fusion models; refuse those that cannot learn or be compared."""
+    fusion = [isinstance(students.load_config(name), FusionConfig) for name in named]
+    if not any(fusion):
+        return False
+    name, freeze = named[fusion.index(True)], configs[0].freeze
+    if not isinstance(cache, ScoreCache):
+        raise MismatchError(
+            f"student {name}: a fusion model, which learns candidate lists, and {cache.folder} "
+            "holds features; give a dual encoder, or make a score cache: crosstill cache TEACHER "
+            "DATA --false 63"
+        )
+    if not all(fusion):
+        raise ConfigError(
+            f"student {name}: a fusion model is measured among listed candidates and a dual "
+            "encoder in the whole split; give one kind for all rows"
+        )
+    if freeze != "none":
+        raise ConfigError(
+            f"freeze = {freeze}: {name} is a fusion model; use towers=frozen or towers=train"
+        )
+    return True
+
+
+def _check_images(cache: Listing, changes: Sequence[str]) -> None:
     split = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None]).val_split
     count = len(cache.split(split).images)
     if count < FEWEST:
@@ -225,7 +292,7 @@ def _check_cache(cache: Cache, changes: Sequence[str]) -> None:
         )
 
 
-def _check_row(name: str, config: TrainConfig, cache: Cache) -> None:
+def _check_row(name: str, config: TrainConfig, cache: Listing) -> None:
     """Everything that a run would refuse at its start, before the first one starts."""
     losses, _ = checks.prepare(config, cache, Group())
     pairs = len(cache.split(config.train_split).captions)

@@ -75,7 +75,8 @@ class Table:
         note: what the reader has to know about it.
         reference: name of the row that the others are tested against.
         rows: in the order of the paper.
-        teacher: its recall on the same split, from the cache; None if it left only one side.
+        teacher: its recall on the same split, from the cache; None if it left only one side, or
+            scores of pairs to a dual encoder.
         teacher_name: of the model that filled the cache.
         split: what the figures were measured on.
         seeds: one run each.

@@ -1,4 +1,4 @@
-"""The tables of the DSMD paper (arXiv 2404.10838) as lists of settings.
+"""The tables of the DSMD paper (arXiv 2404.10838) as lists of settings, and one for score caches.
 
 The figures beside them are the paper's RSUM on Flickr30k's 1,000 test images, for a ViT-B/16 and
 BERT-base student of BEiT-3. They are shown in a column of their own and never enter a comparison.
@@ -37,12 +37,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Design:
-    """A table before it is run; `reference` names the row that others are tested against."""
+    """A table before it is run.
+
+    Attributes:
+        title: what it compares.
+        reference: names the row that others are tested against.
+        rows: its settings.
+        note: what the reader has to know about it.
+        student: of all rows, if the user chooses none.
+        lists: whether it compares ways to learn candidate lists, which takes a score cache.
+    """
 
     title: str
     reference: str
     rows: tuple[Setting, ...]
     note: str = ""
+    student: str = "mobile"
+    lists: bool = False
 
 
 def table2() -> Design:
@@ -146,9 +157,27 @@ def towers() -> Design:
     return Design("Towers", rows[0].name, rows, note)
 
 
+def dcd() -> Design:
+    """DCD's two parts (arXiv 2207.01426), one by one: its negatives, and its weights."""
+    anyhow, plain = "negatives=random", 'losses.dcd.variant="plain"'
+    rows = (
+        Setting("hardest + dynamic", "dcd"),
+        Setting("hardest + plain", "dcd", (plain,)),
+        Setting("random + dynamic", "dcd", (anyhow,)),
+        Setting("random + plain", "dcd", (anyhow, plain)),
+    )
+    note = (
+        "Negatives of a query: of its candidates in the score cache those that the teacher scores "
+        "highest, or as many drawn at random. Weights of a query: dynamic, by how unsure the "
+        "teacher is of it, or plain, the same for all."
+    )
+    title = "Hard negatives and dynamic weights of DCD"
+    return Design(title, rows[0].name, rows, note, student="half", lists=True)
+
+
 TABLES: dict[str, Callable[[], Design]] = {
     make.__name__: make
-    for make in (table2, table4, table5, table6, table7, table8, table9, table10, towers)
+    for make in (table2, table4, table5, table6, table7, table8, table9, table10, towers, dcd)
 }
 
 

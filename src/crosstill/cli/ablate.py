@@ -15,13 +15,18 @@ from crosstill.cli import common
 def command(
     table: Annotated[
         str,
-        typer.Argument(help="table2, table4 to table10 (of the DSMD paper), or towers."),
+        typer.Argument(
+            help="table2, table4 to table10 (of the DSMD paper), towers, or, of a score cache, dcd."
+        ),
     ],
     cache: Annotated[Path, typer.Argument(help="The cache that every row learns from.")],
     out: Annotated[Path, typer.Option(help="Folder of the grid; tables in it share runs.")],
     student: Annotated[
         list[str] | None,
-        typer.Option(help="A preset or a TOML file; for towers once for each row."),
+        typer.Option(
+            help="A preset or a TOML file; for towers once for each row. By default mobile, for "
+            "dcd half."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs a row, with the seeds 0, 1, …", min=1)] = 3,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every run.", min=1)] = None,
@@ -42,13 +47,13 @@ def command(
     """
     common.hush()
     from crosstill import ablate
+    from crosstill import cache as caches
     from crosstill.ablate import plan
-    from crosstill.cache import Cache
 
     sugar = [f"epochs={epochs}"] if epochs else []
     sugar += [f"freeze={freeze}"] if freeze else []
     typed = shlex.join(["crosstill", *sys.argv[1:]])
-    source = Cache(cache)
+    source = caches.open(cache)
     made = plan.make(table, source, student or [], [*sugar, *(changes or [])], range(seeds), typed)
     found = ablate.fill(made, source, out, workers)
     common.say(ablate.markdown(found))

@@ -132,11 +132,7 @@ def chances(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]
         (I, 3) of the images, (T, 3) of the captions; float64.
     """
     image, text, owner = _checked(image, text, owner)
-    sides = _rivals(lambda rows: image[rows] @ text.T, owner, len(image))
-    of_image, of_text = (
-        torch.stack([_chance(side, depth) for depth in DEPTHS], dim=1) for side in sides
-    )
-    return of_image, of_text
+    return _chances(lambda rows: image[rows] @ text.T, owner, len(image))
 
 
 def from_scores(scores: Tensor, owner: Tensor) -> Retrieval:
@@ -149,12 +145,14 @@ def from_scores(scores: Tensor, owner: Tensor) -> Retrieval:
     Raises:
         DataError: shapes do not fit, a score is NaN, or an image has no caption.
     """
-    if scores.ndim != 2:
-        raise DataError(f"scores must be images by captions, not {tuple(scores.shape)}")
-    if scores.isnan().any():
-        raise DataError("a score is not a number; the model that gave it is broken")
-    _check_owner(owner, *scores.shape)
-    return _retrieval(scores.detach().float().__getitem__, owner.to(scores.device), len(scores))
+    scores, owner = _checked_scores(scores, owner)
+    return _retrieval(scores.__getitem__, owner, len(scores))
+
+
+def chances_of_scores(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """As `chances`, of a score matrix; args and errors are those of `from_scores`."""
+    scores, owner = _checked_scores(scores, owner)
+    return _chances(scores.__getitem__, owner, len(scores))
 
 
 def mean(results: Sequence[Retrieval]) -> Retrieval:
@@ -192,6 +190,14 @@ class Block(NamedTuple):
 def _retrieval(scores: Scores, owner: Tensor, images: int) -> Retrieval:
     image, text = _rivals(scores, owner, images)
     return Retrieval(_recall(image), _recall(text), images=images, captions=len(owner))
+
+
+def _chances(scores: Scores, owner: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    of_image, of_text = (
+        torch.stack([_chance(side, depth) for depth in DEPTHS], dim=1)
+        for side in _rivals(scores, owner, images)
+    )
+    return of_image, of_text
 
 
 def _rivals(scores: Scores, owner: Tensor, images: int) -> tuple[Rivals, Rivals]:
@@ -263,6 +269,16 @@ def _checked(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor
     _check_features(image, text)
     _check_owner(owner, len(image), len(text))
     return image, text, owner
+
+
+def _checked_scores(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores in float32 and owners beside them, after what is wrong has been refused."""
+    if scores.ndim != 2:
+        raise DataError(f"scores must be images by captions, not {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise DataError("a score is not a number; the model that gave it is broken")
+    _check_owner(owner, *scores.shape)
+    return scores.detach().float(), owner.to(scores.device)
 
 
 def _check_features(image: Tensor, text: Tensor) -> None:

@@ -11,54 +11,96 @@ import torch
 from torch import Tensor
 
 from crosstill.cache import ScoreCache, Split
-from crosstill.evaluate.recall import Retrieval, from_scores
+from crosstill.evaluate.bootstrap import Answers
+from crosstill.evaluate.recall import Retrieval, chances_of_scores, from_scores
 from crosstill.teachers.matcher import Matcher
+from crosstill.train.config import TrainConfig
 from crosstill.train.states import Sides
 from crosstill.types import States
 
 BLOCK = 64  # images whose states are in memory at a time
 
 
+class Listed:
+    """The P pairs of one split that a score cache lists, by position in the split.
+
+    Attributes:
+        image: (P,) of each pair's image, ascending.
+        text: (P,) of its caption.
+        owner: (T,) int64, the image of each caption.
+    """
+
+    def __init__(self, cache: ScoreCache, split: Split) -> None:
+        inside = np.isin(cache.pair_images, split.images)
+        self.image = np.searchsorted(split.images, cache.pair_images[inside])
+        self.text = np.searchsorted(split.captions, cache.pair_captions[inside])
+        self.owner = torch.from_numpy(split.owner)
+        self._told = None if cache.scores is None else cache.scores[torch.from_numpy(inside)]
+
+    def matrix(self, scores: Tensor) -> Tensor:
+        """Scores (P,) as (I, T), -inf for what is not listed."""
+        whole = torch.full((int(self.owner.max()) + 1, len(self.owner)), -torch.inf)
+        whole[torch.from_numpy(self.image), torch.from_numpy(self.text)] = scores
+        return whole
+
+    def teacher_recall(self) -> Retrieval | None:
+        """The recall of the teacher's scores, where the cache has them."""
+        return None if self._told is None else from_scores(self.matrix(self._told), self.owner)
+
+    @property
+    def said(self) -> str:
+        """What a reader of such a recall has to know, in one sentence."""
+        pairs, images = len(self.image), int(self.owner.max()) + 1
+        return (
+            "Each query ranks only the candidates that the score cache lists for it, on average "
+            f"{pairs / images:.1f} captions of an image and {pairs / len(self.owner):.1f} images "
+            "of a caption, not the whole split."
+        )
+
+
 class MatchedSplit:
-    """The listed pairs of one split."""
+    """A fusion model on the listed pairs of one split."""
 
     def __init__(self, cache: ScoreCache, split: Split, sides: Sides) -> None:
-        self._sides = sides
-        self._owner = torch.from_numpy(split.owner)
-        self._inside = np.isin(cache.pair_images, split.images)
-        self._image = np.searchsorted(split.images, cache.pair_images[self._inside])
-        self._text = np.searchsorted(split.captions, cache.pair_captions[self._inside])
-        self._told = cache.scores
+        self._sides, self._listed = sides, Listed(cache, split)
 
     def recall(self, model: Matcher) -> Retrieval:
         """The model's recall among the listed candidates."""
+        return from_scores(self._matrix(model), self._listed.owner)
+
+    def answers(self, model: Matcher) -> Answers:
+        """How each query fared among its listed candidates."""
+        owner = self._listed.owner
+        return Answers(*chances_of_scores(self._matrix(model), owner), owner)
+
+    def teacher_recall(self) -> Retrieval | None:
+        """As `recall`, of the teacher's scores, where the cache has them."""
+        return self._listed.teacher_recall()
+
+    def _matrix(self, model: Matcher) -> Tensor:
         training = model.training
         model.eval()
         with torch.inference_mode():
-            last = int(self._image.max()) + 1
+            last = int(self._listed.image.max()) + 1
             parts = [self._block(model, start) for start in range(0, last, BLOCK)]
         model.train(training)
-        return self._judge(torch.cat(parts))
-
-    def teacher_recall(self) -> Retrieval | None:
-        """The same of the teacher's scores, where the cache has them."""
-        return (
-            None if self._told is None else self._judge(self._told[torch.from_numpy(self._inside)])
-        )
+        return self._listed.matrix(torch.cat(parts))
 
     def _block(self, model: Matcher, start: int) -> Tensor:
-        mine = (self._image >= start) & (self._image < start + BLOCK)
-        images, image = np.unique(self._image[mine], return_inverse=True)
-        texts, text = np.unique(self._text[mine], return_inverse=True)
+        mine = (self._listed.image >= start) & (self._listed.image < start + BLOCK)
+        images, image = np.unique(self._listed.image[mine], return_inverse=True)
+        texts, text = np.unique(self._listed.text[mine], return_inverse=True)
         sides = run_towers(model, self._sides, images, texts)
         entered = model.enter(sides[0], "image"), model.enter(sides[1], "text")
         pairs = torch.from_numpy(np.stack([image, text], axis=1))
         return model.match_pairs(*entered, pairs)
 
-    def _judge(self, scores: Tensor) -> Retrieval:
-        matrix = torch.full((int(self._owner.max()) + 1, len(self._owner)), -torch.inf)
-        matrix[torch.from_numpy(self._image), torch.from_numpy(self._text)] = scores
-        return from_scores(matrix, self._owner)
+
+def of_run(model: Matcher, cache: ScoreCache, split: Split, settings: TrainConfig) -> MatchedSplit:
+    """A split for a model that was read back from a run: frozen towers do not run again."""
+    if settings.towers == "frozen":
+        model.freeze_towers()
+    return MatchedSplit(cache, split, Sides(model, cache, split))
 
 
 def run_towers(
