@@ -48,7 +48,7 @@ def run(
         table: a key of `TABLES`.
         cache: what every row learns from: features, or scores of candidate lists.
         out: the grid's folder; several tables may share one, and then share runs.
-        student: a preset or TOML file; for `towers` one for each row. None is the table's own.
+        student: a preset or TOML file, or none for the table's own; for `towers` one a row.
         changes: `key=value` texts for all rows, such as "epochs=2" or "freeze=image".
         seeds: one run a row each.
         workers: runs at a time; None is one a GPU, or one.

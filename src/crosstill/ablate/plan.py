@@ -160,8 +160,10 @@ def _row(
 def _settings(setting: Setting, changes: Sequence[str]) -> TrainConfig:
     """A row's settings; options of losses that it does not have pass it by."""
     config = recipes.config(setting.recipe, setting.changes)
-    fitting = [c for c in changes if _loss_of(c) is None or _loss_of(c) in config.losses]
-    return config.changed(fitting)
+    for change in changes:  # in turn, because one may bring the loss that the next is of
+        if _loss_of(change) is None or _loss_of(change) in config.losses:
+            config = config.changed([change])
+    return config
 
 
 def _loss_of(change: str) -> str | None:

@@ -24,13 +24,13 @@ def is_run(folder: Path) -> bool:
 def write(folder: Path, out: Path, latency: bool) -> Path:
     """See `crosstill.report.write`."""
     found = gather.run(folder, latency)
-    shown = space.fit(found.seen)
-    finds = _finds(found)  # first, since it may refuse
+    shown = space.fit(found.seen) if found.seen else None
+    finds = [_finds(found)] if found.seen else []  # first, since it may refuse
     sections = [
         _recall(found),
         *_curves(found),
-        _space(found, shown),
-        finds,
+        *([_space(found, shown)] if shown else []),
+        *finds,
         _settings(found),
     ]
     losses = " + ".join(found.record["settings"]["losses"])
@@ -59,9 +59,10 @@ def _recall(found: Gathered) -> Section:
     images, captions = len(found.split.images), len(found.split.captions)
     legend = (
         f"Recall in percent on {images:,} images and {captions:,} captions of the split "
-        f"{found.split.name!r}, on which the best epoch was chosen; RSUM is the sum of the six. "
-        "The teacher's row is from the cache."
+        f"{found.split.name!r}, on which the best epoch was chosen; RSUM is the sum of the six."
     )
+    if "teacher" in found.rows:
+        legend += " The teacher's row is from the cache."
     if len(heads) > len(HEADINGS):
         legend += (
             " Milliseconds are medians of single items on one thread of this machine, "
@@ -125,8 +126,8 @@ def _settings(found: Gathered) -> Section:
         "teacher": teacher["name"] or "none",
         "licence of the teacher": teacher["licence"] or "not said by its model card",
         **{
-            f"licence of the student's {side} tower": licence or "not said by its model card"
-            for side, licence in found.licences.items()
+            f"licence of the {part}": licence or "not said by its model card"
+            for part, licence in found.licences.items()
         },
         "licence of the photos": "that of their source; keep to it",
         **{f"version of {name}": version for name, version in record["versions"].items()},
@@ -144,11 +145,11 @@ def _settings(found: Gathered) -> Section:
     )
 
 
-def _figures(found: Gathered, shown: space.Space) -> dict[str, Any]:
+def _figures(found: Gathered, shown: space.Space | None) -> dict[str, Any]:
     return {
         "summary": found.summary,
         "split": found.split.name,
         **{role: row.to_json() for role, row in found.rows.items()},
-        "variance_shown": shown.explained,
+        "variance_shown": shown.explained if shown else {},
         "notes": found.notes,
     }

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from crosstill import images
-from crosstill.cache import Cache, Split
+from crosstill.cache import Listing, Split
 from crosstill.errors import DataError, ImageError, MismatchError
 from crosstill.types import Example, Features, image_id
 
@@ -48,7 +48,7 @@ class Query:
 
 
 def queries(
-    cache: Cache, split: Split, seen: Mapping[str, Features], count: int = QUERIES
+    cache: Listing, split: Split, seen: Mapping[str, Features], count: int = QUERIES
 ) -> list[Query]:
     """Captions spread evenly over the split, always the same ones.
 
@@ -75,7 +75,7 @@ def _query(row: int, split: Split, seen: Mapping[str, Features], photos: _Photos
 class _Photos:
     """Small JPEGs of a split's photos, each decoded once."""
 
-    def __init__(self, cache: Cache, split: Split) -> None:
+    def __init__(self, cache: Listing, split: Split) -> None:
         self.cache, self.split = cache, split
         self._made: dict[int, str] = {}
         owners, first = np.unique(split.owner, return_index=True)
@@ -88,7 +88,7 @@ class _Photos:
         return Found(self._made[place], self.cache.texts[self._caption[place]], right)
 
 
-def _thumbnail(cache: Cache, row: int) -> str:
+def _thumbnail(cache: Listing, row: int) -> str:
     pixels = images.decode(_read(cache, row), cache.paths[row])
     picture = Image.fromarray(torch.Tensor.numpy(pixels))
     picture.thumbnail((SIDE, SIDE))
@@ -97,7 +97,7 @@ def _thumbnail(cache: Cache, row: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _read(cache: Cache, row: int) -> bytes:
+def _read(cache: Listing, row: int) -> bytes:
     key, path = cache.image_ids[row], cache.paths[row]
     try:
         data = cache.read(Example(key, path, (), cache.splits[row]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosstill.cache import ScoreCache, Split
 from crosstill.evaluate.bootstrap import Answers
-from crosstill.evaluate.recall import Retrieval, chances_of_scores, from_scores
+from crosstill.evaluate.recall import DEPTHS, Retrieval, chances_of_scores, from_scores
 from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig
 from crosstill.train.states import Sides
@@ -49,13 +49,22 @@ class Listed:
 
     @property
     def said(self) -> str:
-        """What a reader of such a recall has to know, in one sentence."""
-        pairs, images = len(self.image), int(self.owner.max()) + 1
-        return (
-            "Each query ranks only the candidates that the score cache lists for it, on average "
-            f"{pairs / images:.1f} captions of an image and {pairs / len(self.owner):.1f} images "
-            "of a caption, not the whole split."
+        """What a reader of such a recall has to know, in sentences."""
+        false = self.owner.numpy()[self.text] != self.image
+        images = np.bincount(self.image[false], minlength=int(self.owner.max()) + 1)
+        captions = np.bincount(self.text[false], minlength=len(self.owner))
+        text = (
+            "Each query ranks only its true partners and the false ones that the score cache lists "
+            f"for it, on average {images.mean():.1f} captions of an image and "
+            f"{captions.mean():.1f} images of a caption, not the whole split."
         )
+        sure = [float((count < DEPTHS[-1]).mean()) for count in (images, captions)]
+        if max(sure):
+            text += (
+                f" R@{DEPTHS[-1]} is 100 for any model on the {sure[0]:.0%} of images and "
+                f"{sure[1]:.0%} of captions with fewer than {DEPTHS[-1]} false ones."
+            )
+        return text
 
 
 class MatchedSplit:
