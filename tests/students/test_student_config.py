@@ -35,6 +35,7 @@ def test_the_presets_parse_and_say_what_they_are() -> None:
         "mobile",
         "tiny",
         "tiny-teacher",
+        "half",
     }
     paper, mobile = load_config("paper"), load_config("mobile")
     assert (paper.image.pooling, paper.text.pooling, paper.bias) == ("cls", "pooler", True)

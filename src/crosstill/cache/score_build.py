@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,10 @@ from crosstill import images, progress
 from crosstill.cache import candidates, finders, scores, sources, work
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, DataError, ModelError
-from crosstill.teachers.matcher import FusionTeacher, score_pairs
+from crosstill.teachers.matcher import FusionTeacher, Matcher, Reader, score_pairs
 from crosstill.types import Example
+
+Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 SHARD_IMAGES = 64  # images whose pairs share a shard: what a kill can cost at most
 CALL = 4096  # pairs handed to the teacher at a time: their texts' states are held at once
@@ -95,6 +97,7 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         options: ScoreOptions,
     ) -> None:
         self.teacher, self.options = teacher, options
+        self.reader: Reader | None = None
         about = _describe(teacher)
         key = {
             "teacher": about["identity"],
@@ -181,9 +184,10 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
                 sources.ahead(left, SHARD_IMAGES, pool, self._photo), start=first
             ):
                 parts = []
+                score = self._scorer(photos, texts)
                 for start in range(bounds[shard], bounds[shard + 1], CALL):
                     part = slice(start, min(start + CALL, bounds[shard + 1]))
-                    parts.append(self._scored(photos, texts, image[part], names[part]))
+                    parts.append(score(image[part], names[part]))
                     bar.advance(len(parts[-1]))
                 self.journal.commit("score", np.concatenate(parts))
 
@@ -191,22 +195,26 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         assert self.teacher is not None
         return images.load(self.pairs.read(example), example.path, self.teacher.preprocess)
 
-    def _scored(
-        self, photos: Sequence[Tensor], texts: Sequence[str], image: np.ndarray, name: np.ndarray
-    ) -> np.ndarray:
-        """float32 scores (P,) of pairs; every image and text of them is handed over once."""
-        assert self.teacher is not None
-        shown, row = np.unique(image, return_inverse=True)
-        said, place = np.unique(name, return_inverse=True)
-        found = score_pairs(
-            self.teacher,
-            [photos[i] for i in shown],
-            [texts[i] for i in said],
-            torch.from_numpy(np.stack([row, place], axis=1)),
-        )
-        if not found.isfinite().all():
-            raise ModelError(f"{self.teacher.name}: its scores are not finite; check its weights")
-        return found.float().cpu().numpy()
+    def _scorer(self, photos: Sequence[Tensor], texts: Sequence[str]) -> Scorer:
+        """Scores some pairs of these photos, (P,) rows of photos and of texts, as float32 (P,)."""
+        teacher = self.teacher
+        assert teacher is not None
+        if isinstance(teacher, Matcher):
+            self.reader = self.reader or Reader(teacher, texts)
+            seen, read = teacher.image_states(photos), self.reader.states
+
+        def score(image: np.ndarray, name: np.ndarray) -> np.ndarray:
+            said, place = np.unique(name, return_inverse=True)
+            pairs = torch.from_numpy(np.stack([image, place], axis=1))
+            if isinstance(teacher, Matcher):
+                found = teacher.match_pairs(seen, read(said.tolist()), pairs)
+            else:
+                found = score_pairs(teacher, photos, [texts[i] for i in said], pairs)
+            if not found.isfinite().all():
+                raise ModelError(f"{teacher.name}: its scores are not finite; check its weights")
+            return found.float().cpu().numpy()
+
+        return score
 
 
 def _describe(teacher: FusionTeacher | None) -> dict[str, Any]:

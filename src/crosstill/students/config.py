@@ -100,6 +100,7 @@ class FusionConfig(_Frozen):
         towers: of "meter": a student, run or dual teacher whose towers, tokenizer and
             preprocess it takes.
         shape: of "meter": fields of `crosstill.teachers.meter.Shape` but for the towers' widths.
+        start: of "meter": "joint" begins in the dual encoder's joint space, "random" anywhere.
         config: of "vilt": fields of transformers' ViltConfig.
         max_length: tokens of a caption.
         name: what to call it in tables.
@@ -110,6 +111,7 @@ class FusionConfig(_Frozen):
     layers: tuple[int, ...] | None = None
     towers: str | None = None
     shape: dict[str, Any] = {}
+    start: Literal["joint", "random"] = "joint"
     config: dict[str, Any] = {}
     max_length: int = 40
     name: str = "fusion"

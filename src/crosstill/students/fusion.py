@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProcessor
+from torch import Tensor, nn
+from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProcessorPil
 
 from crosstill import teachers
 from crosstill.errors import ConfigError, ModelError
@@ -20,7 +21,6 @@ from crosstill.teachers.dual import DualEncoder
 from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter import CoAttention, Meter, Shape
 from crosstill.teachers.meter.model import Parts
-from crosstill.teachers.towers import drop_pooler
 from crosstill.teachers.vilt import Vilt
 
 
@@ -62,32 +62,78 @@ def _cut(config: FusionConfig, teacher: str | None) -> Matcher:
 
 
 def _on_towers(config: FusionConfig) -> Meter:
-    parts, widths = _parts(str(config.towers), config.max_length)
+    dual = _dual(str(config.towers))
+    parts = _parts(dual, config.max_length)
+    probe = Meter(parts, CoAttention(Shape(layers=1, width=1, heads=1, mlp=1)), "probe").eval()
+    image, text = _widths(probe)
     try:
-        shape = Shape(**{**config.shape, **widths})
+        shape = Shape(**config.shape, image_width=image, text_width=text)
     except TypeError as error:
         raise ConfigError(f"student {config.name}: shape: {error}") from None
-    return Meter(parts, CoAttention(shape), config.name)
+    model = Meter(parts, CoAttention(shape), config.name)
+    heads = _heads(dual)
+    if config.start == "joint" and heads is not None:
+        begin_in_joint_space(model.fusion, heads)
+    return model
 
 
-def _parts(source: str, max_length: int) -> tuple[Parts, dict[str, int]]:
-    """The towers of a dual encoder, and how wide their tokens are."""
-    model = _dual(source)
-    if isinstance(model, Student):
-        towers: tuple[Any, Any] = model.image_tower, model.text_tower
-        limit = model.config.max_length
+def _parts(dual: Student | DualEncoder, max_length: int) -> Parts:
+    """The towers of a dual encoder, pooled as it pools them."""
+    if isinstance(dual, Student):
+        towers: tuple[Any, Any] = dual.image_tower, dual.text_tower
+        pooling, limit = (
+            (dual.config.image.pooling, dual.config.text.pooling),
+            dual.config.max_length,
+        )
     else:
-        towers, limit = (model.model.vision_model, model.model.text_model), model.max_length
-    for tower in towers:
-        drop_pooler(tower)
+        towers, limit = (dual.model.vision_model, dual.model.text_model), dual.max_length
+        pooling = "pooler", "pooler"
     length = min(max_length, limit)
-    parts = Parts(*towers, model.preprocess, model.tokenizer, length, model.licence)
-    probe = Meter(parts, CoAttention(Shape(layers=1, width=1, heads=1, mlp=1)), "probe").eval()
+    return Parts(*towers, dual.preprocess, dual.tokenizer, length, dual.licence, *pooling)
+
+
+def _heads(dual: Student | DualEncoder) -> tuple[Tensor, Tensor] | None:
+    """What takes a pooled image and text to the joint space: (D, W) each; None where unknown."""
+    of = dual if isinstance(dual, Student) else dual.model
+    names = (("image_head", "text_head"), ("visual_projection", "text_projection"))
+    for pair in names:
+        found = [getattr(of, name, None) for name in pair]
+        if all(isinstance(head, nn.Linear) for head in found):
+            image, text = (head.weight.detach() for head in found if head is not None)
+            return image, text
+    return None
+
+
+def _widths(model: Meter) -> tuple[int, int]:
+    """How wide the towers' tokens are."""
+    pixels = torch.zeros(1, 3, *model.preprocess.size, dtype=torch.uint8)
     with torch.inference_mode():
-        image = probe.look(torch.zeros(1, 3, *parts.preprocess.size, dtype=torch.uint8))
-        text = probe.read(probe.tokenize(["a"]))
-    widths = {"image_width": image.hidden.shape[2], "text_width": text.hidden.shape[2]}
-    return parts, widths
+        image, text = model.look(pixels), model.read(model.tokenize(["a"]))
+    return image.hidden.shape[2], text.hidden.shape[2]
+
+
+def begin_in_joint_space(stack: CoAttention, heads: tuple[Tensor, Tensor]) -> None:
+    """Start co-attention where the dual encoder already compares image and text.
+
+    Both transforms become the dual encoder's heads, seen along the directions in which the heads
+    are largest; queries and keys of cross-attention begin near the identity, so that what matches
+    is looked at. From random layers the same model had learnt almost nothing by the time that
+    this one had learnt most (docs/log.md).
+
+    Args:
+        stack: what to change; its width is W.
+        heads: (D, image width) and (D, text width).
+    """
+    width = stack.shape.width
+    basis = torch.linalg.svd(torch.cat(heads, dim=1), full_matrices=False)[0][:, :width].T
+    transforms = stack.cross_modal_image_transform, stack.cross_modal_text_transform
+    with torch.no_grad():
+        for transform, head in zip(transforms, heads, strict=True):
+            transform.weight[: len(basis)] = basis @ head  # a wider stack keeps some random rows
+        for layer in [*stack.cross_modal_image_layers, *stack.cross_modal_text_layers]:
+            looks = layer.crossattention.self
+            for part, share in ((looks.query, 1.0), (looks.key, 1.0), (looks.value, 0.5)):
+                part.weight += share * torch.eye(width)
 
 
 def _dual(source: str) -> Student | DualEncoder:
@@ -116,7 +162,7 @@ def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:
         line = " ".join(str(error).split())[:160]
         raise ConfigError(f"student {config.name}: config: {line}") from None
     side = model_config.image_size
-    processor = ViTImageProcessor(size={"height": side, "width": side}, resample=3)
+    processor = ViTImageProcessorPil(size={"height": side, "width": side}, resample=3)
     with tempfile.TemporaryDirectory() as place, hugging_face.quiet():
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)

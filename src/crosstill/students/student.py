@@ -28,7 +28,7 @@ from crosstill.teachers.base import (
     tensors_digest,
     unit,
 )
-from crosstill.teachers.towers import assemble, describe, restore
+from crosstill.teachers.towers import assemble, describe, pool, restore
 from crosstill.types import Features
 
 # Some Hugging Face towers carry TensorFlow's 0.9997, which in torch forgets all but the last batch.
@@ -129,12 +129,12 @@ class Student(nn.Module):
         """Pixels (B, 3, H, W), uint8 or normalised floats, → the tower's own rows (B, W)."""
         values = normalise(pixels, self.preprocess) if pixels.dtype == torch.uint8 else pixels
         values = values.contiguous(memory_format=torch.channels_last)
-        return towers.pool(self.image_tower(pixel_values=values), self.config.image.pooling)
+        return pool(self.image_tower(pixel_values=values), self.config.image.pooling)
 
     def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Tokens (B, L) → the tower's own rows (B, W)."""
         output = self.text_tower(input_ids=input_ids, attention_mask=attention_mask)
-        return towers.pool(output, self.config.text.pooling, attention_mask)
+        return pool(output, self.config.text.pooling, attention_mask)
 
     def _pool_by_length(self, texts: Tokens) -> Tensor:
         """`pool_text` in chunks of similar length: on a CPU padding is work (1.5 x measured)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from crosstill.errors import ConfigError, ModelError
@@ -71,30 +71,6 @@ def text_part(config: TextTowerConfig, captions: Sequence[str]) -> TextPart:
         tokenizer, rows = vocabulary.trim(tokenizer, captions)
         tower = _with_rows(tower, config.pooling, tokenizer, rows)
     return TextPart(tower, tokenizer, hugging_face.read_licence(folder))
-
-
-def pool(output: Any, pooling: str, mask: Tensor | None = None) -> Tensor:
-    """Hidden states (B, L, W), or (B, W, H, W') of a CNN, → (B, W).
-
-    Args:
-        output: what the tower returned.
-        pooling: "pooler", "cls" (the first position), or "mean".
-        mask: (B, L), 1 where a position counts for the mean.
-    """
-    hidden: Tensor = output.last_hidden_state
-    if pooling == "pooler":
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is None:
-            raise ConfigError('this tower has no pooler; set its pooling to "mean" or "cls"')
-        return pooled.flatten(1)
-    if hidden.ndim == 4:
-        hidden = hidden.flatten(2).transpose(1, 2)
-    if pooling == "cls":
-        return hidden[:, 0]
-    if mask is None:
-        return hidden.mean(dim=1)
-    weight = mask[..., None].to(hidden.dtype)
-    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
 
 
 def token_embeddings(tower: Any) -> nn.Embedding:

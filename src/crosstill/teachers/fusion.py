@@ -73,8 +73,7 @@ def load(folder: Path, name: str, device: torch.device | None = None) -> Matcher
     found = find(folder)
     assert found is not None
     family = getattr(import_module(f"crosstill.teachers.{found[0]}"), found[1])
-    opened = (
-        family.load(folder, name, device) if found[0] == "meter" else family(folder, name, device)
-    )
+    # a folder of ours knows its name; those of runs are all called "best"
+    opened = family.load(folder, device) if found[0] == "meter" else family(folder, name, device)
     model: Matcher = opened
     return model

@@ -92,7 +92,7 @@ def inspect(
         raise unknown("family", family, FAMILIES)
     path = _find(source)
     if (path / fusion.METER).is_file():
-        model = Meter.load(path, path.name, torch.device("cpu"))
+        model = Meter.load(path, torch.device("cpu"))
         return Inspection("meter", _sizes(model), model.parameters_by_part())
     if (path / "config.json").is_file():
         return _of_transformers(path)

@@ -79,7 +79,7 @@ class Matcher(nn.Module, ABC):
 
     @abstractmethod
     def match(self, images: States, texts: States) -> Tensor:
-        """Score image i with text i: entered states of P pairs each → (P,) float32 logits.
+        """Score image i with text i: entered states of P pairs each → (P,) logits.
 
         The logit is that of "they belong together"; higher is better.
         """
@@ -266,16 +266,46 @@ class Matcher(nn.Module, ABC):
             self.train(training)
 
 
+class Reader:
+    """Many texts' states, each computed once while they fit into memory.
+
+    Args:
+        model: what reads.
+        texts: all texts.
+        room: bytes of states to keep; what does not fit is read again when it is asked for.
+    """
+
+    def __init__(self, model: Matcher, texts: Sequence[str], room: int = 2**31) -> None:
+        self._model, self._texts, self._room = model, texts, room
+        self._kept: dict[int, Tensor] = {}
+
+    def states(self, rows: Sequence[int]) -> States:
+        """Entered states of some of the texts, padded to the longest of them."""
+        new = [row for row in rows if row not in self._kept]
+        order = sorted(new, key=lambda row: len(self._texts[row]))
+        fresh = [self._read(order[i : i + PAIRS]) for i in range(0, len(order), PAIRS)]
+        found = {**self._kept, **{row: states for part in fresh for row, states in part.items()}}
+        hidden = nn.utils.rnn.pad_sequence([found[row] for row in rows], batch_first=True)
+        lengths = torch.tensor([len(found[row]) for row in rows], device=hidden.device)
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        return States(hidden, mask.long())
+
+    def _read(self, rows: list[int]) -> dict[int, Tensor]:
+        hidden, mask = self._model.text_states([self._texts[row] for row in rows])
+        lengths = mask.sum(1).tolist()
+        parts = zip(rows, hidden, lengths, strict=True)
+        found = {row: states[:length].clone() for row, states, length in parts}
+        size = sum(states.nbytes for states in found.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept |= found
+        return found
+
+
 def score_pairs(
     teacher: FusionTeacher, images: Sequence[Tensor], texts: Sequence[str], pairs: Tensor
 ) -> Tensor:
-    """Scores of (P, 2) rows of `images` and of `texts` → (P,); towers run once an input.
-
-    A teacher that is no `Matcher` is handed every pair as it is.
-    """
-    if isinstance(teacher, Matcher):
-        states = teacher.image_states(images), teacher.text_states(texts)
-        return teacher.match_pairs(*states, pairs)
+    """Scores of (P, 2) rows of `images` and of `texts` → (P,), by a teacher of any kind."""
     out = [
         teacher.score([images[i] for i, _ in chunk], [texts[t] for _, t in chunk])
         for chunk in (rows.tolist() for rows in pairs.split(PAIRS))

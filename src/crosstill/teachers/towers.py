@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from crosstill.errors import ConfigError
@@ -19,8 +20,9 @@ def assemble(config: Any, pooling: str) -> Any:
             tower = AutoModel.from_config(config, dtype=torch.float32)
     except Exception as error:  # KeyError, ValueError, TypeError, ... by model
         raise ConfigError(f"no tower can be built of this config ({error})") from None
-    if pooling != "pooler":
-        drop_pooler(tower)
+    pooler = getattr(tower, "pooler", None)
+    if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
+        tower.pooler = None
     return tower.to(memory_format=torch.channels_last)
 
 
@@ -40,8 +42,25 @@ def restore(record: dict[str, Any]) -> Any:
         raise ConfigError(f"config of model_type {record['model_type']!r}: {line}") from None
 
 
-def drop_pooler(tower: Any) -> None:
-    """Remove a pooler that has parameters; one without is part of some towers' forward."""
-    pooler = getattr(tower, "pooler", None)
-    if pooler is not None and any(True for _ in pooler.parameters()):
-        tower.pooler = None
+def pool(output: Any, pooling: str, mask: Tensor | None = None) -> Tensor:
+    """Hidden states (B, L, W), or (B, W, H, W') of a CNN, → (B, W).
+
+    Args:
+        output: what the tower returned.
+        pooling: "pooler", "cls" (the first position), or "mean".
+        mask: (B, L), 1 where a position counts for the mean.
+    """
+    hidden: Tensor = output.last_hidden_state
+    if pooling == "pooler":
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise ConfigError('this tower has no pooler; set its pooling to "mean" or "cls"')
+        return pooled.flatten(1)
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if mask is None:
+        return hidden.mean(dim=1)
+    weight = mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)

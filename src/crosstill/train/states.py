@@ -83,7 +83,11 @@ class Sides:
             self._photos = pixels(cache, split, model.preprocess)
         if not self.keeps:
             return
-        self._texts = Kept(self._kept(model, cache, split, "text"), self._tokens.lengths)
+        # a tower may put a token in front of a caption's own
+        one = self._tokens.take(np.arange(1))
+        self._more = _read(model, one).mask.shape[1] - one.mask.shape[1]
+        lengths = self._tokens.lengths + self._more
+        self._texts = Kept(self._kept(model, cache, split, "text"), lengths)
         flat = self._kept(model, cache, split, "image")
         each = len(flat) // len(split.images)
         self._images = Kept(flat, np.full(len(split.images), each))
@@ -118,14 +122,19 @@ class Sides:
     def _reads(self, model: Matcher) -> tuple[int, Iterator[tuple[np.ndarray, Tensor]]]:
         """As `_looks`; captions of one length share a pass."""
         tokens = self._tokens
+        stored = Kept(np.empty(0), tokens.lengths + self._more)
 
         def parts() -> Iterator[tuple[np.ndarray, Tensor]]:
             for rows in batches(tokens.lengths.argsort(kind="stable")):
-                ids = tokens.take(rows)
-                states = model.read(States(*(side.to(model.device) for side in ids)))
-                yield tokens.places(rows), states.hidden[states.mask.bool()]
+                states = _read(model, tokens.take(rows))
+                yield stored.places(rows), states.hidden[states.mask.bool()]
 
-        return int(tokens.lengths.sum()), parts()
+        return int(stored.lengths.sum()), parts()
+
+
+@torch.inference_mode()
+def _read(model: Matcher, tokens: States) -> States:
+    return model.read(States(*(side.to(model.device) for side in tokens)))
 
 
 def _tokenized(model: Matcher, texts: list[str]) -> Kept:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from crosstill.errors import CorruptError
 from crosstill.images import Preprocess, normalise
@@ -32,13 +33,15 @@ class Parts:
     tokenizer: Any
     max_length: int
     licence: str | None = None
+    image_pooling: str = "cls"
+    text_pooling: str = "cls"
 
 
 class Meter(Matcher):
     """Two towers, two co-attention streams, a rank head.
 
-    An image tower without a class token, such as a CNN, gets the mean of its patches in front:
-    token 0 is what the stack's poolers read.
+    Token 0 of each stream is what the stack's poolers read. A tower that is pooled in another
+    way than by its first token ("mean", "pooler") gets what it is pooled to in front.
 
     Args:
         parts: towers, preprocess and tokenizer.
@@ -55,24 +58,37 @@ class Meter(Matcher):
         self.name, self.source = name, None
         self.preprocess, self.licence = parts.preprocess, parts.licence
         self.tokenizer, self.max_length = parts.tokenizer, parts.max_length
+        self._pooling = {"image": parts.image_pooling, "text": parts.text_pooling}
 
     def look(self, pixels: Tensor) -> States:
         values = normalise(pixels, self.preprocess).contiguous(memory_format=torch.channels_last)
         if isinstance(self.image_tower, ClipVisual):
             tokens = self.image_tower(values)
         else:
-            tokens = _with_first(self.image_tower(pixel_values=values).last_hidden_state)
+            tokens = self._tokens(self.image_tower(pixel_values=values), "image", None)
         return States(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.int64))
 
     def read(self, tokens: States) -> States:
         output = self.text_tower(input_ids=tokens.hidden, attention_mask=tokens.mask)
-        return States(output.last_hidden_state, tokens.mask)
+        states = self._tokens(output, "text", tokens.mask)
+        added = states.shape[1] - tokens.mask.shape[1]
+        return States(states, functional.pad(tokens.mask, (added, 0), value=1))
+
+    def _tokens(self, output: Any, side: str, mask: Tensor | None) -> Tensor:
+        """A tower's tokens (B, L, W), what it is pooled to in front unless that is the first."""
+        hidden: Tensor = output.last_hidden_state
+        if hidden.ndim == 4:  # a CNN's (B, W, H, W')
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if self._pooling[side] == "cls":
+            return hidden
+        pooled = towers.pool(output, self._pooling[side], mask)
+        return torch.cat([pooled[:, None], hidden], dim=1)
 
     def enter(self, states: States, side: str) -> States:
         return States(self.fusion.enter(states.hidden, side), states.mask)
 
     def match(self, images: States, texts: States) -> Tensor:
-        return self.fusion(*images, *texts).float()
+        return self.fusion(*images, *texts)
 
     def towers(self) -> list[nn.Module]:
         return [self.image_tower, self.text_tower]
@@ -106,6 +122,7 @@ class Meter(Matcher):
             "name": self.name,
             "shape": self.fusion.shape.to_json(),
             "towers": described,
+            "pooling": self._pooling,
             "preprocess": self.preprocess.to_json(),
             "max_length": self.max_length,
             "licence": self.licence,
@@ -113,7 +130,7 @@ class Meter(Matcher):
         storage.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
 
     @classmethod
-    def load(cls, folder: Path, name: str, device: torch.device | None = None) -> Meter:
+    def load(cls, folder: Path, device: torch.device | None = None) -> Meter:
         """Read what `save` wrote, in eval mode.
 
         Raises:
@@ -123,14 +140,16 @@ class Meter(Matcher):
         record, weights, tokenizer = storage.read(folder, RECORD)
         with torch.random.fork_rng():
             parts = Parts(
-                image_tower=_restore(record["towers"]["image"]),
-                text_tower=_restore(record["towers"]["text"]),
+                image_tower=_restore(record["towers"]["image"], record["pooling"]["image"]),
+                text_tower=_restore(record["towers"]["text"], record["pooling"]["text"]),
                 preprocess=Preprocess.from_json(record["preprocess"]),
                 tokenizer=tokenizer,
                 max_length=record["max_length"],
                 licence=record["licence"],
+                image_pooling=record["pooling"]["image"],
+                text_pooling=record["pooling"]["text"],
             )
-            model = cls(parts, CoAttention(Shape(**record["shape"])), name)
+            model = cls(parts, CoAttention(Shape(**record["shape"])), record["name"])
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -141,21 +160,13 @@ class Meter(Matcher):
         return model.freeze_towers().to(where).eval()
 
 
-def _with_first(hidden: Tensor) -> Tensor:
-    """Tokens of an image tower's output: a CNN's (B, W, H, W') become (B, 1 + H W', W)."""
-    if hidden.ndim == 3:
-        return hidden
-    patches = hidden.flatten(2).transpose(1, 2)
-    return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
-
-
 def _describe(tower: nn.Module) -> dict[str, Any]:
     if isinstance(tower, ClipVisual):
         return {"model_type": CLIP_VISUAL, **tower.config}
     return towers.describe(tower.config)
 
 
-def _restore(record: dict[str, Any]) -> nn.Module:
+def _restore(record: dict[str, Any], pooling: str) -> nn.Module:
     if record["model_type"] == CLIP_VISUAL:
         return ClipVisual(**{k: v for k, v in record.items() if k != "model_type"})
-    return towers.assemble(towers.restore(record), pooling="mean")
+    return towers.assemble(towers.restore(record), pooling)
