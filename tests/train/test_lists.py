@@ -305,6 +305,11 @@ def test_what_does_not_fit_is_refused_in_one_line(
     refused(ConfigError, half, scored, settings(**DCD, chunk_size=4), "chunk_size")
     refused(ConfigError, half, scored, settings(**DCD, balance={"name": "gradnorm"}), "gradnorm")
     refused(ConfigError, dual, cached, TrainConfig(negatives="random"), "negatives", "score cache")
+    beside = settings(**DCD, teacher=str(teacher), negatives="random")
+    refused(ConfigError, half, scored, beside, "negatives", "teacher")
+    refused(ConfigError, half, scored, settings(**DCD, negatives="batch"), "negatives", "scores")
+    few = settings(losses={"info_nce": {"hardest": 8}}, negatives="batch")
+    refused(ConfigError, half, scored, few, "hardest = 8", "batch_size")
 
 
 def test_a_judge_on_other_towers_is_refused(unscored, cached, teacher, half, tmp_path):
@@ -318,6 +323,49 @@ def test_a_judge_on_other_towers_is_refused(unscored, cached, teacher, half, tmp
     config = settings(**DCD, teacher=str(other / "moved"))
     with pytest.raises(MismatchError, match="towers are not the student's"):
         train(half, unscored, config, tmp_path / "run")
+
+
+def test_the_batch_itself_can_be_the_lists_and_each_pair_runs_once(unscored, towers):
+    config = settings(losses={"info_nce": {"hardest": 7}}, negatives="batch")
+    model = students.fuse(meter_config(towers)).eval()
+    batch = stream(unscored, sides(unscored, model), config, hardest=7).batch(0, 0)
+    own = batch.picked.images
+    for way, rows in (("image", batch.picked.captions), ("text", batch.picked.images)):
+        found = batch.lists[way]
+        assert found.partners.shape == (8, 8) and found.teacher is None
+        distinct = np.unique(rows)
+        for row in range(8):
+            assert sorted(distinct[found.partners[row]]) == sorted(rows)
+            same_image = (
+                own[[list(rows).index(p) for p in distinct[found.partners[row]]]] == own[row]
+            )
+            assert found.valid[row, 0] and not found.valid[row, 1:][same_image[1:]].any()
+    step, seen = step_of(model, unscored, config), []
+    match = model.match
+    model.match = lambda images, texts: seen.append(len(texts.mask)) or match(images, texts)
+    step._rank_by_pairs(batch)
+    assert seen == [len(np.unique(own)) * len(np.unique(batch.picked.captions))]
+
+
+def test_a_meter_shaped_model_begins_in_the_joint_space(cached, tmp_path):
+    """Its first tokens, transformed, are the dual encoder's embeddings along some directions."""
+    dual = small_student(cached, dropout=0.0).eval()
+    dual.save(tmp_path / "dual")
+    model = students.fuse(meter_config(tmp_path / "dual", width=dual.dim, heads=2)).eval()
+    pixels = torch.randint(0, 256, (3, 3, *dual.preprocess.size), dtype=torch.uint8)
+    texts = ["a red circle", "two squares beside a star", "blue"]
+    image, text = model.image_states(pixels).hidden[:, 0], model.text_states(texts).hidden[:, 0]
+    types = model.fusion.token_type_embeddings.weight.detach()
+    ours = torch.nn.functional.normalize(image - types[1], dim=1)
+    theirs = torch.nn.functional.normalize(text - types[0], dim=1)
+    cosines = dual.embed_images(pixels) @ dual.embed_texts(texts).T
+    # the basis is orthonormal and as wide as the joint space, so cosines survive
+    assert torch.allclose(ours @ theirs.T, cosines, atol=1e-5)
+    anywhere = FusionConfig(
+        fusion="meter", towers=str(tmp_path / "dual"), shape=SHAPE, start="random"
+    )
+    random = students.fuse(anywhere).fusion.cross_modal_image_transform.weight
+    assert random.std() < 0.03
 
 
 def test_layers_out_of_range_and_wrong_sources_are_refused(teacher, towers, tmp_path):

@@ -88,6 +88,11 @@ def fit(student: Student | Matcher, losses: nn.ModuleDict, config: TrainConfig) 
                 "it; a dual encoder learns the cache's scores"
             )
         return None
+    if config.teacher is not None and config.negatives != "hardest":
+        raise ConfigError(
+            f"negatives = {config.negatives}: a teacher beside the student finds the hardest; leave "
+            "teacher or negatives out"
+        )
     if config.freeze != "none":
         raise ConfigError(
             f"freeze = {config.freeze}: {student.name} is a fusion model; use towers=frozen or "
