@@ -19,3 +19,25 @@ def refusal(*arguments: object) -> str:
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and lines[-1] == errors[0], lines
     return errors[0]
+
+
+# a student of two one-layer towers
+TOML = """
+name = "small"
+
+[image.config]
+model_type = "vit"
+image_size = 16
+patch_size = 8
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+
+[text.config]
+model_type = "bert"
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+"""

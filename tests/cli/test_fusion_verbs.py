@@ -8,7 +8,7 @@ import pytest
 from crosstill import data, students, teachers
 from crosstill.train import Run
 from support import small_config
-from verbs import crosstill, refusal
+from verbs import TOML, crosstill, refusal
 
 METER = """
 fusion = "meter"
@@ -43,29 +43,10 @@ def home(tmp_path_factory) -> Path:
     for out, options in {"half": ["--student", "half"], "first": ["--layers", "0"]}.items():
         crosstill("train", home / "scores", *options, "--recipe", "dcd", "--out", home / out, *SET)
     for recipe in ("dcd", "cprd"):
-        (home / "small.toml").write_text(SMALL)
+        (home / "small.toml").write_text(TOML)
         small = ["--student", home / "small.toml", "--recipe", recipe]
         crosstill("train", home / "scores", *small, "--out", home / recipe, *SET)
     return home
-
-
-SMALL = """
-name = "small"
-[image.config]
-model_type = "vit"
-image_size = 16
-patch_size = 8
-hidden_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
-[text.config]
-model_type = "bert"
-hidden_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
-"""
 
 
 def test_students_of_a_fusion_teacher(home):

@@ -15,7 +15,7 @@ from crosstill import data, students
 from crosstill.data import scenes as scenery
 from crosstill.files import locked
 from support import FAST, small_config
-from verbs import crosstill, refusal
+from verbs import TOML, crosstill, refusal
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +32,6 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-TOML = """
-name = "small"
-
-[image.config]
-model_type = "vit"
-image_size = 16
-patch_size = 8
-hidden_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
-
-[text.config]
-model_type = "bert"
-hidden_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
-"""
 TRAIN = ["--set", "epochs=1", "--set", "batch_size=40"]
 
 
