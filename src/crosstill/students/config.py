@@ -95,7 +95,7 @@ class FusionConfig(_Frozen):
     Attributes:
         fusion: "cut" takes a fusion model with some of its layers (DCD's student), "meter" puts
             new co-attention layers on a dual encoder's towers, "vilt" starts a ViLT at random.
-        source: of "cut": folder or hub id of the model; None takes the score cache's teacher.
+        source: of "cut": run, folder or hub id of the model; None takes the score cache's teacher.
         layers: of "cut": which fusion layers to keep; None keeps half of them, 0, 3, 5 of 6.
         towers: of "meter": a student, run or dual teacher whose towers, tokenizer and
             preprocess it takes.

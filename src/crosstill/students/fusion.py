@@ -16,7 +16,7 @@ from crosstill.errors import ConfigError, ModelError
 from crosstill.students import vocabulary
 from crosstill.students.config import FusionConfig
 from crosstill.students.student import RECORD, Student
-from crosstill.teachers import hugging_face
+from crosstill.teachers import fusion, hugging_face
 from crosstill.teachers.dual import DualEncoder
 from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter import CoAttention, Meter, Shape
@@ -53,7 +53,8 @@ def _cut(config: FusionConfig, teacher: str | None) -> Matcher:
             f"student {config.name}: its source is missing, and the score cache has no teacher "
             "to cut; give the folder of a fusion model as source"
         )
-    model = teachers.load(source)
+    best = Path(source) / "best"
+    model = teachers.load(best if fusion.find(best) else source)
     if not isinstance(model, Matcher):
         raise ModelError(f"{source}: no fusion model, so it has no fusion layers to cut")
     student = model.cut(config.layers)

@@ -90,8 +90,8 @@ def fit(student: Student | Matcher, losses: nn.ModuleDict, config: TrainConfig) 
         return None
     if config.teacher is not None and config.negatives != "hardest":
         raise ConfigError(
-            f"negatives = {config.negatives}: a teacher beside the student finds the hardest; leave "
-            "teacher or negatives out"
+            f"negatives = {config.negatives}: a teacher beside the student finds the hardest; "
+            "leave teacher or negatives out"
         )
     if config.freeze != "none":
         raise ConfigError(
