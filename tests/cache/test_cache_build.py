@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosstill import data, images
+from crosstill import data, images, teachers
 from crosstill.cache import Cache, build
 from crosstill.data import scenes as scenery
 from crosstill.errors import (
@@ -19,6 +19,7 @@ from crosstill.errors import (
     InputError,
     LockedError,
     MismatchError,
+    ModelError,
 )
 from crosstill.files import locked
 from crosstill.types import Example
@@ -267,3 +268,22 @@ def test_truncated_files_are_found_on_opening(cached, tmp_path, count):
     for path in damaged(cached, tmp_path / "copy", count, cut):
         with pytest.raises(CorruptError, match=path.name):
             Cache(tmp_path / "copy")
+
+
+def test_vectors_of_both_sides_are_looked_up_by_name_and_by_text(scenes, tmp_path):
+    known = SmallTeacher()
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    texts = sorted({text for example in scenes.examples for text in example.captions})
+    (folder / "filenames.txt").write_text("\n".join(e.path for e in scenes.examples))
+    (folder / "captions.txt").write_text("\n".join(texts))
+    np.save(folder / "image.npy", random.normal(size=(len(scenes), known.dim)))
+    np.save(folder / "text.npy", rows := random.normal(size=(len(texts), known.dim)))
+    made = build(teachers.load(folder), scenes, tmp_path / "cache", dtype="fp32")
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    expected = [unit[texts.index(text)] for text in made.texts]
+    assert np.allclose(made.text_features(np.arange(len(made.texts))), expected, atol=1e-6)
+    (folder / "captions.txt").write_text("\n".join(["another", *texts[1:]]))
+    with pytest.raises(ModelError, match="no vector of 1 captions"):
+        build(teachers.load(folder), scenes, tmp_path / "other")

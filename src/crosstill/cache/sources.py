@@ -87,7 +87,13 @@ def ahead(
 def embed_texts(
     teacher: Teacher | FeaturesTeacher, texts: Sequence[str], size: int, bar: progress.Bar
 ) -> Tensor:
-    """Features (T, D), `size` texts in a pass; those of one length share it and its padding."""
+    """Features (T, D), `size` texts in a pass; those of one length share it and its padding.
+
+    Raises:
+        ModelError: a folder of vectors lacks one of the texts.
+    """
+    if isinstance(teacher, FeaturesTeacher):
+        return _looked_up(teacher, texts, bar)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     out = torch.empty(len(texts), teacher.dim)
     for start in range(0, len(order), size):
@@ -95,3 +101,14 @@ def embed_texts(
         out[rows] = teacher.embed_texts([texts[row] for row in rows]).cpu()
         bar.advance(len(rows))
     return out
+
+
+def _looked_up(teacher: FeaturesTeacher, texts: Sequence[str], bar: progress.Bar) -> Tensor:
+    rows, missing = teacher.lookup_texts(texts)
+    if missing:
+        raise ModelError(
+            f"{teacher.folder}: no vector of {len(missing)} captions, {missing[0][:60]!r} among "
+            "them; add them, or take the texts' vectors out to learn from images only"
+        )
+    bar.advance(len(texts))
+    return rows
