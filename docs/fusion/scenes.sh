@@ -29,7 +29,7 @@ chain() { # NAME, TOML, settings of its training
     done
 }
 
-chain vilt "$here/docs/fusion/vilt.toml" --set towers=train --set epochs=2 --set steps_per_epoch=300 &
+chain vilt "$here/docs/fusion/vilt.toml" --set towers=train --set lr=1.5e-3 --set epochs=3 &
 chain meter "$here/docs/fusion/meter.toml" --set epochs=2 --set steps_per_epoch=75
 wait
 

@@ -12,7 +12,7 @@ from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.objectives.parts.uncertainty import uncertainty_loss
 from crosstill.students.config import FusionConfig
 from crosstill.teachers.matcher import Matcher
-from crosstill.train import TrainConfig, lists, train, work
+from crosstill.train import TrainConfig, checks, lists, optim, train, work
 from crosstill.train.distributed import Group
 from crosstill.train.list_step import ListStep, see
 from crosstill.train.lists import ListStream, Ways
@@ -126,8 +126,6 @@ def test_a_short_list_is_filled_up_and_marked(scored, half):
 
 def step_of(model, cache, config, judge=None):
     group = Group()
-    from crosstill.train import checks, optim
-
     losses, rule = checks.prepare(config, cache, group)
     work.freeze(model, config)
     optimizer = optim.build((model, losses), rule, config)
@@ -254,6 +252,20 @@ def test_a_dual_encoder_learns_from_scores(scored, cached, tmp_path, recipe, fre
     totals = [event["total"] for event in events if event["kind"] == "step"]
     assert np.mean(totals[-4:]) < np.mean(totals[:4])
     assert run.best.dim == cached.dim
+
+
+def test_a_loss_without_a_teacher_encodes_no_lists(scored, cached):
+    group, config = Group(), settings()
+    losses = checks.build_losses(config, scored)
+    made, _ = work.data(small_student(cached), scored, losses, config, group)
+    batch = made.batch(0, 0)
+    assert not batch.lists
+    assert len(batch.texts.input_ids) == len(np.unique(batch.picked.captions))
+    both = settings(losses={"info_nce": {"hardest": 3}, "dcd": {"hardest": 2}})
+    made, _ = work.data(
+        small_student(cached), scored, checks.build_losses(both, scored), both, group
+    )
+    assert made.batch(0, 0).lists["image"].partners.shape == (8, 3)
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(scored, teacher, tmp_path, monkeypatch):

@@ -115,9 +115,14 @@ def _judge(student: Matcher, source: str) -> Matcher:
     return judge.requires_grad_(False).eval()
 
 
-def ways(losses: nn.ModuleDict) -> Ways:
-    """Which candidate lists the losses read, and how many negatives at most."""
-    named = [loss for _, loss in _named(losses)]
+def ways(losses: nn.ModuleDict, fusion: bool = True) -> Ways:
+    """Which candidate lists the losses read, and how many negatives at most.
+
+    A loss without a teacher reads a dual encoder's batch, so that lists would be encoded in vain.
+    """
+    named = [loss for _, loss in _named(losses) if fusion or loss.needs]
+    if not named:
+        return Ways((), 0)
     asked = {way for loss in named for way in getattr(loss, "ways", ("image", "text"))}
     return Ways(tuple(sorted(asked)), max(loss.hardest for loss in named))
 

@@ -105,7 +105,8 @@ def data(
     seen = evaluate.CachedSplit(cache, val, student, config.freeze)
     if isinstance(cache, ScoreCache):
         inputs = DualInputs(cache, split, student, config)
-        return ListStream(cache, split, inputs, list_checks.ways(losses), config, group), seen
+        ways = list_checks.ways(losses, fusion=False)
+        return ListStream(cache, split, inputs, ways, config, group), seen
     assert isinstance(cache, Cache)
     return Stream(cache, split, student, config, group), seen
 
