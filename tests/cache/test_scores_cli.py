@@ -1,6 +1,10 @@
 """`crosstill cache` with fusion teachers: what it prints, and one line for wrong input."""
 
+import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +148,31 @@ def test_other_candidates_other_data_and_numbers_that_cannot_be(home, tmp_path):
     assert "another teacher" in refusal(*build(home, "none", *out, *FEW))
     line = refusal(*build(home, "none", "--out", tmp_path / "c", "--false", -4))
     assert "false = -4" in line
+
+
+@pytest.mark.slow
+def test_a_score_cache_killed_at_random_moments_ends_with_the_same_bytes(home, tmp_path):
+    command = [sys.executable, "-m", "crosstill", "cache", home / "fusion", "scenes:300"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    began = time.monotonic()
+    subprocess.run([*map(str, command), "--out", str(whole)], check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    draw, kills = random.Random(0), 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            [*map(str, command), "--out", str(cut)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(draw.uniform(0.3, 1.0) * seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run([*map(str, command), "--out", str(cut)], check=True, capture_output=True)
+    names = {path.name for path in whole.iterdir() if path.is_file() and path.name != ".lock"}
+    assert kills and names == {p.name for p in cut.iterdir() if p.is_file() and p.name != ".lock"}
+    for name in names:
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
