@@ -217,3 +217,16 @@ def test_images_that_one_of_the_two_cannot_read_are_left_out_for_both():
 def test_depths_below_one(pairs, depths):
     with pytest.raises(ConfigError, match="at least 1"):
         rerank(SmallTeacher(), SmallJudge(), pairs, depths)
+
+
+def test_a_blend_adds_the_finders_cosine_to_the_judges_score(pairs, cosines, owner):
+    silent = rerank(SmallTeacher(), TableJudge(pairs, torch.zeros_like(cosines)), pairs, [ALL], 0.1)
+    assert silent.stages[0].recall == from_scores(cosines, owner)
+    table = torch.randn(cosines.shape, generator=torch.Generator().manual_seed(3))
+    both = rerank(SmallTeacher(), TableJudge(pairs, table), pairs, [ALL], 0.5)
+    assert both.stages[0].recall.rsum == pytest.approx(
+        from_scores(table + cosines / 0.5, owner).rsum
+    )
+    assert both.to_json()["blend"] == 0.5 and "cosine / 0.5" in " ".join(both.notes)
+    with pytest.raises(ConfigError, match="--blend 0"):
+        rerank(SmallTeacher(), TableJudge(pairs, table), pairs, [1], 0.0)

@@ -34,6 +34,14 @@ Top = Annotated[
     typer.Option(help="With --finder: how many candidates of each query to re-rank; 20."),
 ]
 
+Blend = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TEMPERATURE",
+        help="With --finder: add its cosine over this temperature to MODEL's score, as BLIP does.",
+    ),
+]
+
 
 def command(
     model: Model,
@@ -46,6 +54,7 @@ def command(
     sample: Sample = None,
     finder: Finder = None,
     top: Top = None,
+    blend: Blend = None,
     strict: common.Strict = False,
     as_json: common.AsJson = False,
 ) -> None:
@@ -65,6 +74,8 @@ def command(
     if finder is None:
         if top is not None:
             raise ConfigError(f"--top {top}: re-ranks what a dual encoder finds; give --finder")
+        if blend is not None:
+            raise ConfigError(f"--blend {blend}: adds what a dual encoder says; give --finder")
         found = compare.run(model, pairs, protocol, efficiency, strict, beside or (), sample)
     else:
         if beside or sample is not None or protocol != "full":
@@ -73,7 +84,7 @@ def command(
                 "and --protocol; leave them out"
             )
         depth = TOP if top is None else top
-        found = rerank(model, finder, pairs, depth, efficiency, strict)
+        found = rerank(model, finder, pairs, depth, efficiency, blend, strict)
     for line in found.notes:
         common.note(line)
     if as_json:

@@ -66,6 +66,7 @@ class Reranked:
         seconds: of the finder alone.
         threads: that torch computed with.
         quarantine: images that one of the two could not read.
+        blend: see `rerank`.
     """
 
     finder: Evaluation
@@ -74,11 +75,14 @@ class Reranked:
     seconds: float
     threads: int
     quarantine: Quarantine
+    blend: float | None = None
 
     @property
     def notes(self) -> list[str]:
         """What a person should know of the numbers."""
         notes = remarks(self.quarantine, self.finder.recall.images)
+        if self.blend is not None:
+            notes.append(f"re-ranked by the fusion model's logit + cosine / {self.blend:g}")
         if any(stage.estimated for stage in self.stages):
             last = self.stages[-1]
             notes.append(
@@ -111,7 +115,13 @@ class Reranked:
             for stage in self.stages
         ]
         finder = {**self.finder.to_json(), "seconds": self.seconds}
-        return {"finder": finder, "judge": self.judge, "threads": self.threads, "stages": stages}
+        return {
+            "finder": finder,
+            "judge": self.judge,
+            "blend": self.blend,
+            "threads": self.threads,
+            "stages": stages,
+        }
 
 
 def run(
@@ -120,6 +130,7 @@ def run(
     pairs: Pairs,
     top: int = TOP,
     efficiency: bool = False,
+    blend: float | None = None,
     strict: bool = False,
 ) -> Reranked:
     """Open two models and re-rank: k of 1, 5, 10, 20, … below `top`, and `top`.
@@ -130,10 +141,11 @@ def run(
         pairs: images and captions, usually one split of a dataset.
         top: the greatest k.
         efficiency: compute on one thread, so that the seconds compare with those of `compare`.
+        blend: see `rerank`.
         strict: raise at the first image that cannot be read.
 
     Raises:
-        ConfigError: `top` is below 1.
+        ConfigError: `top` is below 1, or `blend` is not above 0.
         ModelError: a model does not load, or is not of the right kind.
     """
     if top < 1:
@@ -141,7 +153,7 @@ def run(
     judge, first = open_matcher(source), open_encoder(finder)
     depths = [k for k in (*DEPTHS, *FURTHER) if k < top] + [top]
     with one_thread() if efficiency else nullcontext():
-        found = rerank(first, judge, pairs, depths, strict)
+        found = rerank(first, judge, pairs, depths, blend, strict)
     return replace(found, finder=found.finder.renamed(finder), judge=source)
 
 
@@ -150,6 +162,7 @@ def rerank(
     judge: Matcher,
     pairs: Pairs,
     depths: Sequence[int] = DEPTHS,
+    blend: float | None = None,
     strict: bool = False,
 ) -> Reranked:
     """Find with one model, re-rank with another, for several k at once.
@@ -162,14 +175,18 @@ def rerank(
         judge: a fusion model.
         pairs: images and captions, usually one split of a dataset.
         depths: the values of k; one above the number of candidates re-ranks them all.
+        blend: a temperature. The finder's cosine over it is added to the judge's logit, as ALBEF
+            and BLIP add theirs (arXiv 2107.07651, 2201.12086); None ranks by the judge alone.
         strict: raise at the first image that cannot be read.
 
     Raises:
-        ConfigError: no k, or one below 1.
+        ConfigError: no k, one below 1, or a `blend` that is not above 0.
         DataError, ImageError, ModelError: see `crosstill.evaluate.fusion.score_matrix`.
     """
     if not depths or min(depths) < 1:
         raise ConfigError(f"re-rank the top {list(depths)}: each must be at least 1")
+    if blend is not None and not blend > 0:
+        raise ConfigError(f"--blend {blend:g}: a temperature, above 0")
     clean = readable(pairs, [finder.preprocess, judge.preprocess], strict)
     watch = Stopwatch()
     found = embed(finder, clean, watch=watch)
@@ -179,16 +196,17 @@ def rerank(
     wanted = places.within(depths[-1])
     log.info("%s: %s passes of %s", judge.name, f"{int(wanted.sum()):,}", f"{wanted.numel():,}")
     scored = fusion.score(judge, clean, wanted)
+    told = scored.scores if blend is None else scored.scores + cosines / blend
     stages = []
     for k in depths:
         count = int(places.within(k).sum())
         share = count / scored.passes
         seconds = watch.seconds + scored.towers + share * scored.matching
-        recall = places.recall(cosines, scored.scores, found.owner, k)
+        recall = places.recall(cosines, told, found.owner, k)
         stages.append(Stage(k, recall, count, seconds, estimated=count < scored.passes))
     own = Evaluation(finder.name, from_scores(cosines, found.owner), finder.parameter_count())
     threads = torch.get_num_threads()
-    return Reranked(own, judge.name, tuple(stages), watch.seconds, threads, clean.quarantine)
+    return Reranked(own, judge.name, tuple(stages), watch.seconds, threads, clean.quarantine, blend)
 
 
 class _Places:
