@@ -9,8 +9,8 @@ data=scenes:1000
 
 fit="--set lr=1e-3 --set schedule=cosine --set warmup_steps=20 --set clip_norm=1.0"
 batch="--set negatives=batch --set batch_size=16 --set losses.info_nce.hardest=15"
-half="--set epochs=2 --set steps_per_epoch=75 --set batch_size=16 --set lr=5e-4 --set schedule=cosine"
-dual="--set epochs=3 --set steps_per_epoch=100 --set batch_size=32 $fit"
+half="--set epochs=3 --set steps_per_epoch=150 --set batch_size=16 --set lr=5e-4 --set schedule=cosine"
+dual="--set epochs=2 --set steps_per_epoch=100 --set batch_size=32 $fit"
 
 # a dual encoder, whose towers the METER-shaped teacher stands on; candidates for validation
 crosstill cache none $data --out captions
@@ -18,26 +18,26 @@ crosstill train captions --student tiny-teacher --recipe info_nce --out dual \
     --set epochs=3 --set batch_size=100 --set captions_per_image=4 $fit
 crosstill cache none $data --out listed --false 31
 
-chain() { # NAME, TOML, settings of its training
-    name=$1 toml=$2
-    shift 2
-    crosstill train listed --student "$toml" --recipe info_nce --out "$name" $batch $fit "$@"
-    crosstill cache "$name" $data --out "$name-scores"
-    crosstill train "$name-scores" --student half --recipe dcd --out "$name-half" $half
-    for recipe in dcd cprd; do
-        crosstill train "$name-scores" --student tiny --recipe $recipe --out "$name-$recipe" $dual
-    done
+chain() { # NAME, settings of its training: a teacher, its half, a dual encoder
+    name=$1
+    shift
+    crosstill train listed --student "$here/docs/fusion/$name.toml" --recipe info_nce --out $name \
+        $batch $fit "$@"
+    crosstill cache $name $data --out $name-scores
+    crosstill train $name-scores --student half --recipe dcd --out $name-half $half
+    crosstill train $name-scores --student tiny --recipe dcd --out $name-dcd $dual
 }
 
-chain vilt "$here/docs/fusion/vilt.toml" --set towers=train --set lr=1.5e-3 --set epochs=3 &
-chain meter "$here/docs/fusion/meter.toml" --set epochs=2 --set steps_per_epoch=75
+chain vilt --set towers=train --set lr=1.5e-3 --set epochs=3 --set steps_per_epoch=200 &
+chain meter --set epochs=2 --set steps_per_epoch=75
+crosstill train meter-scores --student tiny --recipe cprd --out meter-cprd $dual
+# 1,000 images x 5,000 captions, the fusion models timed on a sample
+crosstill evaluate meter scenes:10000 --efficiency --sample 4096 --beside meter-half \
+    --beside meter-dcd > large.md
 wait
 
-for name in meter vilt; do
-    crosstill evaluate $name $data --efficiency \
-        --beside $name-half --beside $name-dcd --beside $name-cprd > $name.md &
-done
+crosstill evaluate vilt $data --efficiency --beside vilt-half --beside vilt-dcd > vilt.md &
+crosstill evaluate meter $data --efficiency --beside meter-half --beside meter-dcd \
+    --beside meter-cprd > meter.md
 wait
-# 1,000 images x 5,000 captions, the fusion models timed on a sample
-crosstill evaluate meter scenes:10000 --efficiency --sample 4096 \
-    --beside meter-half --beside vilt --beside vilt-half --beside meter-dcd > large.md
+cat meter.md vilt.md large.md

@@ -1,6 +1,7 @@
 """From a dual encoder to a fusion teacher, its half, and a dual encoder that learnt from it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_the_dual_students_finds_are_reranked(home):
     ] or ("| 5" in found.stdout)
 
 
+def test_a_run_is_taken_for_its_best(home):
+    assert teachers.load(home / "meter").identity() == teachers.load(home / "meter/best").identity()
+    assert "meter" in crosstill("inspect", home / "meter").stdout
+    assert "crosstill student" in refusal("inspect", home / "dcd")
+    beside = ["--set", f"teacher={home / 'meter'}", "--set", "drawn=9", *SET]
+    out = home / "live"
+    crosstill(
+        "train", home / "scores", "--student", "half", "--recipe", "dcd", "--out", out, *beside
+    )
+    unfinished = home / "unfinished"
+    shutil.copytree(home / "half", unfinished)
+    shutil.rmtree(unfinished / "best")
+    assert "--resume" in refusal("evaluate", unfinished, SCENES)
+
+
 def test_resuming_a_fusion_run_needs_nothing_but_its_folder(home):
     told = crosstill("train", home / "scores", "--out", home / "half", "--resume")
     assert "best val RSUM" in told.stdout
@@ -85,24 +101,33 @@ def test_resuming_a_fusion_run_needs_nothing_but_its_folder(home):
 
 def test_wrong_input_is_one_line(home, tmp_path):
     never = ["--out", tmp_path / "never"]
+    wrong = METER.format(towers=home / "dual").replace("layers", "layres")
+    (home / "wrong.toml").write_text(wrong)
+    (home / "fused.toml").write_text(METER.format(towers=home / "meter"))
     cases = {
         (home / "scores", "--recipe", "dsmd", "--student", home / "small.toml"): "score cache",
         (home / "features", "--student", "half", "--recipe", "dcd"): "score cache",
         (home / "scores", "--layers", "0,4", "--recipe", "dcd"): "fusion layers 0 to 3",
         (home / "scores", "--layers", "1,1", "--recipe", "dcd"): "fusion layers 0 to 3",
-        (home / "listed", "--student", "half", "--recipe", "dcd"): "source is missing",
+        (home / "listed", "--student", "half", "--recipe", "dcd"): "no teacher to cut",
         (home / "listed", "--student", home / "small.toml", "--recipe", "dcd"): "without a teacher",
         (home / "scores", "--student", "half", "--recipe", "dcd", "--set",
          "losses.dcd.hardest=13"): "hardest = 13",
         (home / "meter", "--student", "half", "--recipe", "dcd"): "cache",
+        (home / "scores", "--layers", "x", "--recipe", "dcd"): "--layers x",
+        (home / "scores", "--layers", "0", "--student", "half", "--recipe", "dcd"): "leave",
+        (home / "scores", "--student", "half", "--resume"): "keeps its student",
+        (home / "scores", "--student", home / "small.toml", "--recipe", "dcd", "--set",
+         "towers=train"): "use freeze",
+        (home / "listed", "--student", home / "wrong.toml", "--recipe", "info_nce"): "'layres'",
+        (home / "listed", "--student", home / "fused.toml", "--recipe", "info_nce"): "no dual",
     }  # fmt: skip
     for arguments, message in cases.items():
         told = refusal("train", *arguments, *never)
         assert message in told, told
         assert not (tmp_path / "never").exists()
-    crosstill("train", home / "scores", "--layers", "x", "--recipe", "dcd", *never, code=2)
     told = refusal("train", home / "listed", "--out", home / "half", "--resume")
-    assert "another teacher or dataset" in told
+    assert "another cache (teacher, dataset or candidates differ" in told
     told = refusal("cache", home / "meter", "scenes:40", "--out", home / "scores")
     assert "another" in told
     assert "fusion" in refusal("cache", home / "meter", SCENES, "--dtype", "fp32", *never)

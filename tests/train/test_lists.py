@@ -386,7 +386,7 @@ def test_layers_out_of_range_and_wrong_sources_are_refused(teacher, towers, tmp_
             students.fuse(FusionConfig(fusion="cut", layers=layers), teacher=str(teacher))
     with pytest.raises(ModelError, match=r"student|no fusion model"):
         students.fuse("half", teacher=str(towers))
-    with pytest.raises(ConfigError, match="source is missing"):
+    with pytest.raises(ConfigError, match="no teacher to cut"):
         students.fuse("half")
     with pytest.raises(ModelError, match="no dual encoder"):
         students.fuse(meter_config(teacher))

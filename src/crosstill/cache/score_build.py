@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from crosstill.teachers.matcher import FusionTeacher, Matcher, Reader, score_pai
 from crosstill.types import Example
 
 Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+log = logging.getLogger(__name__)
 
 SHARD_IMAGES = 64  # images whose pairs share a shard: what a kill can cost at most
 CALL = 4096  # pairs handed to the teacher at a time: their texts' states are held at once
@@ -145,9 +148,24 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         find = finders.rated(self.options.find, readable, self.pairs, texts, names)
         indptr, captions = candidates.choose(rows, wanted, find)
         self._refuse_alone(rows, indptr, captions)
+        self._tell_short(rows, indptr, captions)
         self.journal.commit("pairs", indptr, name=scores.INDPTR)
         self.journal.commit("pairs", captions, name=scores.PAIRS)
         return indptr, captions
+
+    def _tell_short(self, rows: candidates.Rows, indptr: np.ndarray, captions: np.ndarray) -> None:
+        """Say where a split has fewer candidates than were asked for."""
+        images = np.diff(indptr) - np.bincount(rows.owner, minlength=len(rows.splits))
+        texts = np.bincount(captions, minlength=len(rows.owner)) - 1
+        sides = (
+            ("captions of an image", self.options.false, images, rows.splits),
+            ("images of a caption", self.options.false_images, texts, rows.splits[rows.owner]),
+        )
+        for what, asked, counts, splits in sides:
+            for split in sorted(set(splits)):
+                least = int(counts[splits == split].min())
+                if least < asked:
+                    log.warning("split %s: only %d of %d false %s", split, least, asked, what)
 
     def _refuse_alone(
         self, rows: candidates.Rows, indptr: np.ndarray, captions: np.ndarray

@@ -22,6 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+GOES_ON = {
+    "cache": "; the same command goes on where it was",
+    "train": "; the same command with --resume goes on where it was",
+    "ablate": "; the same command goes on where it was",
+}
+
 
 def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with every expected error as one line: exit codes 1, 2 and 130."""
@@ -38,7 +44,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
             common.note(f"error: {where}{error.strerror or error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            common.note("interrupted")
+            common.note(f"interrupted{GOES_ON.get(verb.__module__.rpartition('.')[2], '')}")
             raise typer.Exit(130) from None
 
     return run

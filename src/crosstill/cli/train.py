@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crosstill.cli import common
+from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
     from crosstill.cache import Listing
@@ -20,12 +21,12 @@ def command(
     cache: Annotated[Path, typer.Argument(help="The cache to learn from.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     student: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A preset (paper, mobile, tiny, …), a TOML file, or, of a score cache, half: its "
-            "teacher with half the fusion layers."
+            "teacher with half the fusion layers. [default: mobile]"
         ),
-    ] = "mobile",
+    ] = None,
     recipe: Annotated[
         str,
         typer.Option(
@@ -39,7 +40,8 @@ def command(
     layers: Annotated[
         str | None,
         typer.Option(
-            metavar="0,3,5", help="Keep these fusion layers of the score cache's teacher."
+            metavar="0,3,5",
+            help="In place of --student: these fusion layers of the score cache's teacher.",
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -51,6 +53,10 @@ def command(
     """
     from crosstill import recipes
 
+    if layers is not None and student is not None:
+        raise ConfigError("--layers is itself a student, the teacher cut; leave --student out")
+    if resume and (student or layers):
+        raise ConfigError("--resume: a run keeps its student; leave --student and --layers out")
     settings = recipes.config(recipe, changes or [])
     common.hush()
     from crosstill import cache as caches
@@ -71,11 +77,13 @@ def command(
         common.say(f"{out}: best val RSUM {best['rsum']:.2f} at epoch {best['epoch']}")
 
 
-def _build(student: str, layers: str | None, cache: Listing, settings: TrainConfig) -> Learner:
+def _build(
+    student: str | None, layers: str | None, cache: Listing, settings: TrainConfig
+) -> Learner:
     from crosstill import students
     from crosstill.train import work
 
-    config = students.load_config("half" if layers is not None else student)
+    config = students.load_config("half" if layers is not None else student or "mobile")
     if layers is not None:
         config = config.model_copy(update={"layers": _numbers(layers)})
     return work.make(config, cache, settings)
@@ -85,4 +93,4 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter("numbers with commas between, such as 0,3,5") from None
+        raise ConfigError(f"--layers {text}: write numbers with commas between, as 0,3,5") from None

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProcessorPil
 
 from crosstill import teachers
-from crosstill.errors import ConfigError, ModelError
+from crosstill.errors import ConfigError, ModelError, unknown
 from crosstill.students import vocabulary
 from crosstill.students.config import FusionConfig
 from crosstill.students.student import RECORD, Student
-from crosstill.teachers import fusion, hugging_face
+from crosstill.teachers import hugging_face
 from crosstill.teachers.dual import DualEncoder
 from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter import CoAttention, Meter, Shape
@@ -50,11 +50,10 @@ def _cut(config: FusionConfig, teacher: str | None) -> Matcher:
     source = config.source or teacher
     if source is None:
         raise ConfigError(
-            f"student {config.name}: its source is missing, and the score cache has no teacher "
-            "to cut; give the folder of a fusion model as source"
+            f"student {config.name}: the score cache has no teacher to cut; make it with a fusion "
+            'teacher, or give a TOML file with fusion = "cut" and source = the model\'s folder'
         )
-    best = Path(source) / "best"
-    model = teachers.load(best if fusion.find(best) else source)
+    model = teachers.load(source)
     if not isinstance(model, Matcher):
         raise ModelError(f"{source}: no fusion model, so it has no fusion layers to cut")
     student = model.cut(config.layers)
@@ -67,10 +66,10 @@ def _on_towers(config: FusionConfig) -> Meter:
     parts = _parts(dual, config.max_length)
     probe = Meter(parts, CoAttention(Shape(layers=1, width=1, heads=1, mlp=1)), "probe").eval()
     image, text = _widths(probe)
-    try:
-        shape = Shape(**config.shape, image_width=image, text_width=text)
-    except TypeError as error:
-        raise ConfigError(f"student {config.name}: shape: {error}") from None
+    known = set(Shape.__dataclass_fields__) - {"image_width", "text_width"}
+    for key in config.shape.keys() - known:
+        raise ConfigError(f"student {config.name}: {unknown('key of shape', key, known)}")
+    shape = Shape(**config.shape, image_width=image, text_width=text)
     model = Meter(parts, CoAttention(shape), config.name)
     heads = _heads(dual)
     if config.start == "joint" and heads is not None:

@@ -24,8 +24,8 @@ def load(
 
     Args:
         source: a folder of a Hugging Face dual encoder or fusion model, its hub id, a fusion
-            model of ours, or a folder of precomputed vectors (`filenames.txt` and a `.npy`),
-            told apart by their contents.
+            model of ours, a run that trained one, or a folder of precomputed vectors
+            (`filenames.txt` and a `.npy`), told apart by their contents.
         device: where to compute; None takes a GPU when there is one.
 
     Raises:
@@ -38,10 +38,18 @@ def load(
     name = hugging_face.display_name(source)
     if features.is_features(folder):
         return features.FeaturesTeacher(folder, name)
+    best = folder / "best"
+    if fusion.find(best):
+        return fusion.load(best, name, device)
     if any((folder / place / "student.json").is_file() for place in ("", "best")):
         raise ModelError(
             f"{folder}: a crosstill student; open it with crosstill.evaluate.open_model"
         )
     if fusion.find(folder):
         return fusion.load(folder, name, device)
+    if (folder / "checkpoints").is_dir() and (folder / "student").is_dir():
+        raise ModelError(
+            f"{folder}: a run that has not finished an epoch; go on with it by `crosstill train "
+            "--resume`"
+        )
     return fusion.load_dual(folder, name, device) or dual.DualEncoder(folder, name, device)

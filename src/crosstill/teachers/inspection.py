@@ -127,7 +127,18 @@ def convert(
 
 
 def _find(source: str) -> Path:
-    return Path(source) if Path(source).is_file() else hugging_face.locate(source)
+    """A file, or the folder that holds the weights: of a run, that of its best."""
+    if Path(source).is_file():
+        return Path(source)
+    folder = hugging_face.locate(source)
+    best = folder / "best"
+    found = best if best.is_dir() and not list(folder.glob("*.safetensors")) else folder
+    if (found / "student.json").is_file():
+        raise ModelError(
+            f"{source}: a crosstill student, which checks its own weights when it is opened; "
+            "inspect is for checkpoints from elsewhere"
+        )
+    return found
 
 
 def _of_transformers(folder: Path) -> Inspection:

@@ -154,8 +154,8 @@ def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> None:
     record = files.read_sealed(folder / "config.json", {FORMAT})
     if record["cache"]["digest"] != cache.digest:
         raise MismatchError(
-            f"{folder} was trained from the cache of another teacher or dataset "
-            f"({record['cache']['folder']}), not {cache.folder}; resume with that one"
+            f"{folder} was trained from another cache (teacher, dataset or candidates differ: "
+            f"{record['cache']['folder']}), not {cache.folder}; resume with that one"
         )
     theirs = parse(record["settings"])
     different = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
 
 from crosstill import teachers
@@ -12,6 +14,8 @@ from crosstill.students.student import Student
 from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig
 from crosstill.train.lists import FALSE, Ways
+
+log = logging.getLogger(__name__)
 
 _ONLY_HERE = {"negatives": "hardest", "drawn": None, "towers": "frozen"}
 
@@ -36,8 +40,8 @@ def check(losses: nn.ModuleDict, cache: ScoreCache, config: TrainConfig, world: 
     blind = [name for name, loss in _named(losses) if not loss.ranks]
     if blind:
         raise MismatchError(
-            f"{cache.folder} is a score cache, and {', '.join(blind)} learns from features; use "
-            "--recipe dcd, cprd or info_nce, or make a cache of a dual encoder's features"
+            f"{cache.folder} is a score cache, and these losses need features: {', '.join(blind)}; "
+            "use --recipe dcd, cprd or info_nce, or make a cache of a dual encoder's features"
         )
     if world > 1:
         raise ConfigError("a run from a score cache uses one process; start it without torchrun")
@@ -60,6 +64,9 @@ def check(losses: nn.ModuleDict, cache: ScoreCache, config: TrainConfig, world: 
 
 def _check_counts(losses: nn.ModuleDict, cache: ScoreCache, config: TrainConfig) -> None:
     wanted = ways(losses)
+    fewest = min(cache.least_false(config.train_split))
+    if config.drawn and not config.teacher and config.drawn > fewest:
+        log.warning("drawn = %d: some lists of %s hold only %d", config.drawn, cache.folder, fewest)
     held = dict(zip(("image", "text"), cache.least_false(config.train_split), strict=True))
     what = {"image": "captions of an image", "text": "images of a caption"}
     for way in wanted.names:
@@ -82,6 +89,10 @@ def fit(student: Student | Matcher, losses: nn.ModuleDict, config: TrainConfig) 
         ModelError, MismatchError: a teacher that cannot judge for this student.
     """
     if isinstance(student, Student):
+        if config.towers != "frozen":
+            raise ConfigError(
+                f"towers = {config.towers}: {student.name} is a dual encoder; use freeze"
+            )
         if config.teacher is not None:
             raise ConfigError(
                 f"teacher = {config.teacher}: only a fusion student has a teacher score beside "

@@ -134,6 +134,7 @@ def check_width(student: Student, cache: Listing) -> None:
 
 def _no_lists(name: str, cache: Listing) -> MismatchError:
     return MismatchError(
-        f"{name} is a fusion model, which learns candidate lists, and {cache.folder} holds "
-        "features; make a score cache: crosstill cache TEACHER DATA --false 63"
+        f"{name} is a fusion model, which learns candidate lists, and {cache.folder} holds none; "
+        "make a score cache: crosstill cache FUSION-MODEL DATA --out DIR, or, to train a new "
+        "fusion model, crosstill cache none DATA --false 31 --out DIR"
     )
