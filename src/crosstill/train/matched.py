@@ -59,10 +59,11 @@ class Listed:
             f"{captions.mean():.1f} images of a caption, not the whole split."
         )
         sure = [float((count < DEPTHS[-1]).mean()) for count in (images, captions)]
-        if max(sure):
+        parts = [f"{s:.0%} of {w}" for s, w in zip(sure, ("images", "captions"), strict=True) if s]
+        if parts:
             text += (
-                f" R@{DEPTHS[-1]} is 100 for any model on the {sure[0]:.0%} of images and "
-                f"{sure[1]:.0%} of captions with fewer than {DEPTHS[-1]} false ones."
+                f" R@{DEPTHS[-1]} is 100 for any model on the {' and '.join(parts)} that have "
+                f"fewer than {DEPTHS[-1]} false ones."
             )
         return text
 
