@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from crosstill import cache, data, teachers
 from crosstill.cache import ScoreCache
 from evaluate.judges import small_meter, texts_of
@@ -21,5 +23,10 @@ def score_cache(home: Path, count: int) -> ScoreCache:
     """Scenes under a METER of four layers, whose folder is `home / "meter"`."""
     pairs = data.open(f"scenes:{count}")
     small_meter(home / "meter", texts_of(pairs), layers=4)
+    teacher = teachers.load(home / "meter")
+    with torch.no_grad():  # as it starts, it scores all pairs alike, and is as unsure of each
+        for weight in teacher.fusion.parameters():
+            weight.mul_(4)
+    teacher.save(home / "meter")
     teacher = teachers.load(home / "meter")
     return cache.build_scores(teacher, pairs, home / "scores", false=6, false_images=3)
