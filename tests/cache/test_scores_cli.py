@@ -122,8 +122,8 @@ def test_finders_that_cannot_find(home, tmp_path):
     (tmp_path / "vectors/filenames.txt").write_text("000000.png\n")
     np.save(tmp_path / "vectors/image.npy", np.ones((1, 4), np.float32))
     wanted = {
-        home / "fusion": "fusion: cannot find candidates; give random, batch, a dual encoder",
-        tmp_path / "vectors": "vectors: cannot find candidates; give random, batch",
+        home / "fusion": "fusion: a fusion model, which reads pairs and has no embeddings",
+        tmp_path / "vectors": "vectors without a model",
         home / "scores": "holds scores of pairs, and a teacher's features are needed here",
         "./nowhere": "no such folder",
     }
@@ -131,6 +131,19 @@ def test_finders_that_cannot_find(home, tmp_path):
         options = ["--out", tmp_path / "c", "--find", find]
         assert line in refusal(*build(home, "none", *options))
     assert not (tmp_path / "c").exists()
+
+
+def test_blips_own_dual_heads_find_its_candidates(home, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "teachers"))
+    from fusion_models import save
+
+    save("blip", tmp_path / "blip")
+    blip = ["cache", tmp_path / "blip", home / "photos/dataset.json", *FEW]
+    crosstill(*blip, "--find", tmp_path / "blip", "--out", tmp_path / "found")
+    crosstill(*blip, "--out", tmp_path / "drawn")
+    found, drawn = (cache.open(tmp_path / name) for name in ("found", "drawn"))
+    assert found.digest != drawn.digest
+    assert found.pair_captions.tolist() != drawn.pair_captions.tolist()
 
 
 def test_a_finder_of_other_data(home, tmp_path):

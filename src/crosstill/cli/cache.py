@@ -117,13 +117,13 @@ def _finder(find: str | None) -> Any:
     from crosstill import cache
     from crosstill.cache.candidates import FINDERS
     from crosstill.cache.store import HEADER, SCORES
-    from crosstill.evaluate import open_model
+    from crosstill.evaluate import open_encoder
 
     if find is None or find in FINDERS:
         return find or "random"
     if any((Path(find) / name).is_file() for name in (HEADER, SCORES)):
         return cache.Cache(find)
-    return open_model(find)
+    return open_encoder(find)
 
 
 def _verify(folder: Path) -> None:
