@@ -25,6 +25,8 @@ from crosstill.files import locked
 from crosstill.objectives import feature
 from crosstill.train import checkpoint, train
 from crosstill.train import loop as module
+from crosstill.train.sampler import Sampler
+from crosstill.train.step import Step
 from support import SmallTeacher, same, small_student
 
 
@@ -60,7 +62,7 @@ class Interrupted(Exception):
 @pytest.fixture
 def die_after(monkeypatch):
     """Make the training step raise once so many steps were taken."""
-    call = module.Step.__call__
+    call = Step.__call__
 
     def arm(steps: int | None) -> None:
         taken = 0
@@ -72,7 +74,7 @@ def die_after(monkeypatch):
             taken += 1
             return call(self, batch, lr)
 
-        monkeypatch.setattr(module.Step, "__call__", step)
+        monkeypatch.setattr(Step, "__call__", step)
 
     return arm
 
@@ -154,7 +156,7 @@ def test_chunks_replay_their_dropout(cached, settings, tmp_path):
     """The graph of a chunk must belong to the very embeddings that the loss saw."""
     config = settings.changed(["epochs=1", "chunk_size=7"])
     seen: list[torch.Tensor] = []
-    features = module.Step._features
+    features = Step._features
 
     def note(self, batch, rows):
         found = features(self, batch, rows)
@@ -162,7 +164,7 @@ def test_chunks_replay_their_dropout(cached, settings, tmp_path):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Step, "_features", note)
+        patch.setattr(Step, "_features", note)
         train(small_student(cached), cached, config, tmp_path / "run")
     first, again = seen[:4], seen[4:8]  # 24 pairs are four chunks of at most seven
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -243,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
             Breaks.calls += 1
             return super().forward(student, teacher, ids) * (float("nan") if ids[0] == bad else 1)
 
-    order = module.stream.Sampler(cached.split("train"), 24, 1, settings.seed)
+    order = Sampler(cached.split("train"), 24, 1, settings.seed)
     split = cached.split("train")
     bad = int(cached.keys[split.images[order.pick(0, 4).images[0]]])
     monkeypatch.setattr(feature, "Loss", Breaks)
@@ -294,7 +296,7 @@ def test_what_a_kill_leaves_of_a_beginning_is_cleared(cached, student, settings,
 def test_a_run_does_not_go_on_with_another_cache(cached, scenes, student, settings, tmp_path):
     train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
     other = build(SmallTeacher(weights=5), scenes, tmp_path / "other")
-    with pytest.raises(MismatchError, match="another teacher or dataset"):
+    with pytest.raises(MismatchError, match="another cache"):
         train(None, other, settings.changed(["epochs=1"]), tmp_path / "run", resume=True)
 
 
@@ -330,7 +332,7 @@ def test_a_compiled_student_trains_to_nearly_the_same(cached, student, settings,
 
 def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, student, settings, tmp_path):
     train(student, cached, settings, tmp_path / "whole")
-    step = module.Step.__call__
+    step = Step.__call__
 
     def interrupt(self, batch, lr):
         outcome = step(self, batch, lr)
@@ -340,7 +342,7 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, student, settings,
         return outcome
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Step, "__call__", interrupt)
+        patch.setattr(Step, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(module.Run(tmp_path / "whole").untrained, cached, settings, tmp_path / "cut")
     assert final(tmp_path / "cut")["position"] == {"epoch": 0, "step": 1, "total": 1}
