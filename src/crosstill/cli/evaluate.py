@@ -38,7 +38,7 @@ Blend = Annotated[
     float | None,
     typer.Option(
         metavar="TEMPERATURE",
-        help="With --finder: add its cosine over this temperature to MODEL's score, as BLIP does.",
+        help="With --finder: add its cosine over this temperature to MODEL's score.",
     ),
 ]
 

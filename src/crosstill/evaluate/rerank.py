@@ -175,8 +175,8 @@ def rerank(
         judge: a fusion model.
         pairs: images and captions, usually one split of a dataset.
         depths: the values of k; one above the number of candidates re-ranks them all.
-        blend: a temperature. The finder's cosine over it is added to the judge's logit, as ALBEF
-            and BLIP add theirs (arXiv 2107.07651, 2201.12086); None ranks by the judge alone.
+        blend: a temperature. The finder's cosine over it is added to the judge's logit; None
+            ranks by the judge alone.
         strict: raise at the first image that cannot be read.
 
     Raises:
