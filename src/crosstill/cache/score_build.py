@@ -37,6 +37,7 @@ class ScoreOptions:
     find: finders.Finder = "random"  # or "batch", or whose highest cosines are taken
     seed: int = 0  # of what is drawn
     strict: bool = False  # stop at the first unreadable image
+    teacher_licence: str | None = None  # where the teacher's card does not say
 
     def __post_init__(self) -> None:
         if min(self.false, self.false_images) < 0 or not self.false + self.false_images:
@@ -110,7 +111,9 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
             "find": finders.identity(options.find),
             "seed": options.seed,
         }
-        reading = work.Reading(seed=options.seed, strict=options.strict)
+        reading = work.Reading(
+            seed=options.seed, strict=options.strict, teacher_licence=options.teacher_licence
+        )
         super().__init__(pairs, folder, about, key, reading)
 
     def _source(self) -> sources.Pixels:

@@ -15,6 +15,7 @@ Rows are in the order of the image ids, so neither the order nor the place of th
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from crosstill import data, files
 from crosstill.errors import CorruptError, DataError, InputError, MismatchError
-from crosstill.types import Features, id_key
+from crosstill.images import Quarantine
+from crosstill.types import Example, Features, id_key
 
 FORMAT = 1
 HEADER = "cache.json"
@@ -150,6 +152,23 @@ class Listing:
     def captions(self, split: str) -> list[str]:
         """The captions of a split: what a trimmed or learnt vocabulary is made from."""
         return [self.texts[row] for row in self.split(split).captions]
+
+    def pairs(self, split: str) -> data.Pairs:
+        """The photos and captions of a split, as a dataset.
+
+        Raises:
+            DataError: no image of the cache is in it.
+        """
+        rows = self.split(split)
+        told: defaultdict[int, list[str]] = defaultdict(list)
+        for caption, position in zip(rows.captions, rows.owner, strict=True):
+            told[int(position)].append(self.texts[caption])
+        examples = tuple(
+            Example(self.image_ids[row], self.paths[row], tuple(told[position]), split)
+            for position, row in enumerate(rows.images)
+        )
+        about = self.header["data"]
+        return data.Pairs(about["name"], examples, Quarantine(), about["source"], self.read)
 
     def _find(self) -> None:
         for name in {HEADER, SCORES} - {self.file}:

@@ -37,6 +37,7 @@ class Reading:
     seed: int = 0  # of the other views, and of whatever else is drawn
     batch_size: int = 64  # images or captions in one forward pass of the teacher
     strict: bool = False  # stop at the first unreadable image
+    teacher_licence: str | None = None  # where the teacher's card does not say
 
 
 class Work(ABC, Generic[Opened]):
@@ -63,7 +64,8 @@ class Work(ABC, Generic[Opened]):
         reading: Reading,
     ) -> None:
         self.folder = files.writable_folder(Path(folder))
-        self.pairs, self.about, self.key, self.reading = pairs, about, key, reading
+        self.pairs, self.key, self.reading = pairs, key, reading
+        self.about = about | ({"licence": given} if (given := reading.teacher_licence) else {})
         ordered = sorted(pairs.examples, key=lambda example: example.image_id)
         self.examples = [replace(e, captions=tuple(sorted(e.captions))) for e in ordered]
         self.journal = Journal(self.folder, key, self.opened.version, self.kinds)
@@ -90,7 +92,10 @@ class Work(ABC, Generic[Opened]):
             )
 
     def _reuse(self) -> Opened | None:
-        """The finished cache of the same key, if there is one; its photos may have moved."""
+        """The finished cache of the same key, if there is one.
+
+        Its photos may have moved, and licences may be given later.
+        """
         path = self.folder / self.opened.file
         if not path.is_file():
             return None
@@ -102,12 +107,15 @@ class Work(ABC, Generic[Opened]):
             raise CorruptError(
                 f"{error}: delete {self.folder} and run the same command again"
             ) from None
-        if header["data"]["source"] == self.pairs.source:
+        data, teacher = header["data"] | self._data(), header["teacher"]
+        if self.reading.teacher_licence:
+            teacher = teacher | {"licence": self.reading.teacher_licence}
+        if (data, teacher) == (header["data"], header["teacher"]):
             return cache
         known = set(cache.image_ids)
         moved = [example for example in self.examples if example.image_id in known]
         header["files"] |= store.write_manifest(self.folder, moved)
-        header["data"] = self._data()
+        header |= {"data": data, "teacher": teacher}
         files.write_json(path, files.sealed(header))
         return self._open()
 
@@ -229,4 +237,5 @@ class Work(ABC, Generic[Opened]):
         return self._open()
 
     def _data(self) -> dict[str, Any]:
-        return {"name": self.pairs.name, "source": self.pairs.source}
+        licence = {"licence": self.pairs.licence} if self.pairs.licence else {}
+        return {"name": self.pairs.name, "source": self.pairs.source, **licence}

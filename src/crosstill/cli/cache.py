@@ -45,6 +45,12 @@ Find = Annotated[
         show_default="random",
     ),
 ]
+Licence = Annotated[
+    str | None, typer.Option(help="Of photos and captions, where no README.md beside them says.")
+]
+TeacherLicence = Annotated[
+    str | None, typer.Option(help="Of the teacher, where its own card does not say.")
+]
 
 
 def command(
@@ -65,6 +71,8 @@ def command(
     false_images: FalseImages = None,
     find: Find = None,
     seed: Annotated[int, typer.Option(help="Of views, and of what is drawn at random.")] = 0,
+    licence: Licence = None,
+    teacher_licence: TeacherLicence = None,
     strict: common.Strict = False,
 ) -> None:
     """Run TEACHER over DATA once and keep its features, or a fusion teacher's scores, in a cache.
@@ -83,10 +91,11 @@ def command(
     given = {"views": views, "dtype": dtype, "batch_size": batch_size}
     given |= {"false": false, "false_images": false_images, "find": find}
     given = {name: value for name, value in given.items() if value is not None}
-    pairs = sources.open(data, images=images, strict=strict)
+    pairs = sources.open(data, images=images, strict=strict, licence=licence)
     for line in pairs.notes:
         common.note(line)
-    made = _build(teacher, pairs, out, {**given, "seed": seed, "strict": strict})
+    more: dict[str, Any] = {"seed": seed, "strict": strict, "teacher_licence": teacher_licence}
+    made = _build(teacher, pairs, out, given | more)
     common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
     _describe(made)
 

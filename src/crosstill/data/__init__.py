@@ -11,19 +11,25 @@ Images without a split are put into train, val and test, 80/10/10, by their cont
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crosstill.data import folder, karpathy, scenes, table
-from crosstill.data.base import SPLITS, Pairs, read_image
+from crosstill.data.base import SPLITS, Pairs, read_image, read_licence
 from crosstill.errors import DataError
 from crosstill.types import Example
 
 __all__ = ["SPLITS", "Pairs", "open", "reader"]
 
 
-def open(source: str | Path, images: str | Path | None = None, strict: bool = False) -> Pairs:
+def open(
+    source: str | Path,
+    images: str | Path | None = None,
+    strict: bool = False,
+    licence: str | None = None,
+) -> Pairs:
     """Open a dataset in any of the forms above.
 
     Args:
@@ -32,14 +38,22 @@ def open(source: str | Path, images: str | Path | None = None, strict: bool = Fa
         images: the folder of the image files that a JSON or a table lists; that of `source`
             when not given.
         strict: raise at the first image that cannot be used instead of setting it apart.
+        licence: of photos and captions; else the `license` in the front matter of a README.md
+            beside them, if there is one.
 
     Raises:
         DataError: it is no dataset, or a wrong one; the message names the file and the row.
         ImageError: with `strict`, the first image that cannot be used.
     """
     if str(source).split(":")[0] == "scenes":
-        return scenes.read(str(source))
+        return replace(scenes.read(str(source)), licence=licence)
     path = Path(source)
+    found = _read(path, images, strict)
+    beside = path if path.is_dir() else path.parent
+    return replace(found, licence=licence or read_licence(beside))
+
+
+def _read(path: Path, images: str | Path | None, strict: bool) -> Pairs:
     root = (Path(images) if images is not None else path.parent).absolute()
     if path.is_dir():
         return folder.read(path.absolute(), strict)

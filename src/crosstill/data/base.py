@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Pairs:
         read: the bytes of an example's file. Raises ImageError when it has gone.
         root: the folder of the images; None when they are rendered.
         notes: what a person should know: left-out captions, duplicates, drawn splits.
+        licence: of photos and captions, as the card beside them says it or as it was given.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Pairs:
     read: Callable[[Example], bytes]
     root: Path | None = None
     notes: tuple[str, ...] = ()
+    licence: str | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -94,6 +97,15 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}, line {row}: not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_licence(folder: Path) -> str | None:
+    """The `license` of the model card's front matter, or None."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    line = re.search(r"^licen[sc]e:\s*(\S.*?)\s*$", front[1], re.MULTILINE) if front else None
+    return line[1].strip("'\"") if line else None
 
 
 def read_image(root: Path, example: Example) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from crosstill.data.base import read_licence
 from crosstill.errors import ConfigError, ModelError
 from crosstill.images import Preprocess
 from crosstill.students import vocabulary
@@ -54,7 +55,7 @@ def image_part(config: ImageTowerConfig) -> ImagePart:
         preprocess = hugging_face.read_preprocess(folder)
     except ModelError:
         preprocess = _default_preprocess(tower.config)
-    return ImagePart(tower, preprocess, hugging_face.read_licence(folder))
+    return ImagePart(tower, preprocess, read_licence(folder))
 
 
 def text_part(config: TextTowerConfig, captions: Sequence[str]) -> TextPart:
@@ -70,7 +71,7 @@ def text_part(config: TextTowerConfig, captions: Sequence[str]) -> TextPart:
     if config.vocabulary == "trim":
         tokenizer, rows = vocabulary.trim(tokenizer, captions)
         tower = _with_rows(tower, config.pooling, tokenizer, rows)
-    return TextPart(tower, tokenizer, hugging_face.read_licence(folder))
+    return TextPart(tower, tokenizer, read_licence(folder))
 
 
 def token_embeddings(tower: Any) -> nn.Embedding:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crosstill import files
+from crosstill.data.base import read_licence
 from crosstill.errors import ModelError
 from crosstill.images import normalise
 from crosstill.teachers import hugging_face
@@ -42,7 +43,7 @@ class DualEncoder:
         # The cheap parts first, so that a folder that lacks one says so at once.
         self.tokenizer = hugging_face.read_tokenizer(folder)
         self.preprocess = hugging_face.read_preprocess(folder)
-        self.licence = hugging_face.read_licence(folder)
+        self.licence = read_licence(folder)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self._read_model(config)
         self.max_length = _max_length(self.tokenizer, config)

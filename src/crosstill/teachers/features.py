@@ -21,9 +21,9 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from crosstill import files
+from crosstill.data.base import read_licence
 from crosstill.errors import ModelError
 from crosstill.teachers.base import unit
-from crosstill.teachers.hugging_face import read_licence
 
 _NAMES = {"image": "filenames.txt", "text": "captions.txt"}
 _BLOCK = 65_536  # rows checked at a time: a memory-mapped file never comes in whole

@@ -182,15 +182,6 @@ def read_preprocess(folder: Path) -> Preprocess:
         return preprocess_from(processor.to_dict(), str(folder))
 
 
-def read_licence(folder: Path) -> str | None:
-    """The `license` of the model card's front matter, or None."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    line = re.search(r"^licen[sc]e:\s*(\S.*?)\s*$", front[1], re.MULTILINE) if front else None
-    return line[1].strip("'\"") if line else None
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors, in the order of their names."""
     return sorted(folder.glob("*.safetensors"))

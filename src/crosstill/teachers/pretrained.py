@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crosstill import files
+from crosstill.data.base import read_licence
 from crosstill.errors import ModelError
 from crosstill.images import Preprocess
 from crosstill.teachers import hugging_face
@@ -53,7 +54,7 @@ class Pretrained(Matcher):
         # The cheap parts first, so that a folder that lacks one says so at once.
         self.tokenizer = hugging_face.read_tokenizer(folder)
         self.preprocess = hugging_face.read_preprocess(folder)
-        self.licence = hugging_face.read_licence(folder)
+        self.licence = read_licence(folder)
         if hasattr(config, "vision_config"):
             check_size(folder, self.preprocess, config.vision_config.image_size)
         present = (folder / file for file in _BESIDE)
