@@ -33,5 +33,5 @@ torture: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,report]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,export,milvus,report,search]'
 	touch $@

@@ -3,9 +3,12 @@
     errors      every exception raised on purpose
     files       atomic writes, checksums, locks
     progress    bars on stderr
-    types       the nouns and the dimension key
     preprocess  how a model wants its images
-    images      bytes → upright RGB → resized pixels, one path for the whole project
+    resize      antialiased, in numpy, the bits of torch's
+    pixels      bytes → upright RGB → resized, one path for the whole project
+    search      bundle → index → HTTP service and page; up to here nothing needs torch
+    types       the nouns and the dimension key
+    images      the same pixels for torch, and views of them
     data        sources → examples
     teachers    frozen big models
     cache       what a teacher said, on disk
@@ -17,6 +20,7 @@
     recipes     published settings
     ablate      grids of runs, and their tables
     report      one page a run or a grid
+    export      student → bundle, or a folder for other libraries
     demo        the whole path on rendered scenes
     doctor      is this machine ready, is this dataset sound
     cli         one file a verb

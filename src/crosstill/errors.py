@@ -10,6 +10,7 @@
     │   └── LockedError         a folder that another process is using
     └── RunError                the work failed: the command line exits with 1
         ├── CorruptError        a file whose checksum or format is wrong
+        ├── ExportError         an export that is not what the student is
         └── NonFiniteError      a loss became NaN or infinite
 
 Every message is one line that says what was wrong, where, and what to do about it.
@@ -73,6 +74,10 @@ class RunError(CrosstillError):
 
 class CorruptError(RunError):
     """A file whose checksum, size or format is not what was written."""
+
+
+class ExportError(RunError):
+    """An export that failed its gate; the message gives the figures, and nothing was kept."""
 
 
 class NonFiniteError(RunError):

@@ -24,7 +24,7 @@ def _pixels(student: Student, count: int = 4) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, *student.preprocess.size), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-teacher"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-hf", "tiny-teacher"])
 def test_presets_build_without_any_download(preset: str, captions: list[str]) -> None:
     student = students.build(preset, DIM, captions)
     images, texts = _pixels(student), student.pad(student.tokenize(captions[:4]))

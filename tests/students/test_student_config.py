@@ -33,7 +33,9 @@ def test_the_presets_parse_and_say_what_they_are() -> None:
         "cnn-bert",
         "deit-albert",
         "mobile",
+        "mobile-hf",
         "tiny",
+        "tiny-hf",
         "tiny-teacher",
         "half",
     }

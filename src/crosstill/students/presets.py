@@ -4,7 +4,9 @@ paper         ViT-B/16 and BERT-base with biased heads, as published; 196 M para
 cnn-bert      ResNet-50 and BERT-base: towers of two families, for the `towers` table
 deit-albert   DeiT-tiny and ALBERT-base: very small towers, for the `towers` table
 mobile        MobileNetV2 and three MiniLM layers over a trimmed vocabulary; about 10 M
+mobile-hf     as mobile, but its texts by the pooler: it exports as plain transformers
 tiny          a small ResNet and a small BERT from scratch, for 64 x 64 pixels; 0.7 M
+tiny-hf       as tiny, by the text's pooler, and a FocalNet, for the same export; 0.9 M
 tiny-teacher  the same kind, five times as large: the teacher of the demonstration
 half          a score cache's fusion teacher with half of its fusion layers: DCD's student
 """
@@ -41,6 +43,22 @@ def _bert(width: int, layers: int) -> dict[str, Any]:
     }
 
 
+def _focalnet() -> dict[str, Any]:
+    """A ResNet's pooler gives maps, which `VisionTextDualEncoderModel` cannot project."""
+    return {
+        "model_type": "focalnet",
+        "embed_dim": 32,
+        "hidden_sizes": [32, 64, 128],
+        "depths": [1, 1, 2],
+        "focal_levels": [2, 2, 2],
+        "focal_windows": [3, 3, 3],
+        "patch_size": 4,
+        "image_size": 64,
+        "drop_path_rate": 0.0,
+        "initializer_range": 0.1,
+    }
+
+
 PRESETS: dict[str, StudentConfig | FusionConfig] = {
     "paper": StudentConfig(
         name="paper",
@@ -67,10 +85,26 @@ PRESETS: dict[str, StudentConfig | FusionConfig] = {
             source="sentence-transformers/all-MiniLM-L6-v2", layers=3, vocabulary="trim"
         ),
     ),
+    "mobile-hf": StudentConfig(
+        name="mobile-hf",
+        image=ImageTowerConfig(source="google/mobilenet_v2_1.0_224"),
+        text=TextTowerConfig(
+            source="sentence-transformers/all-MiniLM-L6-v2",
+            pooling="pooler",
+            layers=3,
+            vocabulary="trim",
+        ),
+    ),
     "tiny": StudentConfig(
         name="tiny",
         image=ImageTowerConfig(config=_resnet(16, [32, 64, 128])),
         text=TextTowerConfig(config=_bert(128, 2)),
+    ),
+    "tiny-hf": StudentConfig(
+        name="tiny-hf",
+        image=ImageTowerConfig(config=_focalnet()),
+        # BERT's own 0.02 would start its pooler almost constant.
+        text=TextTowerConfig(config={**_bert(128, 2), "initializer_range": 0.05}, pooling="pooler"),
     ),
     "tiny-teacher": StudentConfig(
         name="tiny-teacher",

@@ -24,18 +24,20 @@ def load(
 
     Args:
         source: a folder of a Hugging Face dual encoder or fusion model, its hub id, a fusion
-            model of ours, a run that trained one, or a folder of precomputed vectors
-            (`filenames.txt` and a `.npy`), told apart by their contents.
+            model of ours, a run that trained one, an exported bundle, or a folder of precomputed
+            vectors (`filenames.txt` and a `.npy`), told apart by their contents.
         device: where to compute; None takes a GPU when there is one.
 
     Raises:
         ModelError: it cannot be found, or it is not one of these.
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
-    from crosstill.teachers import dual, features, fusion, hugging_face
+    from crosstill.teachers import bundle, dual, features, fusion, hugging_face
 
     folder = hugging_face.locate(source)
     name = hugging_face.display_name(source)
+    if bundle.is_bundle(folder):
+        return bundle.BundleModel(folder, name)
     if features.is_features(folder):
         return features.FeaturesTeacher(folder, name)
     best = folder / "best"

@@ -1,0 +1,150 @@
+"""A folder that is made aside and takes its place whole, or not at all.
+
+What is written lies beside its place under a temporary name. A kill leaves that name and nothing
+else; whoever exports to the same place next sweeps it away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from crosstill import files
+from crosstill.errors import ConfigError, LockedError
+
+RECORD = "export.json"  # what the folder holds; only a folder with one is ever replaced
+_FORMAT = 1
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
+_HERE = -100  # AT_FDCWD
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """Give a new, empty folder to fill; when the block ends well, it takes the place of `folder`.
+
+    An earlier export is replaced in one step: at every moment the place holds the old one or the
+    new one, whole. When the block raises, all is as it was.
+
+    Raises:
+        ConfigError: the place holds something that no export wrote.
+        InputError: the place cannot be written to.
+        LockedError: another process is exporting to it.
+    """
+    folder = folder.resolve()
+    check_place(folder)
+    files.writable_folder(folder.parent)
+    with _made(folder) as new:
+        yield new
+        _seal(new)
+        check_place(folder)  # much may have happened meanwhile
+        _exchange(new, folder)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place that holds something which no export wrote.
+
+    Raises:
+        ConfigError: it is a file, or a folder with other things; one of them is named.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; give a folder that is empty or does not exist")
+    written = {RECORD}
+    if (folder / RECORD).is_file():
+        written |= files.read_sealed(folder / RECORD, {_FORMAT})["files"].keys()
+    found = sorted(path.relative_to(folder).as_posix() for path in _all_files(folder))
+    for name in (name for name in found if name not in written):
+        raise ConfigError(
+            f"{folder}: holds {name}, which no export wrote; give a folder that is empty or "
+            "does not exist"
+        )
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[Path]:
+    """The folder aside, held while the block runs, and gone when it ends."""
+    new = folder.with_name(f"{files.TEMPORARY}{os.getpid()}-{folder.name}")
+    # The parent is held for a moment, so that nobody takes the new folder for a leftover.
+    with _holding(folder.parent, wait=True):
+        pattern = re.compile(rf"{re.escape(files.TEMPORARY)}\d+-(old-)?{re.escape(folder.name)}")
+        for leftover in filter(lambda path: pattern.fullmatch(path.name), folder.parent.iterdir()):
+            _sweep(leftover, folder)
+        new.mkdir()
+        handle = os.open(new, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield new
+    finally:
+        os.close(handle)
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _sweep(leftover: Path, folder: Path) -> None:
+    if not leftover.is_dir():
+        return
+    try:
+        with _holding(leftover, wait=False):
+            shutil.rmtree(leftover)
+    except BlockingIOError:
+        raise LockedError(
+            f"{folder}: another process is exporting to it; wait for it, or choose another folder"
+        ) from None
+
+
+@contextmanager
+def _holding(folder: Path, wait: bool) -> Iterator[None]:
+    """Lock a folder itself, without a file in it; the kernel lets go of it even after kill -9."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
+
+
+def _seal(folder: Path) -> None:
+    """Write down what the folder holds, and bring all of it to the disk."""
+    paths = sorted(_all_files(folder))
+    digests = {path.relative_to(folder).as_posix(): files.digest_file(path) for path in paths}
+    files.write_json(folder / RECORD, files.sealed({"format": _FORMAT, "files": digests}))
+    for path in [*paths, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _flush(path)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`; what was there is then where `new` was."""
+    if not folder.exists():
+        os.rename(new, folder)
+    elif not _swapped(new, folder):  # no such call here: two steps, a moment apart
+        old = new.with_name(f"{files.TEMPORARY}{os.getpid()}-old-{folder.name}")
+        os.rename(folder, old)
+        os.rename(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    _flush(folder.parent)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, where the system can."""
+    with suppress(OSError, AttributeError):
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+        return call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+    return False
+
+
+def _all_files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

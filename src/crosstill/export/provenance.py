@@ -1,0 +1,140 @@
+"""Where a student comes from: its run, its teacher, and the photos that measure what was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crosstill import __version__, files
+from crosstill.cache import Listing
+from crosstill.data import Pairs
+from crosstill.errors import CrosstillError, InputError, ModelError
+from crosstill.evaluate import open_live
+from crosstill.evaluate.encode import teacher_recall
+from crosstill.evaluate.recall import Retrieval
+from crosstill.evaluate.report import six
+from crosstill.export.facts import Facts, Origin, Score
+from crosstill.report import gather
+from crosstill.students.student import Student
+from crosstill.train import Run
+from crosstill.train import folder as runs
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known of a student besides itself.
+
+    Attributes:
+        student: in eval mode, on the CPU.
+        name: what to call it.
+        pairs: photos and captions that it has not learnt; None where none are at hand.
+        split: what to call them.
+        teacher: name, source, licence, parameters, as the run recorded them; {} without one.
+        data: name and perhaps licence of what it learnt from; {} where unknown.
+        told: the teacher's recall on `pairs`, where its features of them were kept.
+        notes: what could not be found, and why.
+    """
+
+    student: Student
+    name: str
+    pairs: Pairs | None = None
+    split: str = ""
+    teacher: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    told: Retrieval | None = None
+    notes: tuple[str, ...] = ()
+
+    def scores(self, recall: Retrieval, images: int, captions: int) -> tuple[Score, ...]:
+        """The rows of a card: the teacher's, where known, and the student's."""
+        rows = {"teacher": self.told, "student": recall}
+        return tuple(
+            Score(name, self.split, images, captions, *_threes(row))
+            for name, row in rows.items()
+            if row is not None
+        )
+
+    def facts(self, command: str, teacher_licence: str | None, data_licence: str | None) -> Facts:
+        """What a card says before anything is measured; licences that are given win."""
+        student, teacher, data = self.student, self.teacher or {}, self.data or {}
+        taught = Origin(teacher["name"], teacher_licence or teacher["licence"]) if teacher else None
+        learnt = Origin(data.get("name", "not known"), data_licence or data.get("licence"))
+        towers = {
+            side: Origin(getattr(student.config, side).source or f"{side} tower", licence)
+            for side, licence in student.licences.items()
+            if licence or getattr(student.config, side).source
+        }
+        return Facts(
+            name=self.name,
+            parameters=student.parameters_by_part(),
+            dim=student.dim,
+            max_length=student.config.max_length,
+            preprocess=student.preprocess,
+            data=learnt,
+            teacher=taught,
+            towers=towers,
+            command=command,
+            version=__version__,
+            fingerprint=files.digest_json(student.identity()),
+        )
+
+
+def _threes(recall: Retrieval) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    numbers = six(recall)
+    return (numbers[0], numbers[1], numbers[2]), (numbers[3], numbers[4], numbers[5])
+
+
+def find(
+    source: str | Path | Run | Student, pairs: Pairs | None = None, split: str = ""
+) -> Provenance:
+    """A run, its folder, a student's folder or a student; with pairs that are not those of its run.
+
+    Raises:
+        ModelError: there is no student, or one that reads pairs.
+        InputError: the run has not finished.
+    """
+    if isinstance(source, Student):
+        folder = Path(source.source).parent if source.source else None
+        student, run = source, folder if folder and runs.is_run(folder) else None
+    else:
+        folder = source.folder if isinstance(source, Run) else Path(source)
+        student = _student(folder)
+        run = next((place for place in (folder, folder.parent) if runs.is_run(place)), None)
+    student = student.to("cpu").eval()
+    origin = Provenance(student, student.name, pairs, split)
+    return origin if run is None else _of_run(origin, run)
+
+
+def _student(folder: Path) -> Student:
+    if runs.is_run(folder) and not (folder / "metrics.json").is_file():
+        raise InputError(
+            f"{folder}: the run is not finished; finish it with `crosstill train … --resume`"
+        )
+    found = open_live(folder)
+    if isinstance(found, Student):
+        return found
+    raise ModelError(
+        f"{folder}: only a student of ours (a dual encoder that crosstill trained) is exported"
+    )
+
+
+def _of_run(origin: Provenance, folder: Path) -> Provenance:
+    record = Run(folder).config
+    origin = replace(
+        origin,
+        name=folder.resolve().name,
+        teacher={} if record["teacher"].get("name") is None else record["teacher"],
+        data=record["data"],
+    )
+    if origin.pairs is not None:
+        return origin
+    split = record["settings"]["val_split"]
+    try:
+        cache: Listing = gather.open_cache(folder, record)
+        rows = cache.split(split)
+        pairs = cache.pairs(split)
+        if pairs.examples:
+            pairs.read(pairs.examples[0])
+    except CrosstillError as error:
+        return replace(origin, notes=(f"no validation photos: {error}",))
+    return replace(origin, pairs=pairs, split=split, told=teacher_recall(cache, rows))

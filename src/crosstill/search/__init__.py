@@ -1,0 +1,1 @@
+"""From a bundle to a search box, without torch: encode, index, find, serve."""

@@ -1,0 +1,117 @@
+"""Photos and texts to vectors with onnxruntime: what training would give, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from crosstill import pixels
+from crosstill.errors import ConfigError, CorruptError
+from crosstill.search import bundle as bundles
+from crosstill.search.bundle import Bundle
+
+BATCH = 32  # items of a pass: more gains nothing on a CPU and holds memory
+
+
+class Encoder:
+    """A bundle's two towers, ready to run. Several threads may share one.
+
+    Args:
+        bundle: what to run.
+        threads: that one pass may use.
+
+    Raises:
+        ConfigError: onnxruntime or tokenizers is not installed.
+        CorruptError: a graph or the tokenizer cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        self.bundle, self.dim = bundle, bundle.dim
+        # 8-bit activations share one scale a pass: beside others an item would get other vectors
+        self._batch = 1 if bundle.precision == "int8" else BATCH
+        self._image = _session(bundle, bundles.IMAGE, threads)
+        self._text = _session(bundle, bundles.TEXT, threads)
+        self._tokenizer = _tokenizer(bundle)
+
+    def load(self, data: bytes, path: str) -> np.ndarray:
+        """A file's bytes → pixels as the student wants them: uint8 (3, H, W).
+
+        Raises:
+            ImageError: the bytes are no image that can be read; `path` is named.
+        """
+        return pixels.load(data, path, self.bundle.preprocess)
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        """Pixels uint8 (B, 3, H, W) → unit rows float32 (B, D)."""
+        chunks = [images[at : at + self._batch] for at in range(0, len(images), self._batch)]
+        return self._rows([self._image.run(None, {"pixels": chunk})[0] for chunk in chunks])
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """B texts → unit rows float32 (B, D). Texts of similar length share a pass."""
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(_encodable(texts))]
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        out = np.empty((len(ids), self.dim), np.float32)
+        for at in range(0, len(order), self._batch):
+            rows = order[at : at + self._batch]
+            out[rows] = self._text.run(None, self._padded([ids[row] for row in rows]))[0]
+        return out
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are cut at the bundle's `max_length`."""
+        return sum(bool(e.overflowing) for e in self._tokenizer.encode_batch(_encodable(texts)))
+
+    def warm(self) -> None:
+        """Run both towers once: the first pass is slower than the others."""
+        self.encode_images(np.zeros((1, 3, *self.bundle.preprocess.size), np.uint8))
+        self.encode_texts(["a photo"])
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        shape = (len(ids), max(map(len, ids)))
+        tokens = np.full(shape, self.bundle.padding, np.int64)
+        mask = np.zeros(shape, np.int64)
+        for row, known in enumerate(ids):
+            tokens[row, : len(known)], mask[row, : len(known)] = known, 1
+        return {"input_ids": tokens, "attention_mask": mask}
+
+    def _rows(self, chunks: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(chunks) if chunks else np.empty((0, self.dim), np.float32)
+
+
+def _encodable(texts: Sequence[str]) -> list[str]:
+    """Lone surrogates, as in odd file names, cannot be tokenized; they become question marks."""
+    return [text.encode("utf-8", "replace").decode() for text in texts]
+
+
+def _session(bundle: Bundle, name: str, threads: int) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ConfigError("onnxruntime is not installed; pip install 'crosstill[search]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # what it warns of is its own optimiser's business
+    if threads > 1:
+        # workers that spin between passes would take the cores from those that decode
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    path = bundle.folder / name
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no common base for its own
+        line = " ".join(str(error).split())[:160]
+        raise CorruptError(f"{path}: not a graph that runs here ({line})") from None
+
+
+def _tokenizer(bundle: Bundle) -> Any:
+    from tokenizers import Tokenizer
+
+    path = bundle.folder / bundles.TOKENIZER
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise CorruptError(f"{path}: not a tokenizer ({error}); export it anew") from None
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(bundle.max_length)
+    return tokenizer

@@ -1,0 +1,60 @@
+"""A bundle as a frozen model: evaluated, timed and cached from like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crosstill.search import bundle as bundles
+from crosstill.search.encoder import Encoder
+from crosstill.teachers.base import unit
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a bundle was exported there."""
+    return (folder / bundles.RECORD).is_file()
+
+
+class BundleModel:
+    """An exported student, run by onnxruntime on one thread; a `Teacher`.
+
+    Args:
+        folder: of the bundle.
+        name: what to call it in tables.
+
+    Raises:
+        ModelError: half a bundle.
+        CorruptError: one of its files was damaged; it is named.
+    """
+
+    modalities = frozenset({"image", "text"})
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.bundle = bundles.Bundle.open(folder)
+        self.encoder = Encoder(self.bundle)
+        self.name, self.source = name, str(folder.absolute())
+        self.dim, self.preprocess = self.bundle.dim, self.bundle.preprocess
+        self.licence: str | None = self.bundle.record["licence"]
+
+    def identity(self) -> dict[str, str]:
+        """See `Teacher`."""
+        return {**self.bundle.identity, "family": "crosstill-bundle"}
+
+    def parameter_count(self) -> int:
+        """How many parameters the student has that was exported."""
+        return int(self.bundle.record["parameters"]["total"])
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """As `Teacher.embed_images`."""
+        return unit(torch.from_numpy(self.encoder.encode_images(pixels.numpy())), self.name)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """As `Teacher.embed_texts`."""
+        return unit(torch.from_numpy(self.encoder.encode_texts(texts)), self.name)
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """As `Teacher.count_truncated`."""
+        return self.encoder.count_truncated(texts)

@@ -1,0 +1,122 @@
+"""Students with random weights, so small that one is made in a tenth of a second."""
+
+import io
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from crosstill import students
+from crosstill.students.config import StudentConfig
+from crosstill.students.student import Student
+
+CAPTIONS = [
+    f"A {one} {shape} left of a {other} {shape}."
+    for one in ("red", "blue", "green")
+    for other in ("violet", "yellow")
+    for shape in ("cube", "ball", "cone")
+]
+CARD = "---\nlicense: mit\n---\n\n# small\n"
+_LAYERS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+_SIDE = {"image_size": 32}
+TOWERS: dict[str, dict[str, Any]] = {
+    "vit": {"model_type": "vit", "patch_size": 8, **_SIDE, **_LAYERS},
+    "clip_vision_model": {
+        "model_type": "clip_vision_model",
+        "patch_size": 8,
+        **_SIDE,
+        **_LAYERS,
+    },
+    "mobilenet_v2": {
+        "model_type": "mobilenet_v2",
+        "depth_multiplier": 0.1,
+        "initializer_range": 0.2,
+        **_SIDE,
+    },
+    "resnet": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        **_SIDE,
+    },
+    "bert": {"model_type": "bert", "initializer_range": 0.2, **_LAYERS},
+    "roberta": {"model_type": "roberta", "initializer_range": 0.2, **_LAYERS, "pad_token_id": 0},
+    "albert": {
+        "model_type": "albert",
+        "embedding_size": 16,
+        "initializer_range": 0.2,
+        **_LAYERS,
+    },
+    "distilbert": {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 2},
+}
+# run before anything else, so that a folder is loaded as where crosstill is not installed
+_ALONE = """
+import sys, warnings
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "crosstill":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from PIL import Image
+torch.set_num_threads(1)
+folder = sys.argv[1]
+"""
+
+
+def small(
+    image: str = "vit", text: str = "bert", poolings: str = "pooler pooler", **rest: Any
+) -> Student:
+    """A student of two of those towers, in eval mode, whose rows differ from photo to photo."""
+    names = (("image", image), ("text", text))
+    towers = {
+        side: {"config": TOWERS[name], "pooling": pooling}
+        for (side, name), pooling in zip(names, poolings.split(), strict=True)
+    }
+    config = StudentConfig.model_validate({"name": "small", **towers, **rest})
+    student = students.build(config, 24, CAPTIONS)
+    with torch.no_grad():
+        for head in (student.image_head, student.text_head):
+            if head.bias is not None:
+                head.bias.normal_()
+        for _ in range(20):  # what batch norms take in before they are frozen
+            student.pool_image(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
+    return student.eval()
+
+
+def said_by(card: str, folder: Path) -> str:
+    """What the first Python lines of a card print, with a photo in the current folder."""
+    lines = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert lines
+    Image.new("RGB", (50, 40), "red").save("photo.jpg")
+    told = io.StringIO()
+    with redirect_stdout(told):
+        exec(lines[1], {"FOLDER": str(folder)})
+    return told.getvalue()
+
+
+def alone(script: str, *arguments: Path) -> str:
+    """What a script prints in a fresh interpreter without crosstill and without a network."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _ALONE + script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
