@@ -78,7 +78,7 @@ def test_a_graph_that_is_none_is_named(bundle, tmp_path):
     (tmp_path / "text.onnx").write_bytes(b"nothing")
     broken = Bundle(**{**vars(bundle), "folder": tmp_path})
     with pytest.raises(CorruptError, match=r"text\.onnx: not a graph that runs here"):
-        Encoder(broken)
+        Encoder(broken).encode_texts(["a"])
 
 
 def test_a_fresh_interpreter_needs_no_torch(bundle_folder, tmp_path, encoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,24 +17,32 @@ BATCH = 32  # items of a pass: more gains nothing on a CPU and holds memory
 
 
 class Encoder:
-    """A bundle's two towers, ready to run. Several threads may share one.
+    """A bundle's two towers, each loaded when it is first used. Several threads may share one.
 
     Args:
         bundle: what to run.
         threads: that one pass may use.
 
-    Raises:
-        ConfigError: onnxruntime or tokenizers is not installed.
-        CorruptError: a graph or the tokenizer cannot be read.
+    Whatever loads a tower may raise a ConfigError (onnxruntime is not installed) or a CorruptError
+    (a graph or the tokenizer cannot be read).
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        self.bundle, self.dim = bundle, bundle.dim
+        self.bundle, self.dim, self.threads = bundle, bundle.dim, threads
         # 8-bit activations share one scale a pass: beside others an item would get other vectors
         self._batch = 1 if bundle.precision == "int8" else BATCH
-        self._image = _session(bundle, bundles.IMAGE, threads)
-        self._text = _session(bundle, bundles.TEXT, threads)
-        self._tokenizer = _tokenizer(bundle)
+
+    @cached_property
+    def _image(self) -> Any:
+        return _session(self.bundle, bundles.IMAGE, self.threads)
+
+    @cached_property
+    def _text(self) -> Any:
+        return _session(self.bundle, bundles.TEXT, self.threads)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _tokenizer(self.bundle)
 
     def load(self, data: bytes, path: str) -> np.ndarray:
         """A file's bytes → pixels as the student wants them: uint8 (3, H, W).

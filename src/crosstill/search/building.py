@@ -1,0 +1,341 @@
+"""Bring an index up to date with a folder of photos: read what changed, encode what is new.
+
+    walk → what may have changed → read and decode (threads) → encode → publish
+
+A file whose size and time are as they were is not read, one whose bytes are known is not encoded.
+What was encoded is remembered at once (see `work`), so that a killed build loses a batch at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosstill import files, progress
+from crosstill.errors import (
+    ConfigError,
+    CorruptError,
+    DataError,
+    ImageError,
+    MismatchError,
+    ModelError,
+    RunError,
+)
+from crosstill.search import generations, quarantine
+from crosstill.search.bundle import Bundle, check_same
+from crosstill.search.catalogue import Row
+from crosstill.search.encoder import Encoder
+from crosstill.search.generations import Pointer
+from crosstill.search.publishing import Publisher, milvus_uri
+from crosstill.search.reading import Read, Reader, ahead, grouped
+from crosstill.search.walk import Scan, Stamp, printable, walk
+from crosstill.search.work import Work
+
+log = logging.getLogger(__name__)
+
+BATCH = 32  # photos that are encoded and remembered at a time
+QUEUE = 8  # such batches that may wait for the encoder: enough work while one is published
+FIRST = 1000  # new photos after which a growing index is published for the first time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an index is built.
+
+    Attributes:
+        workers: threads that read and decode; None means one for each core, 2 to 8.
+        threads: that the encoder, and FAISS, may use.
+        milvus: where the vectors are to live, if not in the index; a URI, or a path in *.db.
+        strict: stop at the first file that cannot be used.
+        rebuild: start from nothing, with whatever bundle; the old generation serves meanwhile.
+    """
+
+    workers: int | None = None
+    threads: int = 1
+    milvus: str | None = None
+    strict: bool = False
+    rebuild: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: give 1 or more")
+        if self.milvus is not None:
+            milvus_uri(self.milvus)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one run did.
+
+    Attributes:
+        generation: the one that counts now.
+        photos: how many it holds.
+        new, unchanged, changed, moved, deleted: files, compared with the generation before.
+        unreadable: files left out, listed in `quarantine.jsonl`.
+        encoded: photos that went through the encoder.
+        seconds: that it took.
+    """
+
+    generation: int
+    photos: int
+    new: int
+    unchanged: int
+    changed: int
+    moved: int
+    deleted: int
+    unreadable: int
+    encoded: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build(
+    bundle_folder: str | Path, photos_folder: str | Path, out: str | Path, **options: Any
+) -> Built:
+    """Index a folder of photos, or bring its index up to date.
+
+    Args:
+        bundle_folder: the exported student.
+        photos_folder: searched with all that is below it.
+        out: the index.
+        options: fields of `Options`.
+
+    Raises:
+        ModelError: no bundle, or half a one.
+        DataError: no photo in the folder, or none that can be read.
+        MismatchError: the index belongs to another bundle; `rebuild` was not asked for.
+        ConfigError: an option that cannot be, or a folder that holds something else.
+        LockedError: another process is building the index.
+        ImageError: a file cannot be read and `strict` is set.
+        RunError: the disk is full, or Milvus failed.
+    """
+    settings = Options(**options)
+    bundle = Bundle.open(Path(bundle_folder))
+    root = Path(photos_folder).resolve()
+    if not root.is_dir():
+        raise DataError(f"{photos_folder}: no such folder; give a folder of photos")
+    index = _place(Path(out))
+    with files.locked(index):
+        try:
+            return _Build(bundle, root, index, settings).run()
+        except OSError as error:
+            where, why = error.filename or index, error.strerror or error
+            raise RunError(f"{where}: {why}; mend that, then run the same command again") from None
+
+
+class _Build:
+    """One run."""
+
+    def __init__(self, bundle: Bundle, root: Path, index: Path, options: Options) -> None:
+        self.bundle, self.root, self.index, self.options = bundle, root, index, options
+        self.began, self.encoded, self.due = time.monotonic(), 0, FIRST
+        self.taken: set[bytes] = set()  # contents that this run has encoded, or is encoding
+        pointer = self._pointer()
+        generations.clean(index, pointer)
+        base = self._sound(pointer)
+        # While an index is remade from nothing, the old one is worth more than a part of the new.
+        self.gradual = pointer is None or base is not None
+        after = f" after {pointer.generation}" if pointer and options.rebuild else ""
+        self.work = Work(index / generations.WORK, bundle.fingerprint + after, root)
+        self.publisher = Publisher(index, bundle, root, base, self.work)
+        self.publisher.threads = options.threads
+        used = pointer.milvus if pointer and pointer.milvus else {}
+        if uri := options.milvus or used.get("uri"):
+            self.publisher.move_to(uri, used.get("collection"))
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Made when the first photo is to be encoded: most runs find none."""
+        return Encoder(self.bundle, self.options.threads)
+
+    def run(self) -> Built:
+        try:
+            return self._run()
+        finally:
+            self.publisher.close()
+            self.work.close()
+
+    def _run(self) -> Built:
+        before = self.publisher.rows
+        self.publisher.remember()
+        scan = walk(self.root, skip=self.index)
+        if not scan.photos:
+            raise DataError(f"{self.root}: no photo in it; give a folder of photos")
+        self._encode(scan)
+        rows = self._rows(scan) | _under(before, scan.closed)
+        unreadable = quarantine.write(self.index, scan, self.work)
+        if not rows:
+            where = self.index / quarantine.NAME
+            raise DataError(f"{self.root}: none of its photos can be read; {where} says why")
+        if self.publisher.differs(rows):
+            self.publisher.publish(rows)
+        self.publisher.agree()
+        self._tidy(scan, rows)
+        return self._report(before, rows, unreadable)
+
+    # --- what is there ---
+
+    def _pointer(self) -> Pointer | None:
+        if not (self.index / generations.POINTER).is_file():
+            return None
+        try:
+            pointer = generations.read(self.index)
+        except CorruptError as error:
+            log.warning("%s; now it is made anew", str(error).partition(";")[0])
+            return None
+        if not self.options.rebuild:
+            what = f"{self.index} is the index of another bundle than {self.bundle.folder}"
+            try:
+                check_same(pointer.identity, self.bundle.identity, what)
+            except MismatchError as error:
+                raise MismatchError(f"{error} with --rebuild") from None
+        return pointer
+
+    def _sound(self, pointer: Pointer | None) -> Pointer | None:
+        """The generation to start from, None where there is none or it must not be used."""
+        if pointer is None or self.options.rebuild:
+            return None
+        try:
+            generations.check(self.index, pointer)
+        except CorruptError as error:
+            log.warning("%s; now it is made anew", str(error).partition(";")[0])
+            return None
+        return pointer
+
+    # --- the work ---
+
+    def _encode(self, scan: Scan) -> None:
+        """Read all that may have changed, and encode the contents that are new."""
+        todo = {name: s for name, s in scan.photos.items() if not self._settled(name, s)}
+        if todo:
+            self.publisher.announce(len(scan.photos), len(todo))
+        known = self.work.known.values()
+        refused = {k.sha: k.reason for k in known if k.sha is not None and k.reason}
+        reader = Reader(self.root, self.bundle.preprocess, self.work.shas, refused)
+        workers = self.options.workers or max(2, min(8, len(os.sched_getaffinity(0))))
+        waiting: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
+        # A thread of its own, so that the encoder never waits for the disk or for a publication.
+        with progress.bar("photos", len(todo)) as bar, ThreadPoolExecutor(1) as pool:
+            for reads in grouped(ahead(reader.read, todo, workers), BATCH):
+                if fresh := self._note(reads):
+                    images = np.stack(list(fresh.values()))
+                    waiting.append((list(fresh), pool.submit(self._vectors, images)))
+                if len(waiting) > QUEUE:
+                    self._keep(*waiting.popleft())
+                    self._publish_some(scan)
+                bar.advance(len(reads))
+            for shas, vectors in waiting:
+                self._keep(shas, vectors)
+        self.work.commit()
+
+    def _settled(self, name: str, stamp: Stamp) -> bool:
+        """Whether nothing about a file has to be found out."""
+        known = self.work.known.get(name)
+        if known is None or known.sha is None or not known.still(stamp):
+            return False
+        return not self.options.strict if known.reason else known.sha in self.work.shas
+
+    def _note(self, reads: list[Read]) -> dict[bytes, np.ndarray]:
+        """Remember what was read; the pixels of contents that are new, by their SHA-256."""
+        fresh = {}
+        for read in reads:
+            if self.options.strict and read.known.reason:
+                raise ImageError(printable(read.name), read.known.reason)
+            self.work.note(read.name, read.known)
+            sha = read.known.sha
+            if read.pixels is not None and sha is not None and sha not in self.taken:
+                fresh[sha] = read.pixels
+        self.taken.update(fresh)
+        return fresh
+
+    def _vectors(self, images: np.ndarray) -> np.ndarray:
+        return self.encoder.encode_images(images)
+
+    def _keep(self, shas: list[bytes], vectors: Future[np.ndarray]) -> None:
+        found = vectors.result()
+        if not np.isfinite(found).all():
+            raise ModelError(f"{self.bundle.folder}: its vectors are not finite; export it anew")
+        self.work.keep(shas, found)
+        self.encoded += len(shas)
+
+    def _publish_some(self, scan: Scan) -> None:
+        """Let a long build be searched early: all that was published, and what is new since.
+
+        What has changed, moved or gone waits for the end: halfway through, a photo that moved
+        would be missing.
+        """
+        if self.gradual and self.encoded >= self.due:
+            self.due = 2 * self.encoded
+            self.publisher.publish(self._rows(scan) | self.publisher.rows)
+
+    def _rows(self, scan: Scan) -> dict[str, Row]:
+        """The files of the folder that are known as they are now, and whose vectors are there."""
+        found = {}
+        for name, stamp in scan.photos.items():
+            known = self.work.known.get(name)
+            if known is None or known.sha is None or known.reason or known.stamp != stamp:
+                continue
+            if known.sha in self.work.shas:
+                found[name] = Row(known.sha, stamp.size, stamp.mtime_ns, known.caption)
+        return found
+
+    def _tidy(self, scan: Scan, rows: Mapping[str, Row]) -> None:
+        """Forget what has gone; a rebuilt memory becomes an ordinary one."""
+        kept = scan.photos.keys() | _under(self.work.known, scan.closed).keys()
+        gone = self.work.known.keys() - kept
+        dead = self.work.shas - {row.sha for row in rows.values()}
+        if gone or dead:
+            self.work.forget(gone, dead)
+        if self.work.get("key") != self.bundle.fingerprint:
+            self.work.put("key", self.bundle.fingerprint)
+
+    # --- what is said of it ---
+
+    def _report(self, before: Mapping[str, Row], rows: Mapping[str, Row], unreadable: int) -> Built:
+        same = before.keys() & rows.keys()
+        unchanged = sum(before[name].sha == rows[name].sha for name in same)
+        gone = Counter(before[name].sha for name in before.keys() - rows.keys())
+        come = Counter(rows[name].sha for name in rows.keys() - before.keys())
+        moved = (gone & come).total()
+        base = self.publisher.base
+        return Built(
+            generation=base.generation if base else 0,
+            photos=base.photos if base else 0,
+            new=come.total() - moved,
+            unchanged=unchanged,
+            changed=len(same) - unchanged,
+            moved=moved,
+            deleted=gone.total() - moved,
+            unreadable=unreadable,
+            encoded=self.encoded,
+            seconds=round(time.monotonic() - self.began, 3),
+        )
+
+
+def _place(out: Path) -> Path:
+    """The folder of the index, which is empty or an index already."""
+    index = files.writable_folder(out).resolve()
+    held = {path.name for path in index.iterdir() if not path.name.startswith(".")}
+    if held and not held & {generations.POINTER, generations.WORK}:
+        raise ConfigError(f"{out} holds {printable(min(held))} and no index; give another --out")
+    return index
+
+
+def _under(files_by_path: Mapping[str, Any], folders: Sequence[str]) -> dict[str, Any]:
+    """Those of the files that lie below one of the folders."""
+    starts = tuple(f"{folder}/" for folder in folders)
+    return {path: row for path, row in files_by_path.items() if path.startswith(starts)}

@@ -1,0 +1,199 @@
+"""photos.sqlite: which photos a generation of an index holds, where they lie, what is said of them.
+
+A photo is its bytes: two files with the same bytes are one photo with two paths. Its number, by
+which the vectors know it, is never given to another photo, however many generations follow.
+Paths are stored as bytes, since a disk knows no other names.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+from urllib.parse import quote
+
+from crosstill.errors import CorruptError, RunError
+
+NAME = "photos.sqlite"
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS photos (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, sha BLOB NOT NULL UNIQUE
+);
+CREATE TABLE IF NOT EXISTS paths (
+    path BLOB PRIMARY KEY, photo INTEGER NOT NULL, size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, caption TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS paths_of_photo ON paths (photo);
+"""
+_ENTRIES = """
+SELECT photos.id, sha, path, size, mtime_ns, caption FROM photos JOIN paths ON photo = photos.id
+"""
+_ELSEWHERE = {  # the fault lies not in the file
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_PERM,
+}
+
+
+class Row(NamedTuple):
+    """What is known of one file: SHA-256 of its bytes, size, time in ns, caption."""
+
+    sha: bytes
+    size: int
+    mtime_ns: int
+    caption: str
+
+
+class Entry(NamedTuple):
+    """One photo: its number, SHA-256 in hex, first path, and what is known of the file there.
+
+    The caption is the first that any of its paths has.
+    """
+
+    id: int
+    sha: str
+    path: str
+    size: int
+    mtime_ns: int
+    caption: str
+
+
+class Change(NamedTuple):
+    """What a new generation needs of the vectors: numbers and SHA-256 to add, numbers to remove."""
+
+    added: list[tuple[int, bytes]]
+    removed: list[int]
+
+
+class Catalogue:
+    """A finished catalogue, for reading. Several threads may share one.
+
+    Raises:
+        CorruptError: it is damaged, here and in every method.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, Lock()
+        where = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"
+        with guarded(path):
+            self._db = sqlite3.connect(where, uri=True, check_same_thread=False)
+            self._count = self._all("SELECT count(*) FROM photos")[0][0]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def rows(self) -> dict[str, Row]:
+        """All files by their path."""
+        with guarded(self.path):
+            return _rows(self._db)
+
+    def numbers(self) -> dict[bytes, int]:
+        """The number of every photo, by its SHA-256."""
+        return dict(self._all("SELECT sha, id FROM photos"))
+
+    def entries(self, numbers: Iterable[int]) -> dict[int, Entry]:
+        """The photos of these numbers; those that do not exist are left out."""
+        wanted = ",".join(map(str, map(int, numbers)))
+        found = self._all(f"{_ENTRIES} WHERE photos.id IN ({wanted}) ORDER BY path")
+        return {entry.id: entry for entry in _grouped(found)}
+
+    def find(self, sha: str) -> Entry | None:
+        """The photo of a SHA-256 in hex."""
+        found = self._all(f"{_ENTRIES} WHERE sha = ? ORDER BY path", bytes.fromhex(sha))
+        return next(_grouped(found), None)
+
+    def check(self) -> None:
+        """Let SQLite read every page."""
+        found = self._all("PRAGMA integrity_check")
+        if found != [("ok",)]:
+            raise damaged(self.path, str(found[0][0]))
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _all(self, query: str, *values: object) -> list[tuple]:
+        with self._lock, guarded(self.path):
+            return self._db.execute(query, values).fetchall()
+
+
+def write(path: Path, base: Path | None, rows: dict[str, Row]) -> Change:
+    """Write a catalogue of exactly these files.
+
+    Args:
+        path: where; nothing may be there.
+        base: the catalogue of the generation before, whose numbers are kept.
+        rows: what is known of every file, by its path.
+
+    Raises:
+        RunError: the disk is full, or cannot be written to.
+        CorruptError: the base is damaged.
+    """
+    if base:
+        shutil.copyfile(base, path)
+    with guarded(path), closing(sqlite3.connect(path, isolation_level=None)) as db:
+        # It counts only once it is whole and flushed: see `generations`.
+        db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_TABLES} BEGIN")
+        added = _put(db, rows, _rows(db))
+        removed = [n for (n,) in db.execute("SELECT id FROM photos EXCEPT SELECT photo FROM paths")]
+        db.executemany("DELETE FROM photos WHERE id = ?", ((number,) for number in removed))
+        db.execute("COMMIT")
+    return Change(added, removed)
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Say what SQLite says of a file in one line: a `RunError` where it is the disk's fault."""
+    try:
+        yield
+    except (sqlite3.ProgrammingError, sqlite3.InterfaceError):  # ours, not the file's
+        raise
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
+            advice = "mend that, then run the same command again"
+            raise RunError(f"{path}: cannot be written ({error}); {advice}") from None
+        raise damaged(path, str(error)) from None
+
+
+def damaged(path: Path, reason: str) -> CorruptError:
+    """One line for a part of an index that is not as it was written."""
+    return CorruptError(f"{path}: {reason}; run `crosstill index` again, which mends it")
+
+
+def _put(db: sqlite3.Connection, rows: dict[str, Row], old: dict[str, Row]) -> list:
+    """Bring the tables to these rows; the photos that are new."""
+    known = {sha for (sha,) in db.execute("SELECT sha FROM photos")}
+    new = list(dict.fromkeys(row.sha for row in rows.values() if row.sha not in known))
+    db.executemany("INSERT INTO photos (sha) VALUES (?)", ((sha,) for sha in new))
+    db.executemany(
+        "INSERT OR REPLACE INTO paths SELECT ?, id, ?, ?, ? FROM photos WHERE sha = ?",
+        ((os.fsencode(p), *row[1:], row.sha) for p, row in rows.items() if old.get(p) != row),
+    )
+    gone = ((os.fsencode(path),) for path in old.keys() - rows.keys())
+    db.executemany("DELETE FROM paths WHERE path = ?", gone)
+    numbers = dict(db.execute("SELECT sha, id FROM photos"))
+    return [(numbers[sha], sha) for sha in new]
+
+
+def _rows(db: sqlite3.Connection) -> dict[str, Row]:
+    query = "SELECT path, sha, size, mtime_ns, caption FROM paths JOIN photos ON id = photo"
+    return {os.fsdecode(path): Row(*rest) for path, *rest in db.execute(query)}
+
+
+def _grouped(found: Iterable[tuple]) -> Iterator[Entry]:
+    """One entry a photo out of the rows of its paths, which come in order."""
+    photos: dict[int, Entry] = {}
+    for number, sha, path, size, mtime_ns, caption in found:
+        first = photos.get(number)
+        if first is None:
+            first = Entry(number, sha.hex(), os.fsdecode(path), size, mtime_ns, caption)
+        photos[number] = first if first.caption else first._replace(caption=caption)
+    yield from photos.values()

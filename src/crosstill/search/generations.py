@@ -1,0 +1,211 @@
+"""The index folder: a pointer that switches from one generation of files to the next.
+
+index.json      seals itself; names the generation that counts and the SHA-256 of its files
+bundle-1234…/   the bundle, so that the folder is enough to search
+g-000003/       photos.sqlite and, where they are not in Milvus, the vectors; never changed
+work.sqlite     what the builder remembers: see `work`
+quarantine.jsonl  files that were left out, and why
+
+A generation is written aside, flushed, renamed, and counts when the pointer names it. The one
+before is kept until the next switch, for those who are just opening it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from crosstill import files
+from crosstill.errors import CorruptError, CrosstillError, DataError
+from crosstill.search import vectors
+from crosstill.search.bundle import Bundle
+from crosstill.search.catalogue import damaged
+from crosstill.search.vectors import VectorIndex
+
+POINTER = "index.json"
+WORK = "work.sqlite"
+FORMAT = 1
+Opened = TypeVar("Opened")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What `index.json` says.
+
+    Attributes:
+        generation: the number that counts.
+        previous: the one before, still on disk; None after the first.
+        identity: of the bundle that made the vectors.
+        bundle: name of the folder of its copy.
+        dim: D, the width of a vector.
+        kind: "flat", "hnsw" or "milvus".
+        folder: where the photos are, absolute.
+        photos: how many.
+        files: SHA-256 of the generation's files by name.
+        quantiles: see `calibrate`; None without captions to calibrate on.
+        milvus: uri and collection, where the vectors live there.
+    """
+
+    generation: int
+    previous: int | None
+    identity: dict[str, str]
+    bundle: str
+    dim: int
+    kind: str
+    folder: str
+    photos: int
+    files: dict[str, str]
+    quantiles: list[float] | None = None
+    milvus: dict[str, str] | None = None
+
+
+def read(index: Path) -> Pointer:
+    """What counts in an index now.
+
+    Raises:
+        DataError: there is no index, or none of its photos has been published yet.
+        CorruptError: the pointer is damaged.
+    """
+    path = index / POINTER
+    if not path.is_file():
+        raise DataError(_absent(index))
+    try:
+        value = files.read_sealed(path, {FORMAT})
+    except CrosstillError as error:
+        raise damaged(path, str(error).partition(": ")[2].partition(";")[0]) from None
+    return Pointer(**{k: v for k, v in value.items() if k not in ("format", "sha256")})
+
+
+def settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
+    """Open what the pointer names, again from the start where a build switched meanwhile."""
+    while True:
+        pointer = read(index)
+        try:
+            return action(pointer)
+        except (CrosstillError, OSError):
+            if read(index) == pointer:
+                raise
+
+
+def folder_of(index: Path, generation: int) -> Path:
+    """Where a generation's files are."""
+    return index / f"g-{generation:06d}"
+
+
+def next_number(index: Path) -> int:
+    """A number that no generation on disk has."""
+    return max((number for number, _ in _all(index)), default=0) + 1
+
+
+def check(index: Path, pointer: Pointer) -> None:
+    """Compare every file of the generation with its SHA-256.
+
+    Raises:
+        CorruptError: one differs or is missing; it is named.
+    """
+    for problem in problems(index, pointer):
+        raise problem
+
+
+def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
+    """An error for each file of the generation that differs or is missing."""
+    for name, digest in pointer.files.items():
+        path = folder_of(index, pointer.generation) / name
+        if not path.is_file():
+            yield damaged(path, "the file is missing")
+        elif files.digest_file(path) != digest:
+            yield damaged(path, "its checksum is wrong")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder to write into; once the block is through, it is flushed and takes its place."""
+    aside = target.with_name(f"{files.TEMPORARY}{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def switch(index: Path, pointer: Pointer) -> None:
+    """Let a generation count from now on, and forget those before the last one."""
+    files.write_json(index / POINTER, files.sealed({"format": FORMAT, **asdict(pointer)}))
+    clean(index, pointer)
+
+
+def clean(index: Path, pointer: Pointer | None) -> None:
+    """Remove what killed builds left, and all generations and bundles that no one needs."""
+    files.sweep(index)
+    if pointer is None:
+        return
+    for number, path in _all(index):
+        if number not in (pointer.generation, pointer.previous):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in index.glob("bundle-*"):
+        if path.name != pointer.bundle:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def keep_bundle(index: Path, bundle: Bundle) -> str:
+    """Copy the bundle into the index, unless a sound copy is there; the copy's name."""
+    target = index / f"bundle-{bundle.fingerprint[:12]}"
+    with suppress(CrosstillError):
+        if Bundle.open(target).identity == bundle.identity:
+            return target.name
+    with written_aside(target) as aside:
+        for name in bundle.files:
+            shutil.copyfile(bundle.folder / name, aside / name)
+    return target.name
+
+
+def open_vectors(index: Path, pointer: Pointer, threads: int = 1) -> VectorIndex:
+    """The vectors of a generation, wherever they live; Milvus's token is in `MILVUS_TOKEN`."""
+    if pointer.milvus is None:
+        folder = folder_of(index, pointer.generation)
+        return vectors.open_vectors(folder, pointer.dim, threads)
+    uri, collection = pointer.milvus["uri"], pointer.milvus["collection"]
+    token = os.environ.get("MILVUS_TOKEN")
+    return vectors.open_vectors(uri, pointer.dim, threads, collection, token)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder."""
+    return {path.name: files.digest_file(path) for path in sorted(folder.iterdir())}
+
+
+def _all(index: Path) -> list[tuple[int, Path]]:
+    found = ((re.fullmatch(r"g-(\d+)", path.name), path) for path in index.glob("g-*"))
+    return [(int(match[1]), path) for match, path in found if match]
+
+
+def _absent(index: Path) -> str:
+    if not index.is_dir():
+        return f"{index}: no such index; make one with `crosstill index BUNDLE FOLDER --out INDEX`"
+    if (index / WORK).is_file():
+        return (
+            f"{index}: the index was begun, but none of its photos is published yet; "
+            "run `crosstill index` again, it goes on where it was"
+        )
+    return f"{index}: no index; make one with `crosstill index BUNDLE FOLDER --out INDEX`"
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,230 @@
+"""Write the generations of an index, each from the one before."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from crosstill.errors import ConfigError, RunError
+from crosstill.search import calibrate, catalogue, generations, vectors
+from crosstill.search.bundle import Bundle
+from crosstill.search.catalogue import Catalogue, Change, Row
+from crosstill.search.faiss_vectors import FaissVectors
+from crosstill.search.generations import Pointer
+from crosstill.search.milvus_vectors import LITE, is_milvus
+from crosstill.search.vectors import VectorIndex
+from crosstill.search.work import Work
+
+log = logging.getLogger(__name__)
+
+LARGE = 20_000  # photos from which on the memory that an index takes is said beforehand
+CHUNK = 10_000  # vectors that are held besides the index while it is filled
+
+
+class Publisher:
+    """Publishes one generation after another.
+
+    Args:
+        index: the folder.
+        bundle: that makes the vectors.
+        root: where the photos are.
+        base: the generation to start from; None starts anew.
+        work: where the vectors of all contents are.
+
+    Attributes:
+        base: the last generation.
+        rows: the files that it holds, by their path.
+        numbers: of its photos, by the SHA-256 of their bytes.
+        milvus: uri and collection, where the vectors are to live there.
+        threads: of FAISS.
+        copy: name of the folder that holds the bundle's copy.
+    """
+
+    def __init__(
+        self, index: Path, bundle: Bundle, root: Path, base: Pointer | None, work: Work
+    ) -> None:
+        self.index, self.bundle, self.root, self.base, self.work = index, bundle, root, base, work
+        self.rows: dict[str, Row] = {}
+        self.numbers: dict[bytes, int] = {}
+        self.milvus = base.milvus if base else None
+        self.threads = 1
+        self.copy = generations.keep_bundle(index, bundle)
+        self._vectors: VectorIndex | None = None
+        self._kind = ""
+        if base:
+            held = Catalogue(self._catalogue(base))
+            self.rows, self.numbers = held.rows(), held.numbers()
+            held.close()
+
+    def move_to(self, uri: str, used: str | None) -> None:
+        """Let the vectors live in Milvus from the next generation on.
+
+        Args:
+            uri: of a cluster, or the path of a Milvus Lite file.
+            used: a collection that a reader may have open, and that is left alone.
+        """
+        uri = milvus_uri(uri)
+        if self.milvus and self.milvus["uri"] == uri:
+            return
+        name = self.work.get("collection")
+        if name is None or name == used:
+            name = f"crosstill_{uuid.uuid4().hex[:16]}"
+            self.work.put("collection", name)
+        if used:
+            log.info("the collection %s in Milvus is left to those who still read it", used)
+        self.milvus = {"uri": uri, "collection": name}
+
+    def announce(self, photos: int, unread: int) -> None:
+        """Say what a large index will take, and refuse one that the disk cannot hold.
+
+        Args:
+            photos: in the folder.
+            unread: those of them that may be new.
+
+        Raises:
+            RunError: there is too little room.
+        """
+        dim, kind = self.bundle.dim, "milvus" if self.milvus else vectors.kind_for(photos)
+        memory = vectors.estimate_bytes(photos, dim, kind)
+        if photos >= LARGE:
+            where = "in Milvus" if self.milvus else "of memory"
+            log.info("%s photos: the vectors will take about %s %s", photos, _mb(memory), where)
+        need = unread * (4 * dim + 500) + photos * 300 + (0 if self.milvus else memory)
+        free = shutil.disk_usage(self.index).free
+        if need > free:
+            raise RunError(
+                f"{self.index}: needs about {_mb(need)} and the disk has {_mb(free)} left; "
+                "make room, or give another --out"
+            )
+
+    def remember(self) -> None:
+        """Give back to a builder that lost its memory the vectors of the last generation."""
+        lost = [(sha, n) for sha, n in self.numbers.items() if sha not in self.work.shas]
+        if not lost or self.base is None:
+            return
+        held = self._of_base(self.base)
+        there = set(held.ids().tolist())
+        lost = [(sha, number) for sha, number in lost if number in there]
+        for start in range(0, len(lost), CHUNK):
+            shas, numbers = zip(*lost[start : start + CHUNK], strict=True)
+            found = held.vectors(np.array(numbers))
+            self.work.keep(shas, found / np.linalg.norm(found, axis=1, keepdims=True))
+
+    def differs(self, rows: dict[str, Row]) -> bool:
+        """Whether the last generation is not of these files, there, with vectors where wanted."""
+        if self.base is None or rows != self.rows:
+            return True
+        return (self.base.folder, self.base.milvus) != (str(self.root), self.milvus)
+
+    def publish(self, rows: dict[str, Row]) -> None:
+        """Publish a generation of exactly these files; the work holds all their vectors.
+
+        Raises:
+            RunError: the disk is full.
+            CorruptError: the work is damaged.
+        """
+        number = generations.next_number(self.index)
+        before = self._catalogue(self.base) if self.base else None
+        with generations.written_aside(generations.folder_of(self.index, number)) as aside:
+            change = catalogue.write(aside / catalogue.NAME, before, rows)
+            held = self._filled(change)
+            held.save(aside)
+            digests = generations.digests(aside)
+        self.base = Pointer(
+            generation=number,
+            previous=self.base.generation if self.base else None,
+            identity=self.bundle.identity,
+            bundle=self.copy,
+            dim=self.bundle.dim,
+            kind=self._kind,
+            folder=str(self.root),
+            photos=len(self.numbers),
+            files=digests,
+            quantiles=calibrate.quantiles(self.bundle, held, self.numbers),
+            milvus=self.milvus,
+        )
+        generations.switch(self.index, self.base)
+        self.rows = rows
+
+    def agree(self) -> None:
+        """Bring Milvus to what is published, whatever was killed or lost on the way there."""
+        if self.milvus is None or self.base is None:
+            return
+        held = self._of_base(self.base)
+        there, wanted = set(held.ids().tolist()), set(self.numbers.values())
+        self._add(held, ((n, sha) for sha, n in self.numbers.items() if n not in there))
+        held.remove(np.array(sorted(there - wanted), np.int64))
+
+    def close(self) -> None:
+        if self._vectors is not None:
+            self._vectors.close()
+
+    def _filled(self, change: Change) -> VectorIndex:
+        """The vectors of the next generation; those that leave Milvus do so after the switch."""
+        gone = set(change.removed)
+        self.numbers = {sha: n for sha, n in self.numbers.items() if n not in gone}
+        self.numbers |= {sha: number for number, sha in change.added}
+        kind = "milvus" if self.milvus else vectors.kind_for(len(self.numbers))
+        if self.base and (self.base.kind, self.base.milvus) == (kind, self.milvus):
+            held = self._of_base(self.base)
+            if not self.milvus:
+                held.remove(np.array(change.removed, np.int64))
+            self._add(held, change.added)
+            return held
+        self.close()
+        self._vectors, self._kind = self._empty(kind), kind
+        self._add(self._vectors, self._mixed(kind))
+        return self._vectors
+
+    def _of_base(self, base: Pointer) -> VectorIndex:
+        if self._vectors is None:
+            self._vectors = generations.open_vectors(self.index, base, self.threads)
+            self._kind = base.kind
+        return self._vectors
+
+    def _empty(self, kind: str) -> VectorIndex:
+        if self.milvus is None:
+            return FaissVectors(self.bundle.dim, kind, self.threads)
+        token = os.environ.get("MILVUS_TOKEN")
+        uri, name = self.milvus["uri"], self.milvus["collection"]
+        return vectors.open_vectors(uri, self.bundle.dim, self.threads, name, token)
+
+    def _mixed(self, kind: str) -> list[tuple[int, bytes]]:
+        """All photos; for a graph in random order, since it takes its range from the first."""
+        every = [(number, sha) for sha, number in self.numbers.items()]
+        if kind != "hnsw":
+            return every
+        return [every[i] for i in np.random.default_rng(0).permutation(len(every))]
+
+    def _add(self, held: VectorIndex, photos: Iterable[tuple[int, bytes]]) -> None:
+        photos = list(photos)
+        for start in range(0, len(photos), CHUNK):
+            numbers, shas = zip(*photos[start : start + CHUNK], strict=True)
+            held.add(np.array(numbers), self.work.vectors(shas))
+
+    def _catalogue(self, base: Pointer) -> Path:
+        return generations.folder_of(self.index, base.generation) / catalogue.NAME
+
+
+def milvus_uri(uri: str) -> str:
+    """A URI as it may be kept: absolute, and without a secret.
+
+    Raises:
+        ConfigError: it holds a user or a password, or is no Milvus.
+    """
+    if not is_milvus(uri):
+        raise ConfigError(f"--milvus {uri}: no Milvus; give http://host:19530 or a path in *.db")
+    if "@" in urlsplit(uri).netloc:
+        raise ConfigError("--milvus: holds a password; give it in the variable MILVUS_TOKEN alone")
+    return str(Path(uri).absolute()) if uri.endswith(LITE) else uri
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

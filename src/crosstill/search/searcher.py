@@ -1,0 +1,246 @@
+"""Find photos in an index: words or a photo in, the nearest photos out."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from crosstill.errors import ConfigError, CrosstillError
+from crosstill.search import calibrate, catalogue, generations
+from crosstill.search.bundle import Bundle, check_same
+from crosstill.search.catalogue import Catalogue
+from crosstill.search.encoder import Encoder
+from crosstill.search.generations import Pointer
+from crosstill.search.vectors import VectorIndex
+
+log = logging.getLogger(__name__)
+
+MAX_TOP = 1000
+_SPARE = 16  # more hits than asked of Milvus, which may still know photos that have left the index
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One photo that was found.
+
+    Attributes:
+        id: SHA-256 of its bytes, in hex.
+        score: cosine with the query.
+        path: relative to the folder of the photos; may hold any characters: see `walk.printable`.
+        caption: of its text file; "" where it has none.
+    """
+
+    id: str
+    score: float
+    path: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo of the index.
+
+    Attributes:
+        id: SHA-256 of its bytes, in hex.
+        path: where it was when it was indexed, absolute.
+        relative: the same, relative to the folder of the photos.
+        size: in bytes.
+        mtime_ns: when it was last written.
+        caption: of its text file; "" where it has none.
+    """
+
+    id: str
+    path: Path
+    relative: str
+    size: int
+    mtime_ns: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """What one query needs, replaced as a whole when the index switches."""
+
+    pointer: Pointer
+    photos: Catalogue
+    vectors: VectorIndex
+
+
+class Searcher:
+    """An open index and the bundle that made it. Several threads may share one."""
+
+    def __init__(
+        self, index: Path, bundle: Bundle, generation: _Generation, threads: int = 1
+    ) -> None:
+        self.index, self.bundle, self._threads = index, bundle, threads
+        self._held, self._refreshing, self._said = generation, Lock(), ""
+        self._encoder = Encoder(bundle, threads)
+
+    @classmethod
+    def open(cls, index: Path, bundle: Path | None = None, threads: int = 1) -> Searcher:
+        """Open an index.
+
+        Args:
+            index: the folder that `crosstill index` made.
+            bundle: use this one in place of the index's own copy.
+            threads: that one pass of the encoder, or one search, may use.
+
+        Raises:
+            DataError: there is no index.
+            CorruptError: a file of it is damaged; it is named.
+            MismatchError: the index was made with another bundle.
+        """
+
+        def both(pointer: Pointer) -> tuple[Bundle, _Generation]:
+            given = Bundle.open(bundle or index / pointer.bundle)
+            what = f"{index} was not made with the bundle {given.folder}"
+            check_same(pointer.identity, given.identity, what)
+            return given, _open(index, pointer, threads)
+
+        return cls(index, *generations.settled(index, both), threads)
+
+    def __len__(self) -> int:
+        return len(self._held.photos)
+
+    @property
+    def generation(self) -> int:
+        """Number of the build that is searched."""
+        return self._held.pointer.generation
+
+    @property
+    def folder(self) -> Path:
+        """Where the photos are."""
+        return Path(self._held.pointer.folder)
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """B texts → unit rows float32 (B, D)."""
+        return self._encoder.encode_texts(texts)
+
+    def encode_image(self, data: bytes, name: str) -> np.ndarray:
+        """A photo's bytes → a unit vector float32 (D,).
+
+        Raises:
+            ImageError: it cannot be read; `name` is named.
+        """
+        return self._encoder.encode_images(self._encoder.load(data, name)[None])[0]
+
+    def vector(self, photo_id: str) -> np.ndarray | None:
+        """The vector float32 (D,) of a photo of the index, None where it is not in it."""
+        held = self._held
+        entry = _entry(held, photo_id)
+        try:
+            return held.vectors.vectors(np.array([entry.id]))[0] if entry else None
+        except KeyError:  # Milvus has let go of it already
+            return None
+
+    def find(
+        self, vectors: np.ndarray, top: int, threshold: float | None = None
+    ) -> list[list[Hit]]:
+        """The nearest photos of each query, best first.
+
+        Args:
+            vectors: unit rows float32 (B, D).
+            top: how many at most, 1 to `MAX_TOP`.
+            threshold: leave out photos that score less; a query may then have no hits.
+
+        Raises:
+            ConfigError: `top` or the shape of the vectors cannot be.
+        """
+        if not 1 <= top <= MAX_TOP:
+            raise ConfigError(f"top {top}: give a number from 1 to {MAX_TOP}")
+        held = self._held
+        if vectors.ndim != 2 or vectors.shape[1] != held.pointer.dim:
+            raise ConfigError(f"queries of shape {vectors.shape}: give (B, {held.pointer.dim})")
+        least = -np.inf if threshold is None else threshold
+        wanted = top + _SPARE if held.pointer.milvus else top
+        scores, ids = held.vectors.search(np.ascontiguousarray(vectors, np.float32), wanted)
+        return [_hits(held, *row, least)[:top] for row in zip(scores, ids, strict=True)]
+
+    def threshold(self, rate: float = calibrate.RATE) -> float:
+        """The score that this share of captions of other images reaches in this index.
+
+        Raises:
+            ConfigError: the bundle holds no captions to calibrate on, or no such rate.
+        """
+        return calibrate.threshold(self._held.pointer.quantiles, rate)
+
+    def photo(self, photo_id: str) -> Photo | None:
+        """The photo of an id, None where the index does not hold it."""
+        held = self._held
+        entry = _entry(held, photo_id)
+        if entry is None:
+            return None
+        where = Path(held.pointer.folder) / entry.path
+        return Photo(photo_id, where, entry.path, entry.size, entry.mtime_ns, entry.caption)
+
+    def refresh(self) -> bool:
+        """Take up what `crosstill index` has published since; whether there was anything.
+
+        Queries that are under way end with what they began with. An index that cannot be opened,
+        or that another bundle has rebuilt, is logged once; the old one goes on serving.
+        """
+        with self._refreshing:
+            try:
+                if generations.read(self.index) == self._held.pointer:
+                    return False
+                self._held = generations.settled(self.index, self._newer)
+                return True
+            except (CrosstillError, OSError) as error:
+                if str(error) != self._said:
+                    log.warning("still serving generation %d: %s", self.generation, error)
+                self._said = str(error)
+                return False
+
+    def warm(self) -> None:
+        """Run both towers and one search: the first ones are slower than the others."""
+        self._encoder.warm()
+        self.find(self.encode_texts(["a photo"]), 1)
+
+    def close(self) -> None:
+        self._held.vectors.close()
+        self._held.photos.close()
+
+    def _newer(self, pointer: Pointer) -> _Generation:
+        what = f"{self.index} was made anew with another bundle, start again to take it up"
+        check_same(pointer.identity, self.bundle.identity, what)
+        return _open(self.index, pointer, self._threads, self._held)
+
+
+def combine(*vectors: np.ndarray) -> np.ndarray:
+    """Several vectors (D,) as one query: their sum, of unit length.
+
+    Raises:
+        ConfigError: they cancel each other out.
+    """
+    total = np.sum(vectors, axis=0)
+    length = float(np.linalg.norm(total))
+    if length < 1e-6:
+        raise ConfigError("the text and the photo cancel each other out; search by one of them")
+    return (total / length).astype(np.float32)
+
+
+def _open(
+    index: Path, pointer: Pointer, threads: int, before: _Generation | None = None
+) -> _Generation:
+    generations.check(index, pointer)
+    photos = Catalogue(generations.folder_of(index, pointer.generation) / catalogue.NAME)
+    if before and pointer.milvus and before.pointer.milvus == pointer.milvus:
+        return _Generation(pointer, photos, before.vectors)
+    return _Generation(pointer, photos, generations.open_vectors(index, pointer, threads))
+
+
+def _entry(held: _Generation, photo_id: str) -> catalogue.Entry | None:
+    return held.photos.find(photo_id) if re.fullmatch("[0-9a-f]{64}", photo_id) else None
+
+
+def _hits(held: _Generation, scores: np.ndarray, ids: np.ndarray, least: float) -> list[Hit]:
+    found = [(int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0 and s >= least]
+    entries = held.photos.entries(number for number, _ in found)
+    known = [(entries[number], score) for number, score in found if number in entries]
+    return [Hit(entry.sha, score, entry.path, entry.caption) for entry, score in known]

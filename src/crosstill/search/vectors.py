@@ -1,0 +1,123 @@
+"""Vectors under ids: what an index of them can do, and how to open one.
+
+    faiss_vectors     in the memory of this process, saved as files
+    milvus_vectors    a Milvus cluster, or a Milvus Lite file
+
+Neither library is imported before an index of its kind is opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from crosstill.errors import MismatchError, unknown
+from crosstill.search import faiss_vectors
+from crosstill.search.faiss_vectors import FLAT_UP_TO, FaissVectors
+from crosstill.search.milvus_vectors import MilvusVectors, is_milvus
+from crosstill.search.rows import Found
+
+
+class VectorIndex(Protocol):
+    """Unit vectors of one dimension D under ids of 0 or more, found by inner product.
+
+    Vectors are float32 and finite, ids int64. Rows that are not are refused with a `DataError`,
+    rows of another D with a `MismatchError`.
+    """
+
+    dim: int
+
+    def __len__(self) -> int:
+        """How many vectors there are."""
+
+    def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Put vectors (N, D) under ids (N,), in place of what was there.
+
+        Of an id that comes twice, the last row counts.
+        """
+
+    def remove(self, ids: np.ndarray) -> None:
+        """Take out these ids (N,); those that are not there are ignored."""
+
+    def search(self, queries: np.ndarray, k: int) -> Found:
+        """Find the k vectors of the largest inner product with each query (Q, D).
+
+        Returns:
+            Scores (Q, k) float32 and ids (Q, k) int64, best first; of equal scores the lower id
+            first. Beyond the last vector, -inf and -1.
+
+        Raises:
+            ConfigError: k is less than 1.
+        """
+
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors (N, D) of these ids (N,); of an "hnsw" index, their 8-bit likenesses.
+
+        Raises:
+            KeyError: an id that is not there.
+        """
+
+    def ids(self) -> np.ndarray:
+        """All ids (N,), ascending."""
+
+    def save(self, folder: Path) -> list[str]:
+        """Write what is in memory to an existing folder; the names of the files written."""
+
+    def close(self) -> None:
+        """Let go of connections. Use nothing of the index afterwards."""
+
+
+def open_vectors(
+    place: Path | str,
+    dim: int,
+    threads: int = 1,
+    collection: str = "crosstill",
+    token: str | None = None,
+) -> VectorIndex:
+    """Open vectors where they are.
+
+    Args:
+        place: a folder that `FaissVectors.save` wrote to, or Milvus: the URI of a cluster or the
+            path of a Milvus Lite file, which ends in ".db".
+        dim: D.
+        threads: of one FAISS call, at most.
+        collection: the name in Milvus; it is made where there is none.
+        token: "user:password" or an API key, for Milvus.
+
+    Raises:
+        MismatchError: the vectors there have another D.
+        CorruptError: a file is missing or damaged.
+        ConfigError: Milvus does not answer, or a library is not installed.
+    """
+    if is_milvus(place):
+        return MilvusVectors(str(place), collection, dim, token)
+    found = FaissVectors.load(Path(place), threads)
+    if found.dim != dim:
+        raise MismatchError(
+            f"{place}: vectors of {found.dim} dimensions, and a model of {dim}; make the index anew"
+        )
+    return found
+
+
+def kind_for(count: int) -> str:
+    """The kind of FAISS index for so many vectors."""
+    return "flat" if count <= FLAT_UP_TO else "hnsw"
+
+
+def estimate_bytes(count: int, dim: int, kind: str) -> int:
+    """The memory that an index of so many vectors takes, in bytes; known before it is built.
+
+    While a FAISS index grows, it takes up to twice that for moments.
+
+    Args:
+        count: of vectors.
+        dim: D.
+        kind: "flat", "hnsw", or "milvus": then of the float32 vectors and ids on the server.
+    """
+    if kind == "milvus":
+        return count * (4 * dim + 8)
+    if kind not in faiss_vectors.KINDS:
+        raise unknown("kind of index", kind, (*faiss_vectors.KINDS, "milvus"))
+    return faiss_vectors.estimate_bytes(count, dim, kind)

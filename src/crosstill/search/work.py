@@ -1,0 +1,209 @@
+"""work.sqlite: what the builder of an index remembers from one run to the next.
+
+Which file had which content when it was last read, and the vector of every content. Readers never
+see it. It can be lost: files are then read again, and vectors taken from the last generation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crosstill.errors import CorruptError
+from crosstill.search.catalogue import damaged, guarded
+from crosstill.search.walk import Stamp
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+SHEETS = "sheets"  # SHA-256 that quarantine.jsonl may have: of the last one, and of the next
+MOMENT = 2_000_000_000  # ns: the coarsest clock of a file system in use
+NOTES = 1000  # files that are remembered at a time where nothing has to be encoded
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS files (
+    path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, caption_size INTEGER,
+    caption_mtime_ns INTEGER, read_ns INTEGER, sha BLOB, caption TEXT, reason TEXT
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS embeddings (
+    sha BLOB PRIMARY KEY, crc INTEGER NOT NULL, vector BLOB NOT NULL
+);
+"""
+
+
+class Known(NamedTuple):
+    """What a file held when it was last read.
+
+    Attributes:
+        stamp: its size and time, and its caption's.
+        read_ns: when it was read.
+        sha: SHA-256 of its bytes; None where they could not be read.
+        caption: of its text file.
+        reason: why it is no photo; "" where it is one.
+    """
+
+    stamp: Stamp
+    read_ns: int
+    sha: bytes | None
+    caption: str = ""
+    reason: str = ""
+
+    def still(self, stamp: Stamp) -> bool:
+        """Whether a file that looks like this is certain to be the same.
+
+        A file written in the very moment in which it was read may have changed without a trace.
+        """
+        newest = max(stamp.mtime_ns, stamp.caption_mtime_ns)
+        return self.stamp == stamp and newest + MOMENT < self.read_ns
+
+
+class Work:
+    """The memory of one index, open for one builder.
+
+    Args:
+        path: of the file; a damaged one is thrown away.
+        key: what the vectors belong to; with another one, everything is forgotten.
+        root: where the photos are; files of another place are forgotten, contents are not.
+
+    Attributes:
+        known: what is remembered of each file, by its path.
+        shas: of the contents whose vectors are kept.
+    """
+
+    def __init__(self, path: Path, key: str, root: Path) -> None:
+        self.path, self._noted = path, 0
+        try:
+            self._open(key, root)
+        except CorruptError as error:
+            log.warning("%s; now it is thrown away and made anew", str(error).partition(";")[0])
+            self._open(key, root)
+
+    def note(self, path: str, known: Known) -> None:
+        """Remember a file."""
+        self.known[path] = known
+        row = (os.fsencode(path), *known.stamp, *known[1:])
+        with self._guarded():
+            self._db.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?,?,?,?,?)", row)
+            self._noted += 1
+            if self._noted % NOTES == 0:
+                self._db.commit()
+
+    def keep(self, shas: Sequence[bytes], vectors: np.ndarray) -> None:
+        """Remember vectors (N, D) float32 of N contents, and flush all that was noted."""
+        blobs = [row.tobytes() for row in np.ascontiguousarray(vectors, np.float32)]
+        rows = ((s, zlib.crc32(blob), blob) for s, blob in zip(shas, blobs, strict=True))
+        with self._guarded():
+            self._db.executemany("INSERT OR REPLACE INTO embeddings VALUES (?,?,?)", rows)
+        self.shas.update(shas)
+        self.commit()
+
+    def vectors(self, shas: Sequence[bytes]) -> np.ndarray:
+        """The vectors (N, D) of N > 0 contents that are kept."""
+        query = "SELECT crc, vector FROM embeddings WHERE sha = ?"
+        with self._guarded():
+            rows = [self._db.execute(query, (sha,)).fetchone() for sha in shas]
+            if not all(row and zlib.crc32(row[1]) == row[0] for row in rows):
+                raise damaged(self.path, "a vector is not as it was written")
+        return np.stack([np.frombuffer(blob, np.float32) for _, blob in rows])
+
+    def forget(self, paths: Iterable[str], shas: Iterable[bytes]) -> None:
+        """Let go of files that are gone, and of contents that no file has."""
+        paths, shas = list(paths), list(shas)
+        with self._guarded():
+            gone = ((os.fsencode(path),) for path in paths)
+            self._db.executemany("DELETE FROM files WHERE path = ?", gone)
+            self._db.executemany("DELETE FROM embeddings WHERE sha = ?", ((s,) for s in shas))
+        for path in paths:
+            self.known.pop(path, None)
+        self.shas.difference_update(shas)
+        self.commit()
+
+    def get(self, name: str) -> Any:
+        """A remembered value, None where there is none."""
+        with self._guarded():
+            found = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+            return json.loads(found[0]) if found else None
+
+    def put(self, name: str, value: Any) -> None:
+        """Remember a value that JSON can hold."""
+        with self._guarded():
+            row = (name, json.dumps(value))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", row)
+        self.commit()
+
+    def commit(self) -> None:
+        with self._guarded():
+            self._db.commit()
+
+    def close(self) -> None:
+        """Let go of the file; what was not flushed is forgotten."""
+        with guarded(self.path):
+            self._db.close()
+
+    def _open(self, key: str, root: Path) -> None:
+        with self._guarded():
+            self._db = sqlite3.connect(self.path)
+            # One builder at a time, so that nothing need be shared with other processes.
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.executescript(_TABLES)
+            self._settle({"format": FORMAT, "key": key}, str(root))
+            files = self._db.execute("SELECT * FROM files")
+            self.known = {os.fsdecode(p): Known(Stamp(*r[:4]), *r[4:]) for p, *r in files}
+            self.shas = {sha for (sha,) in self._db.execute("SELECT sha FROM embeddings")}
+
+    def _settle(self, wanted: dict[str, Any], root: str) -> None:
+        """Forget what belongs to another key, or to photos elsewhere."""
+        if any(self.get(name) != value for name, value in wanted.items()):
+            self._db.execute("DELETE FROM embeddings")
+        elif self.get("root") == root:
+            return
+        self._db.execute("DELETE FROM files")
+        self._db.execute("DELETE FROM meta")
+        for name, value in (*wanted.items(), ("root", root)):
+            self.put(name, value)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """A memory that turns out to be damaged is thrown away: the next run makes it anew."""
+        try:
+            with guarded(self.path):
+                yield
+        except CorruptError:
+            self._db.close()
+            for path in self.path.parent.glob(f"{self.path.name}*"):
+                path.unlink()
+            raise
+
+
+def check(path: Path) -> list[str]:
+    """Read a whole memory, and compare every vector with its checksum.
+
+    Returns:
+        What it remembers under `SHEETS`.
+
+    Raises:
+        CorruptError: it is damaged.
+    """
+    with guarded(path), closing(sqlite3.connect(path)) as db:
+        # What a kill left in the log is read without a file shared with other processes.
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        found = db.execute("PRAGMA integrity_check").fetchone()[0]
+        if found != "ok":
+            raise damaged(path, found)
+        for sha, crc, blob in db.execute("SELECT sha, crc, vector FROM embeddings"):
+            if zlib.crc32(blob) != crc:
+                raise damaged(path, f"the vector of {sha.hex()[:12]} is not as it was written")
+        sheets = db.execute("SELECT value FROM meta WHERE name = ?", (SHEETS,)).fetchone()
+        return json.loads(sheets[0]) if sheets else []

@@ -1,0 +1,221 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crosstill import files
+from verbs import crosstill, refusal
+
+
+@pytest.fixture
+def own(index_folder, tmp_path) -> Path:
+    """A copy of the index that a test may damage."""
+    return Path(shutil.copytree(index_folder, tmp_path / "index"))
+
+
+def test_from_a_folder_to_a_hit(bundle_folder, photos, tmp_path):
+    out = tmp_path / "index"
+    (tmp_path / "photos").mkdir()
+    for name in sorted(os.listdir(photos))[:12]:
+        shutil.copy(photos / name, tmp_path / "photos")
+    (tmp_path / "photos/bad.jpg").write_bytes(b"no image")
+    first = crosstill("index", bundle_folder, tmp_path / "photos", "--out", out)
+    assert first.stdout.startswith(
+        f"{out}: 12 photos; files: 12 new, 0 unchanged, 0 changed, 0 moved, 0 deleted, "
+        "1 left out; 12 encoded in "
+    )
+    assert f"unreadable images left out: 1, listed in {out}/quarantine.jsonl" in first.stderr
+    again = crosstill("index", bundle_folder, tmp_path / "photos", "--out", out, "--json")
+    found = json.loads(again.stdout)
+    assert (found["photos"], found["unchanged"], found["encoded"]) == (12, 12, 0)
+    name = sorted(os.listdir(photos))[5]
+    table = crosstill("search", out, "--image", photos / name, "--top", "3").stdout.splitlines()
+    assert table[0] == "score  photo" and len(table) == 4
+    assert table[1] == f"1.000  {name}"
+    whole = crosstill("index", "verify", out).stdout
+    assert whole == f"{out}: whole; 12 photos\n"
+
+
+def test_words_photos_and_both(index_folder, photos):
+    name = sorted(os.listdir(photos))[0]
+
+    def hits(*arguments: object) -> dict[str, float]:
+        found = json.loads(crosstill("search", index_folder, *arguments, "--json").stdout)
+        return {hit["path"]: hit["score"] for hit in found["hits"]}
+
+    words, photo = hits("a red circle", "--top", 40), hits("--image", photos / name, "--top", 40)
+    both = hits("a red circle", "--image", photos / name, "--top", 40)
+    assert len(words) == len(photo) == len(both) == 40
+    assert next(iter(photo)) == name
+    assert list(words.values()) == sorted(words.values(), reverse=True)
+    # the sum of two unit vectors, brought to unit length
+    scale = both[name] / (words[name] + photo[name])
+    for path in both:
+        assert both[path] == pytest.approx(scale * (words[path] + photo[path]), abs=1e-4)
+    assert len(hits("a red circle")) == 10
+
+
+def test_nothing_relevant_is_an_answer(index_folder):
+    said = crosstill("search", index_folder, "a red circle", "--threshold", "0.99")
+    assert said.stdout == "nothing relevant: no photo scores 0.990 or more\n"
+    found = json.loads(
+        crosstill("search", index_folder, "a red circle", "--threshold", "1", "--json").stdout
+    )
+    assert found == {"threshold": 1.0, "hits": []}
+    auto = json.loads(
+        crosstill("search", index_folder, "a circle", "--threshold", "auto", "--json").stdout
+    )
+    assert -1 < auto["threshold"] < 1
+    assert all(hit["score"] >= auto["threshold"] for hit in auto["hits"])
+
+
+def test_names_are_printed_escaped(bundle_folder, photos, tmp_path):
+    name = os.fsdecode(b"\x1b[31m\xff\nred.png")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(photos / sorted(os.listdir(photos))[0], tmp_path / "photos" / name)
+    crosstill("index", bundle_folder, tmp_path / "photos", "--out", tmp_path / "index")
+    table = crosstill("search", tmp_path / "index", "a red circle").stdout.splitlines()
+    assert len(table) == 2 and table[1].endswith(r"  \x1b[31m\xff\nred.png")
+    found = json.loads(crosstill("search", tmp_path / "index", "x", "--json").stdout)
+    assert found["hits"][0]["path"] == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("x", "--top", "0"), "--top 0: give a number from 1 to 1000"),
+        (("x", "--top", "1001"), "--top 1001: give a number from 1 to 1000"),
+        ((), "nothing to search for; give words, or --image"),
+        (("",), "the query is empty"),
+        ((" \n",), "the query is empty"),
+        (("x", "--threshold", "high"), "--threshold high: give a score from -1 to 1, or auto"),
+        (("x", "--threshold", "nan"), "--threshold nan: give a score"),
+        (("x", "--threshold", "2"), "--threshold 2: give a score"),
+        (("--image", "README.md"), "README.md: not an image"),
+        (("--image", "/nowhere.jpg"), "/nowhere.jpg: no such file"),
+        (("--image", "/tmp"), "/tmp: Is a directory"),
+        (("--image", "x.jpg", "--threshold", "auto"), "--threshold auto: is calibrated for words"),
+    ],
+)
+def test_queries_that_cannot_be(index_folder, arguments, match, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert match in refusal("search", index_folder, *arguments)
+
+
+def test_what_is_no_index(tmp_path, bundle_folder):
+    assert "no such index; make one with" in refusal("search", tmp_path / "nowhere", "x")
+    assert "no index; make one with" in refusal("search", bundle_folder, "x")
+    assert "no index; make one with" in refusal("index", "verify", tmp_path)
+
+
+def test_another_bundle(index_folder, bundle_folder, photos, tmp_path, own):
+    other = Path(shutil.copytree(bundle_folder, tmp_path / "other"))
+    record = files.read_json(other / "bundle.json")
+    record["identity"] |= {"tokenizer": "another"}
+    files.write_json(other / "bundle.json", files.sealed(record))
+    assert "not the same tokenizer" in refusal("search", index_folder, "x", "--bundle", other)
+    said = refusal("index", other, photos, "--out", own)
+    assert "not the same tokenizer" in said and said.endswith("with --rebuild")
+    assert "40 encoded" in crosstill("index", other, photos, "--out", own, "--rebuild").stdout
+    (other / "text.onnx").unlink()
+    assert "half a bundle" in refusal("index", other, photos, "--out", own)
+    assert "half a bundle" in refusal("search", index_folder, "x", "--bundle", other)
+
+
+def test_folders_and_options_that_cannot_be(bundle_folder, photos, tmp_path, own):
+    (tmp_path / "empty").mkdir()
+    index = ("index", bundle_folder)
+    assert "no photo in it" in refusal(*index, tmp_path / "empty", "--out", tmp_path / "i")
+    assert "no such folder" in refusal(*index, tmp_path / "nowhere", "--out", tmp_path / "i")
+    assert "--workers 0" in refusal(*index, photos, "--out", own, "--workers", "0")
+    assert "no Milvus" in refusal(*index, photos, "--out", own, "--milvus", "here")
+    assert "takes no option" in refusal("index", "verify", own, "--rebuild")
+    crosstill("index", bundle_folder, photos, code=2)  # --out is missing
+    with files.locked(own):
+        assert "in use by process" in refusal(*index, photos, "--out", own)
+        assert "in use by process" in refusal("index", "verify", own)
+        crosstill("search", own, "a circle")
+
+
+def test_damage_is_named_with_the_command_that_mends_it(own, photos, bundle_folder):
+    path = max(own.glob("g-*/vectors.faiss"))
+    path.write_bytes(path.read_bytes()[:100])
+    said = crosstill("search", own, "x", code=1).stderr
+    assert (
+        said
+        == f"error: {path}: its checksum is wrong; run `crosstill index` again, which mends it\n"
+    )
+    checked = crosstill("index", "verify", own, code=1)
+    assert str(path) in checked.stdout
+    command = checked.stderr.strip().partition("mend it with: crosstill ")[2]
+    crosstill(*command.split())
+    assert "whole; 40 photos" in crosstill("index", "verify", own).stdout
+
+
+def test_photos_that_are_gone_are_listed(bundle_folder, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    crosstill("index", bundle_folder, tmp_path / "photos", "--out", tmp_path / "index")
+    (tmp_path / "photos" / sorted(os.listdir(photos))[0]).unlink()
+    checked = crosstill("index", "verify", tmp_path / "index")
+    assert "whole; 40 photos, of which 1 are gone or have changed since" in checked.stdout
+    assert "No such file" in checked.stdout and "crosstill index" in checked.stderr
+    found = json.loads(crosstill("index", "verify", tmp_path / "index", "--json").stdout)
+    assert found["problems"] == [] and len(found["outdated"]) == 1
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from crosstill.cli import index, search
+bundle, photos, out = map(Path, sys.argv[1:])
+index.command(bundle, folder=photos, out=out)
+search.command(out, "a red circle")
+index.command("verify", folder=out)
+assert not {"torch", "transformers", "pyarrow"} & set(sys.modules)
+"""
+
+
+def test_no_torch_is_needed(bundle_folder, photos, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, bundle_folder, photos, tmp_path / "index"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "whole; 40 photos" in done.stdout
+
+
+FULL = """
+import resource, signal, sys
+from crosstill.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv.pop())
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+main()
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 3000, 20_000, 60_000])
+def test_a_full_disk_is_one_line_and_the_old_index_stays(
+    bundle_folder, photos, own, tmp_path, limit
+):
+    """A limit on the size of files fails where a full disk does."""
+    more = Path(shutil.copytree(photos, tmp_path / "more"))
+    for number in range(200):
+        data = f"P6 1 1 255\n{number:03}".encode()
+        (more / f"{number}.ppm").write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, "index", bundle_folder, more, "--out", own, str(limit)],
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode in (1, 2), lines
+    assert lines[-1].startswith("error: ") and "Traceback" not in done.stderr, lines
+    assert "40 photos" in crosstill("index", "verify", own).stdout
+    crosstill("index", bundle_folder, more, "--out", own)
+    assert "whole; 240 photos" in crosstill("index", "verify", own).stdout
