@@ -59,6 +59,20 @@ def fits(student: Student) -> list[str]:
     return reasons + [f"it takes {what}" for what in processor.hindrances(student.preprocess)]
 
 
+def require(student: Student) -> None:
+    """Refuse a student that does not fit, with the reasons and another form.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    reasons = fits(student)
+    if reasons:
+        raise ConfigError(
+            f"{student.name} is no VisionTextDualEncoderModel: {'; '.join(reasons)}. "
+            "Export it as sentence-transformers or as onnx"
+        )
+
+
 def write(student: Student, folder: Path, card: str) -> Parity:
     """Export a student; the folder is there only if plain transformers gives the same rows.
 
@@ -71,12 +85,7 @@ def write(student: Student, folder: Path, card: str) -> Parity:
         ConfigError: the student does not fit; the message says why, and which form to use.
         ExportError: the rows differ; the message has the figures.
     """
-    reasons = fits(student)
-    if reasons:
-        raise ConfigError(
-            f"{student.name} is no VisionTextDualEncoderModel: {'; '.join(reasons)}. "
-            "Export it as sentence-transformers or as onnx"
-        )
+    require(student)
     with aside(folder) as new:
         _save(student, new)
         (new / "README.md").write_text(card, encoding="utf-8")

@@ -60,7 +60,7 @@ class Provenance:
         taught = Origin(teacher["name"], teacher_licence or teacher["licence"]) if teacher else None
         learnt = Origin(data.get("name", "not known"), data_licence or data.get("licence"))
         towers = {
-            side: Origin(getattr(student.config, side).source or f"{side} tower", licence)
+            side: Origin(_public(getattr(student.config, side).source) or f"{side} tower", licence)
             for side, licence in student.licences.items()
             if licence or getattr(student.config, side).source
         }
@@ -77,6 +77,11 @@ class Provenance:
             version=__version__,
             fingerprint=files.digest_json(student.identity()),
         )
+
+
+def _public(source: str | None) -> str | None:
+    """A hub id as it is; of a folder only its name: a card is no place for someone's paths."""
+    return Path(source).name if source and Path(source).exists() else source
 
 
 def _threes(recall: Retrieval) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -38,6 +38,20 @@ def fits(student: Student) -> list[str]:
     return [f"it takes {what}" for what in processor.hindrances(student.preprocess)]
 
 
+def require(student: Student) -> None:
+    """Refuse a student that does not fit, with the reasons and another form.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    reasons = fits(student)
+    if reasons:
+        raise ConfigError(
+            f"{student.name} is not for sentence-transformers: {'; '.join(reasons)}. "
+            "Export it as onnx"
+        )
+
+
 def write(student: Student, folder: Path, card: str) -> Parity:
     """Export a student; the folder is there only if sentence-transformers gives the same rows.
 
@@ -51,12 +65,7 @@ def write(student: Student, folder: Path, card: str) -> Parity:
         ExportError: the rows differ; the message has the figures.
     """
     _library()
-    reasons = fits(student)
-    if reasons:
-        raise ConfigError(
-            f"{student.name} is not for sentence-transformers: {'; '.join(reasons)}. "
-            "Export it as onnx"
-        )
+    require(student)
     with aside(folder) as new:
         with quiet(), torch.random.fork_rng():
             _save(student, new)

@@ -27,6 +27,7 @@ def write(source: str | Path | Run | Student, form: str, out: Path, options: Opt
         with folder.aside(out) as new:
             lines = bundling.write(known, new, facts, options.int8, options.max_loss)
     else:
+        (dual_encoder if form == dual_encoder.FORM else sentence).require(known.student)
         told = _measured(known, facts)
         if form == dual_encoder.FORM:
             found = dual_encoder.write(known.student, out, card(told, "transformers"))
