@@ -2,6 +2,7 @@
 
 Scenes are rendered, a teacher is trained on them, its features are cached, a student a fraction
 of its size is distilled from the cache, and both are measured on scenes that neither has seen.
+Then the student is exported, those scenes are indexed, and it answers three queries.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from crosstill import cache, data, images, recipes, students
+from crosstill import cache, data, export, images, recipes, students
 from crosstill.data import Pairs, scenes
 from crosstill.evaluate import Embedded, embed
 from crosstill.evaluate.report import judge, table
+from crosstill.search import building
+from crosstill.search.searcher import Searcher
 from crosstill.students.student import Student
 from crosstill.train import Run, folder
 from crosstill.types import Example
@@ -27,21 +30,25 @@ SHARED = ("batch_size=100", "captions_per_image=4", "lr=1e-3", "schedule=cosine"
 TEACHER = ("epochs=2", *SHARED)
 STUDENT = ("epochs=4", "init_heads=ridge", *SHARED)
 DIM = 128
+QUERIES = 3
 
 
 def run(out: Path, count: int = COUNT) -> str:
     """Do everything in the folder `out`, or what of it is still to do; return what to print."""
     out.mkdir(parents=True, exist_ok=True)
     pairs = _scenes(out / "scenes", count)
-    log.info("1/4  %d scenes with %d captions in %s", count, 5 * count, out / "scenes")
-    log.info("2/4  a teacher learns them (InfoNCE, no teacher of its own)")
+    log.info("1/5  %d scenes with %d captions in %s", count, 5 * count, out / "scenes")
+    log.info("2/5  a teacher learns them (InfoNCE, no teacher of its own)")
     captions = cache.build(None, pairs, out / "captions")
     teacher = _train(out / "teacher", "tiny-teacher", captions, "info_nce", TEACHER).best
-    log.info("3/4  the teacher reads every scene once")
+    log.info("3/5  the teacher reads every scene once")
     told = cache.build(teacher, pairs, out / "cache")
-    log.info("4/4  a student learns from what the teacher said (DSMD)")
+    log.info("4/5  a student learns from what the teacher said (DSMD)")
     student = _train(out / "student", "tiny", told, "dsmd", STUDENT)
-    return _report(out, pairs.split("test"), teacher, student)
+    held_out = pairs.split("test")
+    report = _report(out, held_out, teacher, student)
+    log.info("5/5  the student is exported, and answers queries without torch")
+    return "\n".join([*report, "", *_search(out, held_out), "", *_next()])
 
 
 def _scenes(where: Path, count: int) -> Pairs:
@@ -60,7 +67,7 @@ def _train(
     return recipes.distill(student, source, recipe, out=out, changes=changes, resume=resume)
 
 
-def _report(out: Path, held_out: Pairs, teacher: Student, run: Run) -> str:
+def _report(out: Path, held_out: Pairs, teacher: Student, run: Run) -> list[str]:
     student, untrained = run.best, run.untrained
     seen = embed(student, held_out)
     rows = [
@@ -72,23 +79,49 @@ def _report(out: Path, held_out: Pairs, teacher: Student, run: Run) -> str:
     sheet(held_out, seen, out / "found.png")
     big, small = named[0], named[1]
     assert big.parameters and small.parameters
-    return "\n".join(
-        [
-            f"{len(held_out)} held-out scenes, {5 * len(held_out)} captions",
-            "",
-            table(named),
-            "",
-            f"The student has {small.parameters / big.parameters:.0%} of the teacher's parameters "
-            f"and {small.recall.rsum / big.recall.rsum:.0%} of its RSUM.",
-            f"What it finds for five captions: {out / 'found.png'}",
-            "",
-            "Now with your own photos (a Karpathy JSON, a CSV, or a folder with .txt captions):",
-            "  crosstill doctor DATA --images DIR",
-            "  crosstill cache openai/clip-vit-base-patch32 DATA --images DIR --out caches/mine",
-            "  crosstill train caches/mine --student mobile --recipe dsmd --out runs/mine",
-            "  crosstill evaluate runs/mine DATA --images DIR --split test",
-        ]
-    )
+    return [
+        f"{len(held_out)} held-out scenes, {5 * len(held_out)} captions",
+        "",
+        table(named),
+        "",
+        f"The student has {small.parameters / big.parameters:.0%} of the teacher's parameters "
+        f"and {small.recall.rsum / big.recall.rsum:.0%} of its RSUM.",
+        f"What it finds for five captions: {out / 'found.png'}",
+    ]
+
+
+def _search(out: Path, held_out: Pairs) -> list[str]:
+    """Export, index the held-out scenes, and ask for three of them."""
+    if not (out / "bundle").is_dir():
+        export.onnx(out / "student", out / "bundle")
+    photos = out / "photos"
+    photos.mkdir(exist_ok=True)
+    for example in held_out.examples:
+        place = photos / Path(example.path).name
+        if not place.exists():
+            place.write_bytes(held_out.read(example))
+    building.build(out / "bundle", photos, out / "index")
+    searcher = Searcher.open(out / "index")
+    asked = [e.captions[0] for e in held_out.examples[:: len(held_out) // QUERIES][:QUERIES]]
+    lines = [f"Exported to {out / 'bundle'}; {len(searcher)} held-out scenes in {out / 'index'}:"]
+    for text, hits in zip(asked, searcher.find(searcher.encode_texts(asked), 3), strict=True):
+        lines.append(f'  "{text}"')
+        lines += [f"    {hit.score:.3f}  {photos / hit.path}" for hit in hits]
+    searcher.close()
+    return [*lines, "", "Search them in a browser:", f"  crosstill serve {out / 'index'}"]
+
+
+def _next() -> list[str]:
+    return [
+        "Now with your own photos (a Karpathy JSON, a CSV, or a folder with .txt captions):",
+        "  crosstill doctor DATA --images DIR",
+        "  crosstill cache openai/clip-vit-base-patch32 DATA --images DIR --out caches/mine",
+        "  crosstill train caches/mine --student mobile --recipe dsmd --out runs/mine",
+        "  crosstill evaluate runs/mine DATA --images DIR --split test",
+        "  crosstill export runs/mine --to onnx --out bundles/mine",
+        "  crosstill index bundles/mine PHOTOS --out mine.index",
+        '  crosstill search mine.index "two dogs on snow"',
+    ]
 
 
 def sheet(pairs: Pairs, seen: Embedded, path: Path, queries: int = 5, top: int = 5) -> None:

@@ -11,7 +11,21 @@ from typing import Any
 
 import typer
 
-from crosstill.cli import ablate, cache, common, demo, doctor, evaluate, inspect, report, train
+from crosstill.cli import (
+    ablate,
+    cache,
+    common,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    index,
+    inspect,
+    report,
+    search,
+    serve,
+    train,
+)
 from crosstill.errors import CrosstillError
 
 app = typer.Typer(
@@ -26,6 +40,7 @@ GOES_ON = {
     "cache": "; the same command goes on where it was",
     "train": "; the same command with --resume goes on where it was",
     "ablate": "; the same command goes on where it was",
+    "index": "; the same command goes on where it was",
 }
 
 
@@ -50,7 +65,22 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (cache, train, evaluate, ablate, report, demo, doctor, inspect):
+VERBS = (
+    cache,
+    train,
+    evaluate,
+    ablate,
+    report,
+    export,
+    index,
+    search,
+    serve,
+    demo,
+    doctor,
+    inspect,
+)
+
+for module in VERBS:
     app.command(module.__name__.rpartition(".")[2])(_guarded(module.command))
 
 

@@ -1,0 +1,1 @@
+"""The search box over HTTP: JSON routes, photos by id, and a page."""

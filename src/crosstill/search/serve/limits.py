@@ -1,0 +1,188 @@
+"""Around the whole application: bodies are counted, requests timed, every answer has its headers.
+
+A request has three spans: its body arrives, its answer is thought out, its answer is sent. The
+first two have an end here; the third, as the request's head before it, in `wire`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from urllib.parse import unquote_to_bytes
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from crosstill.search.serve.batching import Gate
+from crosstill.search.serve.metrics import Metrics
+from crosstill.search.serve.settings import Settings
+
+# the page's own files, and a photo that was pasted into it; nothing from elsewhere
+POLICY = (
+    "default-src 'none'; img-src 'self' blob:; style-src 'self'; script-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+CLOSE = (b"connection", b"close")
+REJECTED = {408: "slow body", 413: "large body", 431: "large head", 503: "busy"}  # by which limit
+
+Pairs = list[tuple[bytes, bytes]]
+
+
+def secured(headers: Iterable[tuple[bytes, bytes]] = ()) -> Pairs:
+    """The headers, and those of every answer that are not among them."""
+    given = list(headers)
+    names = {name.lower() for name, _ in given}
+    return given + [
+        (name.encode(), value.encode())
+        for name, value in HEADERS.items()
+        if name.encode() not in names
+    ]
+
+
+def refusal(error: str) -> bytes:
+    """The body of every error."""
+    return json.dumps({"error": error}).encode()
+
+
+class Guard:
+    """The outermost application: what is inside may forget about limits.
+
+    A body that is too large ends in 413, one that is too slow in 408, both with a closed
+    connection; an answer that takes too long in 503.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self.bodies = Gate(settings.bodies)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # The connection itself leaves the body out of an answer to HEAD.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await _Exchange(self, {**scope, "method": method}, receive, send).run()
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        self.guard, self.settings, self.metrics = guard, guard.settings, guard.metrics
+        self.scope, self._receive, self._send = scope, receive, send
+        self.headers = Headers(scope=scope)
+        self.began, self.status = _now(), 0
+        self.size = 0  # of the body, so far
+        self.whole = not {"content-length", "transfer-encoding"} & {*self.headers.keys()}
+
+    async def run(self) -> None:
+        try:
+            await self._timed()
+        finally:
+            self.guard.bodies.inside -= self.size
+            # Under the route's pattern: what was asked for is the asker's.
+            route = getattr(self.scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(self.status or 499)).inc()
+            self.metrics.seconds.labels(route).observe(_now() - self.began)
+
+    async def receive(self) -> Message:
+        """The next piece of the body, counted; a body that says it is too large is not read.
+
+        It is refused here and not with the head, so that a page can say so in its own way.
+        """
+        if int(self.headers.get("content-length", 0)) > self.settings.body:
+            raise self._too_large()
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._count(len(message.get("body", b"")))
+            self.whole = self.whole or not message.get("more_body", False)
+            self._wind()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """The next piece of the answer; nothing here limits how long that takes."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.status in REJECTED:
+                self.metrics.rejected.labels(REJECTED[self.status]).inc()
+            if not self.clock.expired():
+                self.clock.reschedule(None)
+            headers = secured(message.get("headers", ()))
+            # The rest of the body will not be read: no other request can follow it.
+            message = {**message, "headers": headers + ([] if self.whole else [CLOSE])}
+        await self._send(message)
+
+    async def _timed(self) -> None:
+        self.clock = asyncio.timeout(None)
+        try:
+            async with self.clock:
+                self._wind()
+                try:
+                    self._check_head()
+                    await self.guard.app(self.scope, self.receive, self.send)
+                except HTTPException as error:
+                    if self.status:
+                        raise
+                    await self._refuse(error.status_code, error.detail)
+        except TimeoutError:
+            if self.status or not self.clock.expired():
+                raise
+            if self.whole:
+                await self._refuse(503, "this took too long; try again soon")
+            else:
+                await self._refuse(408, "the body of the request did not arrive in time")
+
+    def _wind(self) -> None:
+        """Set the end of the span that the request is in."""
+        settings = self.settings
+        if self.status:
+            return
+        if self.whole:
+            self.clock.reschedule(_now() + settings.timeout)
+        else:
+            allowed = settings.body_seconds + self.size / settings.body_rate
+            self.clock.reschedule(self.began + allowed)
+
+    def _check_head(self) -> None:
+        """Refuse what no route could answer."""
+        size = sum(len(name) + len(value) for name, value in self.scope["headers"])
+        size += len(self.scope.get("raw_path", b"")) + len(self.scope["query_string"])
+        if size > self.settings.head:
+            raise HTTPException(431, "the head of the request is too large")
+        try:
+            unquote_to_bytes(self.scope["query_string"]).decode()
+        except UnicodeDecodeError:
+            raise HTTPException(400, "the query is not UTF-8") from None
+
+    def _count(self, amount: int) -> None:
+        if self.size + amount > self.settings.body:
+            raise self._too_large()
+        self.guard.bodies.take(amount)
+        self.size += amount
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body is too large; at most {self.settings.body} bytes")
+
+    async def _refuse(self, status: int, error: str) -> None:
+        body = refusal(error)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if status == 503:
+            headers.append((b"retry-after", b"%d" % self.settings.retry))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

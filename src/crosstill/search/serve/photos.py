@@ -1,0 +1,191 @@
+"""The photos of an index and their thumbnails, by id alone.
+
+An id is the SHA-256 of a photo's bytes: what is sent is read once, hashed, and only then sent,
+so that whatever lies at the photo's path by now, nothing else gets out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from PIL import Image
+from starlette.types import Receive, Scope, Send
+
+from crosstill import pixels
+from crosstill.errors import ImageError
+from crosstill.search import walk
+from crosstill.search.searcher import Searcher
+from crosstill.search.serve.batching import Gate
+from crosstill.search.serve.settings import Settings
+
+TYPES = {
+    "JPEG": "image/jpeg",
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+    "PPM": "image/x-portable-anymap",
+}
+ID = re.compile("[0-9a-f]{64}")
+KEPT = "private, max-age=31536000, immutable"  # another content has another id
+POLICY = "default-src 'none'; sandbox; frame-ancestors 'none'"
+_CHUNK, _QUALITY = 64 * 1024, 82
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Bytes that a browser may show, and what they are."""
+
+    data: bytes
+    type: str
+
+
+class Store:
+    """Reads photos and makes thumbnails in a few threads, and keeps some thumbnails."""
+
+    def __init__(self, searcher: Searcher, settings: Settings) -> None:
+        self.searcher, self.settings = searcher, settings
+        self.sending = Gate(settings.photos)
+        self._gate = Gate(settings.photo_queue)
+        self._workers = ThreadPoolExecutor(settings.photo_workers, "photos-")
+        self._kept: OrderedDict[str, Picture] = OrderedDict()
+        self._size = 0
+
+    async def photo(self, photo_id: str) -> Picture | None:
+        """The photo itself; None where there is none with that id, or no longer."""
+        return await self._work(self._photo, photo_id)
+
+    async def thumbnail(self, photo_id: str) -> Picture | None:
+        """An upright JPEG of it, small; from memory where it was made before."""
+        if photo_id in self._kept:
+            self._kept.move_to_end(photo_id)
+            return self._kept[photo_id]
+        picture = await self._work(self._thumbnail, photo_id)
+        if picture is not None and photo_id not in self._kept:
+            self._keep(photo_id, picture)
+        return picture
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def _work(self, job: Callable[[str], Picture | None], photo_id: str) -> Picture | None:
+        with self._gate.enter():
+            return await asyncio.get_running_loop().run_in_executor(self._workers, job, photo_id)
+
+    def _keep(self, photo_id: str, picture: Picture) -> None:
+        self._kept[photo_id] = picture
+        self._size += len(picture.data)
+        while self._size > self.settings.thumbnails:
+            _, oldest = self._kept.popitem(last=False)
+            self._size -= len(oldest.data)
+
+    def _photo(self, photo_id: str) -> Picture | None:
+        data = self._bytes(photo_id, self.settings.photo_size)
+        kind = data and _type(data)
+        return Picture(data, kind) if data and kind else None
+
+    def _thumbnail(self, photo_id: str) -> Picture | None:
+        data = self._bytes(photo_id, None)
+        if data is None:
+            return None
+        try:
+            image = Image.fromarray(pixels.decode(data, photo_id))
+        except ImageError:
+            return None
+        side = self.settings.thumbnail
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=_QUALITY)
+        return Picture(out.getvalue(), TYPES["JPEG"])
+
+    def _bytes(self, photo_id: str, limit: int | None) -> bytes | None:
+        photo = self.searcher.photo(photo_id)
+        if photo is None or (limit is not None and photo.size > limit):
+            return None
+        try:
+            if photo.path.stat().st_size != photo.size:
+                return None
+            data = walk.read(photo.path.parent, photo.path.name)
+        except (OSError, ImageError):
+            return None
+        return data if hashlib.sha256(data).hexdigest() == photo_id else None
+
+
+class Sent(Response):
+    """A picture on its way: in pieces, so that a slow reader holds it up and is counted."""
+
+    def __init__(self, picture: Picture, sending: Gate, headers: dict[str, str]) -> None:
+        super().__init__(picture.data, headers=headers, media_type=picture.type)
+        self._sending = sending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._sending.enter(len(self.body)):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            view = memoryview(self.body)
+            for at in range(0, len(view), _CHUNK):
+                piece = {"type": "http.response.body", "body": view[at : at + _CHUNK]}
+                await send({**piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+def router(store: Store) -> APIRouter:
+    """`/images/{id}` and `/thumbnails/{id}`."""
+    routes = APIRouter(tags=["photos"])
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"image/*": {}}},
+        304: {"description": "You have it."},
+    }
+
+    @routes.get("/images/{photo_id}", response_class=Response, responses=answers)
+    async def image(photo_id: str, request: Request) -> Response:
+        """The photo as it is on disk; 404 when it is no longer what was indexed."""
+        return await _answer(store, store.photo, photo_id, request, f'"{photo_id}"')
+
+    @routes.get("/thumbnails/{photo_id}", response_class=Response, responses=answers)
+    async def thumbnail(photo_id: str, request: Request) -> Response:
+        """A small upright JPEG of the photo."""
+        mark = f'"{photo_id}-{store.settings.thumbnail}"'
+        return await _answer(store, store.thumbnail, photo_id, request, mark)
+
+    return routes
+
+
+async def _answer(
+    store: Store,
+    make: Callable[[str], Awaitable[Picture | None]],
+    photo_id: str,
+    request: Request,
+    mark: str,
+) -> Response:
+    if not ID.fullmatch(photo_id):
+        raise HTTPException(404, "no such photo")
+    if "," in request.headers.get("range", ""):
+        raise HTTPException(416, "ask for the whole photo")
+    headers = {"etag": mark, "cache-control": KEPT, "content-security-policy": POLICY}
+    if mark in request.headers.get("if-none-match", ""):  # whose bytes cannot have changed
+        return Response(status_code=304, headers=headers)
+    picture = await make(photo_id)
+    if picture is None:
+        raise HTTPException(404, "no such photo")
+    return Sent(picture, store.sending, headers)
+
+
+def _type(data: bytes) -> str | None:
+    """What the bytes are, by the rule that indexing decodes by; never SVG or HTML."""
+    Image.init()
+    for name in pixels.FORMATS:
+        accept = Image.OPEN[name][1]
+        if accept is None or accept(data[:16]) is True:
+            return TYPES[name]
+    return None

@@ -1,0 +1,165 @@
+"""What the JSON routes and the page both ask: words, a photo or a photo's id in, results out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+from crosstill.errors import ConfigError
+from crosstill.search.searcher import MAX_TOP, Hit, Searcher
+from crosstill.search.serve.batching import Batcher, Gate, Overloaded
+from crosstill.search.serve.compute import NoSuchPhotoError, Query, answer
+from crosstill.search.serve.metrics import Metrics
+from crosstill.search.serve.settings import Settings
+
+__all__ = ["AUTO", "Found", "NoSuchPhotoError", "Service"]
+
+AUTO = "auto"  # the threshold that the index was calibrated to, for queries of words alone
+
+Threshold = float | str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer to a search.
+
+    Attributes:
+        query: the words that were asked for; "" where there were none.
+        hits: best first.
+        took: milliseconds from the question to the answer, waiting included.
+        generation: of the index that was searched.
+        threshold: the least score that was asked for; None where there was no bound.
+    """
+
+    query: str
+    hits: list[Hit]
+    took: float
+    generation: int
+    threshold: float | None
+
+    @property
+    def nothing_relevant(self) -> bool:
+        """There was a bound, and no photo reached it."""
+        return self.threshold is not None and not self.hits
+
+
+class Service:
+    """Searches an index for many askers at once, and turns away those it has no room for.
+
+    Every method that searches raises `ConfigError` for an impossible question, and `Overloaded`
+    while the server is starting or has too much to do. All run in one event loop.
+
+    Attributes:
+        ready: both towers are warm.
+    """
+
+    def __init__(self, searcher: Searcher, settings: Settings, metrics: Metrics) -> None:
+        self.searcher, self.settings, self.metrics = searcher, settings, metrics
+        self.ready = False
+        self._gate = metrics.watch_queue(Gate(settings.queue))
+        compute, told = partial(answer, searcher), metrics.batches.observe
+        self._answer = Batcher(compute, settings.workers, settings.batch, told)
+        self._photo_workers = ThreadPoolExecutor(settings.photo_encoders, "photo-")
+
+    async def text(self, q: str, top: int | None = None, threshold: Threshold = None) -> Found:
+        """Photos that fit the words.
+
+        Args:
+            q: the words.
+            top: how many at most; the settings' where None.
+            threshold: least score, from -1 to 1, or "auto"; the settings' where None.
+        """
+        words = self._words(q)
+        if not words:
+            raise ConfigError("q: empty; say what the photo shows")
+        bound = await self._bound(threshold, calibrated=True)
+        with self._enter():
+            return await self._found(Query(words, None, "", self._top(top), bound))
+
+    async def photo(
+        self, data: bytes, q: str = "", top: int | None = None, threshold: Threshold = None
+    ) -> Found:
+        """Photos like the one in these bytes, moved by the words where there are some.
+
+        Raises:
+            ImageError: the bytes are no photo that can be read.
+        """
+        words, top = self._words(q), self._top(top)
+        bound = await self._bound(threshold, calibrated=False)
+        began = time.monotonic()
+        with self._enter():
+            loop, encode = asyncio.get_running_loop(), self.searcher.encode_image
+            vector = await loop.run_in_executor(self._photo_workers, encode, data, "photo")
+            return await self._found(Query(words, vector, "", top, bound), began)
+
+    async def like(
+        self, photo_id: str, q: str = "", top: int | None = None, threshold: Threshold = None
+    ) -> Found:
+        """Photos like one of the index, which is itself left out.
+
+        Raises:
+            NoSuchPhotoError: no photo of the index has that id.
+        """
+        if not photo_id:
+            raise ConfigError("like: empty; give the id of a photo")
+        bound = await self._bound(threshold, calibrated=False)
+        with self._enter():
+            query = Query(self._words(q), None, photo_id, self._top(top), bound)
+            return await self._found(query)
+
+    async def calibrated(self) -> float | None:
+        """What the threshold "auto" is now; None for an index that is not calibrated."""
+        try:
+            return self.searcher.threshold()
+        except ConfigError:
+            return None
+
+    def close(self) -> None:
+        """Let go of the threads; what has not begun never will."""
+        self._answer.close()
+        self._photo_workers.shutdown(wait=False, cancel_futures=True)
+
+    def _enter(self) -> AbstractContextManager[None]:
+        if not self.ready:
+            raise Overloaded("the models are still being loaded; try again soon")
+        return self._gate.enter()
+
+    async def _found(self, query: Query, began: float | None = None) -> Found:
+        began = time.monotonic() if began is None else began
+        answer = await self._answer(query)
+        took = 1000 * (time.monotonic() - began)
+        return Found(query.words, answer.hits, took, answer.generation, query.threshold)
+
+    def _words(self, q: str) -> str:
+        words = q.strip()
+        if len(words) > self.settings.text:
+            raise ConfigError(f"q: {len(words)} characters; at most {self.settings.text}")
+        if "\0" in words:
+            raise ConfigError("q: contains a null character; leave it out")
+        return words
+
+    def _top(self, top: int | None) -> int:
+        top = self.settings.top if top is None else top
+        if not 1 <= top <= MAX_TOP:
+            raise ConfigError(f"top: {top} is not possible; 1 to {MAX_TOP}")
+        return top
+
+    async def _bound(self, threshold: Threshold, calibrated: bool) -> float | None:
+        """The least score; "auto" counts for words alone, as only these were calibrated."""
+        if threshold is None and (calibrated or self.settings.threshold != AUTO):
+            threshold = self.settings.threshold
+        if threshold == AUTO:
+            if not calibrated:
+                raise ConfigError("threshold: auto is for words alone; give a number")
+            threshold = await self.calibrated()
+            if threshold is None:
+                raise ConfigError("threshold: this index is not calibrated; give a number")
+        if threshold is None:
+            return None
+        if isinstance(threshold, str) or not -1 <= threshold <= 1:
+            raise ConfigError(f"threshold: {threshold} is not possible; -1 to 1, or {AUTO}")
+        return threshold

@@ -1,0 +1,222 @@
+"""Starting, stopping, and following the index."""
+
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from crosstill import files
+from crosstill.search import building
+from serving import QUICK, free_port, serving
+from verbs import crosstill, refusal
+
+
+def timed(server, words):
+    began = time.monotonic()
+    server.search(q=words)
+    return time.monotonic() - began
+
+
+def wait_for(condition, seconds=QUICK):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal("serve", tmp_path / "no-index", "--port", port)
+    assert line == (
+        f"error: --port {port}: in use on 127.0.0.1; choose another, or 0 for any that is free"
+    )
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "", "256.1.1.1", "192.0.2.1", "a b"])
+def test_a_host_that_cannot_be_is_one_line(tmp_path, host):
+    line = refusal("serve", tmp_path / "no-index", "--host", host, "--port", 0)
+    assert line.startswith(f"error: --host {host}: ")
+
+
+def test_two_servers_do_not_share_a_port(server, index_folder):
+    line = refusal("serve", index_folder, "--port", server.port)
+    assert f"--port {server.port}: in use" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--port", 70000], "--port 70000"),
+        (["--threshold", "high"], "--threshold high"),
+        (["--threshold", "nan"], "--threshold nan"),
+        (["--threshold", 2], "--threshold 2"),
+        (["--top", 1001], "--top 1001"),
+        (["--bundle", "nowhere", "--port", 0], "nowhere"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(index_folder, options, named):
+    assert named in refusal("serve", index_folder, *options)
+
+
+def test_a_missing_library_is_named(index_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "crosstill.search.serve.run", None)
+    assert "pip install 'crosstill[search]'" in refusal("serve", index_folder)
+
+
+def test_a_folder_without_an_index_is_one_line(tmp_path):
+    assert "no such index" in refusal("serve", tmp_path / "nothing", "--port", 0)
+    assert "no index" in refusal("serve", tmp_path, "--port", 0)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "soon"])
+def test_a_timeout_is_a_number_of_seconds(index_folder, value):
+    assert "--timeout" in crosstill("serve", index_folder, "--timeout", value, code=2).stderr
+
+
+def test_the_bundle_must_be_the_one_that_made_the_index(index_folder, bundle_folder, tmp_path):
+    shutil.copytree(bundle_folder, tmp_path / "other")
+    record = files.read_json(bundle_folder / "bundle.json")
+    record["identity"]["weights"] = "another student's"
+    files.write_json(tmp_path / "other" / "bundle.json", files.sealed(record))
+    line = refusal("serve", index_folder, "--bundle", tmp_path / "other", "--port", 0)
+    assert "not the same weights" in line
+
+
+def test_a_damaged_index_is_named(index_folder, tmp_path):
+    shutil.copytree(index_folder, tmp_path / "index")
+    vectors = next((tmp_path / "index").glob("g-*/vectors.*"))
+    vectors.write_bytes(vectors.read_bytes()[:-1])
+    command = [sys.executable, "-m", "crosstill", "serve", tmp_path / "index", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert vectors.name in done.stderr
+
+
+def test_sigterm_lets_requests_under_way_end_and_leaves_with_0(index_folder, tmp_path, photo):
+    with serving(index_folder, tmp_path) as server, server.connect() as line:
+        head = b"POST /search HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+        head += b"Content-Length: %d\r\n\r\n" % len(photo)
+        line.sendall(head + photo[:100])
+        wait_for(lambda: server.metric("crosstill_received_bytes_total") > len(head))
+        server.process.terminate()
+        time.sleep(0.3)
+        line.sendall(photo[100:])
+        assert line.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert server.process.wait(QUICK) == 0
+        assert server.log() == ""
+
+
+def test_ctrl_c_leaves_with_130(index_folder, tmp_path):
+    with serving(index_folder, tmp_path) as server, server.connect() as kept:
+        kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert kept.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(QUICK) == 130
+        assert time.monotonic() - began < 5
+        assert server.log() == "interrupted\n"
+
+
+def test_it_is_ready_when_both_towers_are_warm_and_warns_when_all_may_come(index_folder, tmp_path):
+    """Alive and not ready first; once it is ready, the first answer is no slower than others."""
+    port, seen = free_port(), []
+    with serving(index_folder, tmp_path, "--host", "0.0.0.0", port=port) as server:
+        while not seen or seen[-1] != 200:
+            try:
+                seen.append(server.ask("/readyz").status)
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        first, *usual = (timed(server, f"number {number}") for number in range(101))
+        assert set(seen) <= {200, 503}
+        assert first <= 2 * statistics.quantiles(usual, n=20)[-1] + 0.02
+        line = server.process.stdout.readline().decode()
+        assert line == f"listening on http://0.0.0.0:{port}/\n"
+        assert "whoever reaches this machine" in server.log()
+
+
+def test_on_loopback_nothing_is_said(server):
+    assert server.log() == ""
+
+
+def test_searches_before_it_is_ready_are_told_to_wait(searcher, monkeypatch):
+    """In this process, where warming can be held up."""
+    from starlette.testclient import TestClient
+
+    from crosstill.search.serve.app import create
+    from crosstill.search.serve.settings import Settings
+
+    app = create(searcher, Settings())
+    with TestClient(app) as client:
+        for target in ("/readyz", "/search?q=a", "/search?like=" + "0" * 64):
+            found = client.get(target)
+            assert found.status_code == 503 and found.headers["retry-after"] == "1", target
+            assert "loaded" in found.json()["error"]
+        assert client.get("/healthz").status_code == 200
+        app.service.ready = True
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/search?q=a").status_code == 200
+
+
+def test_an_error_of_ours_tells_the_asker_nothing(searcher, monkeypatch):
+    from starlette.testclient import TestClient
+
+    from crosstill.search.serve.app import create
+    from crosstill.search.serve.settings import Settings
+
+    def broken(texts):
+        raise RuntimeError("/home/secret/model.onnx is broken")
+
+    monkeypatch.setattr(searcher, "encode_texts", broken, raising=False)
+    app = create(searcher, Settings())
+    app.service.ready = True
+    with TestClient(app, raise_server_exceptions=False) as client:
+        found = client.get("/search?q=a")
+        assert found.status_code == 500
+        assert found.json() == {"error": "something went wrong here; the server's log says what"}
+        assert found.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_new_generation_is_taken_up(bundle_folder, photos, tmp_path):
+    folder, index = tmp_path / "photos", tmp_path / "index"
+    shutil.copytree(photos, folder)
+    held = min(path for path in folder.rglob("*") if path.suffix == ".png")
+    aside = tmp_path / held.name
+    held.rename(aside)
+    building.build(bundle_folder, folder, index)
+    with serving(index, tmp_path) as server:
+        first = server.search(q="a circle", top=100)
+        assert len(first["results"]) == 39
+        shutil.copy(aside, held)
+        building.build(bundle_folder, folder, index)
+        wait_for(lambda: server.search(q="a")["generation"] > first["generation"])
+        assert len(server.search(q="a circle", top=100)["results"]) == 40
+        assert server.metric("crosstill_index_photos") == 40
+        shutil.rmtree(index)
+        wait_for(lambda: "still serving generation" in server.log())
+        assert len(server.search(q="a circle", top=100)["results"]) == 40
+
+
+def test_no_torch_is_loaded(index_folder):
+    """In a fresh interpreter: everything that `serve` needs, and a search."""
+    code = """
+import sys
+from pathlib import Path
+from crosstill.cli import serve
+from crosstill.search.searcher import Searcher
+from crosstill.search.serve import run
+searcher = Searcher.open(Path(sys.argv[1]))
+run.create(searcher, run.Settings())
+searcher.warm()
+heavy = {"torch", "transformers", "pyarrow"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, index_folder], check=True, env=environment)

@@ -1,0 +1,227 @@
+"""Bodies without end, and clients that never finish: R22 and R23."""
+
+import select
+import socket
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from serving import QUICK, form, last_words, reply, serving
+
+MIB = 2**20
+WITHIN = 15.0  # seconds in which a slow client is cut
+POST = b"POST /search HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+
+
+def pour(line: socket.socket, head: bytes, total: int) -> None:
+    """Send so many bytes as chunks, until an answer comes."""
+    piece = b"10000\r\n%b\r\n" % (b"\0" * 0x10000)
+    line.sendall(head)
+    for _ in range(0, total, 0x10000):
+        if select.select([line], [], [], 0)[0]:
+            return
+        try:
+            line.sendall(piece)
+        except OSError:  # it came while this waited to be sent
+            return
+
+
+def multipart(head: bytes) -> tuple[bytes, bytes]:
+    """The same head for a form, with the beginning of its part."""
+    whole = form(b"")
+    start = whole["body"].partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    head = head.replace(b"image/png", whole["content_type"].encode())
+    return head, start
+
+
+@pytest.fixture(scope="module")
+def fresh(index_folder, tmp_path_factory):
+    """A server whose memory no other test has used, and its folder for temporary files."""
+    folder = tmp_path_factory.mktemp("fresh")
+    (folder / "scratch").mkdir()
+    with serving(index_folder, folder, TMPDIR=folder / "scratch") as running:
+        running.search(q="a circle")
+        yield running, folder / "scratch"
+
+
+@pytest.mark.parametrize("target", [b"/search", b"/", b"/nowhere"])
+@pytest.mark.parametrize("kind", ["raw", "form"])
+def test_a_stream_of_300_mb_is_cut(fresh, target, kind):
+    """Chunked: no header says how much will come."""
+    server, scratch = fresh
+    head = POST.replace(b"/search", target) + b"Transfer-Encoding: chunked\r\n\r\n"
+    if kind == "form":
+        head, start = multipart(head)
+        head += b"%x\r\n%b\r\n" % (len(start), start)
+    before, read = server.memory(), server.metric("crosstill_received_bytes_total")
+    with server.connect() as line:
+        pour(line, head, 300 * MIB)
+        found = reply(line)
+        assert found.status == (404 if target == b"/nowhere" else 413), found
+        assert found.headers["connection"] == "close"
+        assert last_words(line, within=5) is not None
+    assert server.metric("crosstill_received_bytes_total") - read <= 21 * MIB
+    assert server.peak() - before < 64 * MIB
+    assert list(scratch.iterdir()) == []
+    assert server.search(q="a circle")["results"]
+    assert "Traceback" not in server.log()
+
+
+def test_a_length_over_the_limit_is_refused_unread(server):
+    before = server.metric("crosstill_received_bytes_total")
+    with server.connect() as line:
+        line.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (20 * MIB + 1))
+        assert reply(line).status == 413
+    head, _ = multipart(POST.replace(b"/search", b"/"))
+    with server.connect() as line:
+        line.sendall(head + b"Content-Length: %d\r\n\r\n" % (20 * MIB + 1))
+        page = reply(line)
+        assert page.status == 413 and page.headers["content-type"].startswith("text/html")
+    assert server.metric("crosstill_received_bytes_total") - before < 4096
+
+
+def test_a_body_up_to_the_limit_is_read(server, photo):
+    """Whatever follows a PNG's end is no part of it."""
+    whole = photo + b"\0" * (20 * MIB - len(photo))
+    assert server.ask("/search", "POST", whole, content_type="image/png").status == 200
+    whole = photo + b"\0" * (20 * MIB - 1000 - len(photo))
+    assert server.ask("/search", "POST", **form(whole)).status == 200
+
+
+def test_bodies_held_at_once_are_bounded(server, photo):
+    """Nine bodies of 20 MiB that lack their last byte: more than the server will hold."""
+    with ExitStack() as stack:
+        lines = [stack.enter_context(server.connect()) for _ in range(9)]
+        for line in lines:
+            line.setblocking(False)
+        left = {
+            line: memoryview(
+                POST + b"Content-Length: %d\r\n\r\n" % (20 * MIB) + b"\0" * (20 * MIB - 1)
+            )
+            for line in lines
+        }
+        turned_away = []
+        until = time.monotonic() + QUICK
+        while any(left.values()) and not turned_away and time.monotonic() < until:
+            turned_away, writable, _ = select.select(
+                list(left), [line for line in left if left[line]], [], 1
+            )
+            for line in writable:
+                left[line] = left[line][line.send(left[line][: 2**20]) :]
+        turned_away = turned_away or select.select(list(left), [], [], 1)[0]
+        assert turned_away
+        turned_away[0].setblocking(True)
+        found = reply(turned_away[0])
+        assert found.status == 503 and found.headers["retry-after"] == "1"
+        assert server.ask("/search", "POST", **form(photo)).status in (200, 503)
+    time.sleep(0.2)
+    assert server.ask("/search", "POST", **form(photo)).status == 200
+
+
+def hang(server, stack, heads, bodies):
+    """Clients that have begun a head, their first or another, or a body."""
+    lines = [stack.enter_context(server.connect()) for _ in range(heads + bodies)]
+    for number, line in enumerate(lines):
+        if number >= heads:
+            line.sendall(POST + b"Content-Length: 100000\r\n\r\n")
+            continue
+        if number % 3 == 0:
+            line.sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert reply(line).status == 200
+        line.sendall(b"GET /search?q=")
+    return lines
+
+
+def latencies(server, count):
+    """Sorted seconds of queries, one after the other, each on a connection of its own."""
+    seconds = []
+    for number in range(count):
+        began = time.monotonic()
+        server.search(q=f"a circle {number}")
+        seconds.append(time.monotonic() - began)
+    return sorted(seconds)
+
+
+def silent(server, stack):
+    """A client that keeps its connection and says nothing more."""
+    line = stack.enter_context(server.connect())
+    line.sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+    assert reply(line).status == 200
+    return line
+
+
+def deaf(server, stack):
+    """A client that asks without end and reads no answer."""
+    line = stack.enter_context(socket.socket())
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    line.connect(("127.0.0.1", server.port))
+    line.setblocking(False)
+    return line
+
+
+def is_cut(line):
+    """Whether a deaf client's next questions meet no one; until then they fill the line."""
+    try:
+        while True:
+            line.send(b"GET /search?q=a&top=40 HTTP/1.1\r\nHost: test\r\n\r\n" * 10)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def check_slow_clients(server, heads, bodies, queries):
+    usual = latencies(server, queries)
+    with ExitStack() as stack:
+        began = time.monotonic()
+        quiet, unheard = silent(server, stack), deaf(server, stack)
+        lines = hang(server, stack, heads, bodies)
+        crowded = []
+        while len(crowded) < queries:
+            crowded += latencies(server, 10)
+            is_cut(unheard)
+            for line in lines[::2]:  # every other one goes on, a byte at a time
+                with suppress(OSError):
+                    line.send(b"x")
+        for line in lines:
+            said = last_words(line, began + WITHIN - time.monotonic())
+            assert said is not None and said.startswith(b"HTTP/1.1 408 "), said
+        assert time.monotonic() - began > 5  # they had a fair chance
+        assert last_words(quiet, within=1) == b""
+        while not is_cut(unheard):
+            assert time.monotonic() - began < WITHIN
+            time.sleep(0.1)
+    crowded.sort()
+    p95 = [seconds[int(0.95 * len(seconds))] for seconds in (usual, crowded)]
+    assert p95[1] <= 2 * p95[0] + 0.01, p95
+    assert server.search(q="a circle")["results"]
+
+
+def test_slow_clients_are_cut_and_hold_up_nobody(server):
+    check_slow_clients(server, heads=50, bodies=10, queries=100)
+    assert server.metric('crosstill_rejected_total{limit="slow head"}') >= 50
+    assert server.metric('crosstill_rejected_total{limit="slow body"}') >= 10
+
+
+@pytest.mark.slow
+def test_five_hundred_slow_heads_and_a_hundred_slow_bodies(index_folder, tmp_path):
+    with serving(index_folder, tmp_path) as server:
+        check_slow_clients(server, heads=500, bodies=100, queries=500)
+
+
+def test_connections_are_bounded_by_the_files_a_process_may_open(index_folder, tmp_path):
+    with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
+        lines = [stack.enter_context(server.connect()) for _ in range(60)]
+        found = reply(lines[-1])
+        assert found.status == 503 and found.headers["retry-after"] == "1"
+        assert found.json == {"error": "too many connections; try again soon"}
+        assert found.headers["x-content-type-options"] == "nosniff"
+        lines[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert reply(lines[0]).status == 200
+        for line in lines:
+            line.close()
+        until = time.monotonic() + QUICK
+        while server.ask("/healthz").status == 503:
+            assert time.monotonic() < until
+        assert server.metric('crosstill_rejected_total{limit="connections"}') >= 15
