@@ -34,7 +34,16 @@ def test_every_part_is_on_the_list():
 def test_all_names_are_importable():
     for name in crosstill.__all__:
         assert getattr(crosstill, name) is not None
-    for package in ("cache", "data", "evaluate", "objectives", "students", "teachers", "train"):
+    for package in (
+        "cache",
+        "data",
+        "evaluate",
+        "export",
+        "objectives",
+        "students",
+        "teachers",
+        "train",
+    ):
         module = importlib.import_module(f"crosstill.{package}")
         for name in module.__all__:
             assert hasattr(module, name), f"{package}.{name}"
