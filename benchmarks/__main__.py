@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import caching, decode, memory, recall, step
+from benchmarks import caching, decode, indexing, memory, recall, serving, step, vectors
 
 
 def main() -> None:
     """Run all of them, the quick ones first."""
-    for module in (decode, step, caching, recall, memory):
+    for module in (decode, step, caching, recall, memory, vectors, indexing, serving):
         module.main()
 
 

@@ -21,6 +21,7 @@ from torch.export import Dim
 
 from crosstill.errors import ConfigError, ExportError
 from crosstill.search import bundle as bundles
+from crosstill.search.encoder import runtime
 from crosstill.students.student import Student
 
 BATCH = 4096  # the greatest batch that the graphs promise to take
@@ -73,6 +74,7 @@ def quantise(folder: Path) -> None:
     The narrower range costs little and keeps older processors, whose sums saturate, right.
     Embeddings are rounded by `_round_tables`.
     """
+    runtime()
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -93,11 +94,22 @@ def _encodable(texts: Sequence[str]) -> list[str]:
     return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
-def _session(bundle: Bundle, name: str, threads: int) -> Any:
+def runtime() -> Any:
+    """The module onnxruntime, kept from reporting its use to its makers.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError:
         raise ConfigError("onnxruntime is not installed; pip install 'crosstill[search]'") from None
+    return onnxruntime
+
+
+def _session(bundle: Bundle, name: str, threads: int) -> Any:
+    onnxruntime = runtime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

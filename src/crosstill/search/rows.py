@@ -115,6 +115,8 @@ def ranked(find: Callable[[int], Found], k: int, most: int) -> Found:
         scores, ids = find(wide)
     order = np.lexsort((ids, -scores))[:, :k]
     scores, ids = (np.take_along_axis(values, order, axis=1) for values in (scores, ids))
+    if order.shape[1] == k:
+        return scores, ids
     rest = ((0, 0), (0, k - order.shape[1]))
     return (
         np.pad(scores, rest, constant_values=-np.inf),

@@ -127,8 +127,8 @@ def test_what_waits_when_the_server_stops_ends_too():
     async def body(slow, batcher):
         slow.go.clear()
         tasks = [*await started(batcher, [0]), *await started(batcher, [1])]
+        threading.Timer(0.1, slow.go.set).start()
         batcher.close()
-        slow.go.set()
         assert await tasks[0] == 0
         with pytest.raises(asyncio.CancelledError):
             await tasks[1]

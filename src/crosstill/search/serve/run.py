@@ -6,7 +6,6 @@ import asyncio
 import errno
 import ipaddress
 import logging
-import os
 import resource
 import signal
 import socket
@@ -56,8 +55,6 @@ def run(
         KeyboardInterrupt: SIGINT.
     """
     settings = settings or Settings()
-    # onnxruntime reports to its maker, and keeps a file for that in the temporary folder
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form is no news
     signal.signal(signal.SIGTERM, _leave)
     with listen(host, port) as listener:
