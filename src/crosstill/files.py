@@ -21,6 +21,8 @@ from typing import Any
 from crosstill.errors import CorruptError, InputError, LockedError
 
 TEMPORARY = ".writing-"
+_MASK = os.umask(0)  # it can only be read by setting it
+os.umask(_MASK)
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -28,12 +30,18 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         write(temporary)
+        as_others(temporary)
         _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def as_others(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors lets only its owner read it."""
+    path.chmod(0o666 & ~_MASK)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -45,7 +45,7 @@ def test_words_photos_and_both(index_folder, photos):
 
     def hits(*arguments: object) -> dict[str, float]:
         found = json.loads(crosstill("search", index_folder, *arguments, "--json").stdout)
-        return {hit["path"]: hit["score"] for hit in found["hits"]}
+        return {hit["path"]: hit["score"] for hit in found["results"]}
 
     words, photo = hits("a red circle", "--top", 40), hits("--image", photos / name, "--top", 40)
     both = hits("a red circle", "--image", photos / name, "--top", 40)
@@ -65,12 +65,12 @@ def test_nothing_relevant_is_an_answer(index_folder):
     found = json.loads(
         crosstill("search", index_folder, "a red circle", "--threshold", "1", "--json").stdout
     )
-    assert found == {"threshold": 1.0, "hits": []}
+    assert found == {"threshold": 1.0, "results": []}
     auto = json.loads(
         crosstill("search", index_folder, "a circle", "--threshold", "auto", "--json").stdout
     )
     assert -1 < auto["threshold"] < 1
-    assert all(hit["score"] >= auto["threshold"] for hit in auto["hits"])
+    assert all(hit["score"] >= auto["threshold"] for hit in auto["results"])
 
 
 def test_names_are_printed_escaped(bundle_folder, photos, tmp_path):
@@ -81,7 +81,7 @@ def test_names_are_printed_escaped(bundle_folder, photos, tmp_path):
     table = crosstill("search", tmp_path / "index", "a red circle").stdout.splitlines()
     assert len(table) == 2 and table[1].endswith(r"  \x1b[31m\xff\nred.png")
     found = json.loads(crosstill("search", tmp_path / "index", "x", "--json").stdout)
-    assert found["hits"][0]["path"] == name
+    assert found["results"][0]["path"] == name
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from crosstill.cli import common
+from crosstill.errors import ConfigError
 
 Source = Annotated[Path, typer.Argument(help="A run, or a student's folder.")]
 Form = Annotated[
@@ -55,6 +56,8 @@ def command(
     from crosstill import data as sources
     from crosstill import export
 
+    if data is None and (images is not None or split != "val"):
+        raise ConfigError("--images and --split say where --data is measured; give --data too")
     pairs = sources.open(data, images=images).split(split) if data else None
     found = export.run(
         source,

@@ -54,7 +54,8 @@ def command(
     `crosstill index verify INDEX` checks all of an index.
     """
     if folder is None:
-        raise typer.BadParameter("give a folder", param_hint="FOLDER")
+        what = "the index to check" if bundle == "verify" else "the folder of photos"
+        raise typer.BadParameter(f"give {what}", param_hint="FOLDER")
     if bundle == "verify":
         given = (out, workers, milvus, strict or None, rebuild or None)
         if any(value is not None for value in given) or threads != 1:

@@ -23,8 +23,8 @@ Threshold = Annotated[
     str | None,
     typer.Option(
         metavar="SCORE",
-        help="Leave out photos that score less; `auto`: what 1 in 20 captions of other images "
-        "reaches in this index.",
+        help="Leave out photos that score less; `auto`: what half the captions of other "
+        "images reach in this index.",
     ),
 ]
 Bundle = Annotated[Path | None, typer.Option(help="Use this bundle, not the index's own copy.")]
@@ -58,7 +58,7 @@ def command(
     hits = searcher.find(_vector(searcher, query, image)[None], top, least)[0]
     searcher.close()
     if as_json:
-        common.dump({"threshold": least, "hits": [vars(hit) for hit in hits]})
+        common.dump({"threshold": least, "results": [vars(hit) for hit in hits]})
     else:
         common.say(_table(hits, least))
 

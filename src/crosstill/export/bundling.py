@@ -59,7 +59,7 @@ def write(
         lines.append(_judged(measured, int8, max_loss))
         facts = _measured(facts, known, measured, int8)
         quality.calibrate(measured.seen, folder / bundles.CALIBRATION)
-    (folder / "README.md").write_text(card(facts, FORM), encoding="utf-8")
+    (folder / bundles.CARD).write_text(card(facts, FORM), encoding="utf-8")
     _record(student, folder, facts, "int8" if int8 else "fp32")
     return lines
 
@@ -82,7 +82,8 @@ def _record(student: Student, folder: Path, facts: Facts, precision: str) -> Non
     """Write `bundle.json`, which comes last: a folder with one is whole."""
     identity = student.identity()
     identity = {key: identity[key] for key in ("weights", "preprocess", "tokenizer", "activation")}
-    held = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != bundles.RECORD)
+    apart = {bundles.RECORD, bundles.CARD}
+    held = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in apart)
     record: dict[str, Any] = {
         "format": bundles.FORMAT,
         "name": student.name,

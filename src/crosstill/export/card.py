@@ -165,7 +165,8 @@ def _recall(facts: Facts) -> str:
         lost = facts.rounding
         parts.append(
             f"This export is int8. Its RSUM on {_line(lost.split)} is {lost.after:.2f}, and was "
-            f"{lost.before:.2f} in float32: a loss of {lost.loss:.2f} %."
+            f"{lost.before:.2f} in float32: a {'loss' if lost.loss >= 0 else 'gain'} of "
+            f"{abs(lost.loss):.2f} %."
         )
     return "\n\n".join(parts)
 

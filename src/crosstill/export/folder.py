@@ -112,6 +112,8 @@ def _holding(folder: Path, wait: bool) -> Iterator[None]:
 def _seal(folder: Path) -> None:
     """Write down what the folder holds, and bring all of it to the disk."""
     paths = sorted(_all_files(folder))
+    for path in paths:
+        files.as_others(path)
     digests = {path.relative_to(folder).as_posix(): files.digest_file(path) for path in paths}
     files.write_json(folder / RECORD, files.sealed({"format": _FORMAT, "files": digests}))
     for path in [*paths, *(path for path in folder.rglob("*") if path.is_dir()), folder]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from crosstill.search.encoder import Encoder
 from crosstill.search.generations import Pointer
 from crosstill.search.publishing import Publisher, milvus_uri
 from crosstill.search.reading import Read, Reader, ahead, grouped
-from crosstill.search.walk import Scan, Stamp, printable, walk
+from crosstill.search.walk import Scan, Stamp, nothing, printable, walk
 from crosstill.search.work import Work
 
 log = logging.getLogger(__name__)
@@ -129,9 +130,14 @@ def build(
     if not root.is_dir():
         raise DataError(f"{photos_folder}: no such folder; give a folder of photos")
     index = _place(Path(out))
+    begun = (index / generations.WORK).is_file()
     with files.locked(index):
         try:
             return _Build(bundle, root, index, settings).run()
+        except DataError:
+            if not begun and not (index / quarantine.NAME).is_file():
+                shutil.rmtree(index)  # there were no photos: nothing was begun
+            raise
         except OSError as error:
             where, why = error.filename or index, error.strerror or error
             raise RunError(f"{where}: {why}; mend that, then run the same command again") from None
@@ -174,7 +180,7 @@ class _Build:
         self.publisher.remember()
         scan = walk(self.root, skip=self.index)
         if not scan.photos:
-            raise DataError(f"{self.root}: no photo in it; give a folder of photos")
+            raise nothing(self.root, scan)
         self._encode(scan)
         rows = self._rows(scan) | _under(before, scan.closed)
         unreadable = quarantine.write(self.index, scan, self.work)

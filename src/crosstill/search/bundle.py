@@ -1,10 +1,10 @@
 """The bundle: a student as files that need no torch.
 
-bundle.json      seals itself: name, precision, preprocess, identity, SHA-256 of every other file
+bundle.json      seals itself: name, precision, preprocess, identity, SHA-256 of all but the card
 image.onnx       uint8 pixels (B, 3, H, W) → unit rows (B, D)
 text.onnx        token ids and mask (B, L) → unit rows (B, D)
 tokenizer.json   special tokens and truncation included
-README.md        the model card
+README.md        the model card, which may be edited
 calibration.npz  only where validation captions were at hand: their rows, and whose they are
 """
 
@@ -23,6 +23,7 @@ from crosstill.preprocess import Preprocess
 RECORD = "bundle.json"
 IMAGE, TEXT, TOKENIZER = "image.onnx", "text.onnx", "tokenizer.json"
 CALIBRATION = "calibration.npz"
+CARD = "README.md"
 FORMAT = 1
 
 # what must agree wherever two artefacts meet, in the words of an error message
@@ -69,8 +70,9 @@ class Bundle:
 
     @property
     def files(self) -> list[str]:
-        """Names of all files that belong to it."""
-        return [RECORD, *sorted(self.record["files"])]
+        """Names of all files that belong to it; of them the card alone may change."""
+        card = [CARD] if (self.folder / CARD).is_file() else []
+        return [RECORD, *sorted(self.record["files"]), *card]
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:

@@ -105,7 +105,11 @@ class Publisher:
             )
 
     def remember(self) -> None:
-        """Give back to a builder that lost its memory the vectors of the last generation."""
+        """Begin from the last generation: give back vectors that were lost since."""
+        if self.base and self.base.folder != str(self.root):
+            log.warning(
+                "%s held the photos of %s, now those of %s", self.index, self.base.folder, self.root
+            )
         lost = [(sha, n) for sha, n in self.numbers.items() if sha not in self.work.shas]
         if not lost or self.base is None:
             return

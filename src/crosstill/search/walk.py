@@ -92,6 +92,12 @@ def walk(root: Path, skip: Path | None = None) -> Scan:
     return scan
 
 
+def nothing(root: Path, scan: Scan) -> DataError:
+    """What to say of a folder without photos; something that was passed over serves as a hint."""
+    hint = next((f" ({printable(name)}: {why})" for name, why in scan.problems.items()), "")
+    return DataError(f"{root}: no photo in it{hint}; give a folder of photos")
+
+
 def read(root: Path, name: str) -> bytes:
     """All bytes of a photo's file.
 
@@ -132,6 +138,10 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+# photos that cameras and browsers make and that are not read here: said, not passed over
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw"})
+
+
 @lru_cache(1)
 def suffixes() -> frozenset[str]:
     """Which endings of a name make it a photo's, in lower case."""
@@ -148,7 +158,11 @@ def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) 
             yield name
             continue
         link_to_folder = _is_folder(entry, follow_links=True)
-        if not link_to_folder and os.path.splitext(entry.name)[1].lower() not in suffixes():
+        ending = os.path.splitext(entry.name)[1].lower()
+        if not link_to_folder and ending in UNREAD:
+            scan.problems[name] = f"{ending[1:].upper()} is not read; convert it to JPEG or PNG"
+            continue
+        if not link_to_folder and ending not in suffixes():
             continue
         found = "a link to a folder, not entered" if link_to_folder else _look(root, entry)
         if isinstance(found, str):

@@ -162,3 +162,15 @@ def test_connections_are_kept(server):
                 if row.startswith(b"content-length"):
                     length = int(row.split()[1])
             assert answer.read(length).endswith(b"}")
+
+
+def test_parts_of_a_form_that_are_not_known_are_refused(server, photo):
+    edge = b"--edge\r\nContent-Disposition: form-data; name="
+    top = edge + b'"top"\r\n\r\n1\r\n'
+    image = edge + b'"image"; filename="a.png"\r\n\r\n' + photo + b"\r\n"
+    for body, said in ((top + image, "top and threshold go into the address"), (b"", "no photo")):
+        kind = "multipart/form-data; boundary=edge"
+        found = server.ask("/search", "POST", body + b"--edge--\r\n", content_type=kind)
+        assert found.status == 400 and said in found.json["error"], found
+    whole = server.ask("/search?top=1", "POST", image + b"--edge--\r\n", content_type=kind)
+    assert whole.status == 200 and len(whole.json["results"]) == 1

@@ -151,6 +151,12 @@ def _add_search(app: App) -> None:
     ) -> Response:
         """Photos like the one in the body, and that fit the words `q` where they are given."""
         upload = await uploads.read(request, service.settings.body)
+        for name in upload.fields.keys() - {"q"}:
+            raise HTTPException(
+                400, f"form: the part {name!r} is not known; top and threshold go into the address"
+            )
+        if not upload.photo:
+            raise HTTPException(400, f"no photo; send it as a form's part {uploads.FIELD!r}")
         words = q or upload.fields.get("q", "")
         return _answer(await service.photo(upload.photo, words, top, threshold))
 
