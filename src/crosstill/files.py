@@ -31,12 +31,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         as_others(temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def as_others(path: Path) -> None:
@@ -156,7 +156,8 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[No
         yield
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -117,7 +117,7 @@ def _seal(folder: Path) -> None:
     digests = {path.relative_to(folder).as_posix(): files.digest_file(path) for path in paths}
     files.write_json(folder / RECORD, files.sealed({"format": _FORMAT, "files": digests}))
     for path in [*paths, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _flush(path)
+        files.flush(path)
 
 
 def _exchange(new: Path, folder: Path) -> None:
@@ -129,7 +129,7 @@ def _exchange(new: Path, folder: Path) -> None:
         os.rename(folder, old)
         os.rename(new, folder)
         shutil.rmtree(old, ignore_errors=True)
-    _flush(folder.parent)
+    files.flush(folder.parent)
 
 
 def _swapped(one: Path, other: Path) -> bool:
@@ -142,11 +142,3 @@ def _swapped(one: Path, other: Path) -> bool:
 
 def _all_files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -132,13 +132,13 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in (*aside.iterdir(), aside):
-            _flush(path)
+            files.flush(path)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _flush(target.parent)
+    files.flush(target.parent)
 
 
 def switch(index: Path, pointer: Pointer) -> None:
@@ -201,11 +201,3 @@ def _absent(index: Path) -> str:
             "run `crosstill index` again, it goes on where it was"
         )
     return f"{index}: no index; make one with `crosstill index BUNDLE FOLDER --out INDEX`"
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
