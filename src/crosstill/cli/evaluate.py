@@ -12,8 +12,8 @@ from crosstill.errors import ConfigError
 Model = Annotated[
     str,
     typer.Argument(
-        help="A run, a student's folder, a teacher's folder (dual encoder or fusion model), "
-        "or a hub id."
+        help="A run, a student's folder, a bundle, a teacher's folder (dual encoder or fusion "
+        "model), or a hub id."
     ),
 ]
 Beside = Annotated[
