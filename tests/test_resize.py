@@ -37,6 +37,14 @@ def test_large_and_narrow_photos(interpolation, shape):
     )
 
 
+@pytest.mark.parametrize("size", [(160, 160), (30, 224), (224, 50)])
+def test_four_channels_are_resized_as_three(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 300, 4), dtype=np.uint8)
+    three = resize(pixels[..., :3], size, "bicubic")
+    assert np.array_equal(resize(pixels, size, "bicubic")[..., :3], three)
+    assert np.array_equal(resize(pixels[:, ::-1], size, "bicubic")[..., :3].shape, three.shape)
+
+
 def test_equal_size_is_left_alone():
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     assert np.array_equal(resize(pixels, (4, 4), "bicubic"), pixels)

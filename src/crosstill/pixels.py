@@ -61,8 +61,8 @@ def load(data: bytes, path: str, preprocess: Preprocess) -> np.ndarray:
     pixels = upright(data, path)
     height, width = preprocess.sides(*pixels.shape[:2])
     check_size(width, height, path)
-    resized = resize(pixels[..., :3], (height, width), preprocess.interpolation)
-    planes = np.moveaxis(resized, 2, 0)
+    resized = resize(pixels, (height, width), preprocess.interpolation)
+    planes = np.moveaxis(resized, 2, 0)[:3]
     return np.ascontiguousarray(
         centre(planes, preprocess.size) if preprocess.resize == "crop" else planes
     )

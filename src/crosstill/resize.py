@@ -30,33 +30,39 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.
     height, width = size
     if pixels.shape[1] != width:
         strips = [pixels[at : at + _STRIP] for at in range(0, len(pixels), _STRIP)]
-        turned = [_along_rows(strip.swapaxes(0, 1), width, interpolation) for strip in strips]
-        pixels = np.concatenate(turned, axis=1).swapaxes(0, 1)
+        done = [_turned(_along_rows(_turned(strip), width, interpolation)) for strip in strips]
+        pixels = np.concatenate(done) if len(done) > 1 else done[0]
     if pixels.shape[0] != height:
         pixels = _along_rows(pixels, height, interpolation)
     return pixels
 
 
+def _turned(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (N, M, C) → (M, N, C). Four channels move as one number, several times as fast."""
+    if pixels.shape[2] == 4 and pixels.flags.c_contiguous:
+        words = pixels.view(np.uint32)[:, :, 0]
+        return np.ascontiguousarray(words.T)[:, :, None].view(np.uint8)
+    return np.ascontiguousarray(pixels.swapaxes(0, 1))
+
+
 def _along_rows(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
     """uint8 (N, M, C) → (size, M, C)."""
-    blocks, precision = _blocks(pixels.shape[0], size, interpolation)
+    blocks = _blocks(pixels.shape[0], size, interpolation)
     rows = pixels.astype(blocks[0][1].dtype, order="C").reshape(len(pixels), -1)
     out = np.empty((size, rows.shape[1]), rows.dtype)
     for at, (first, weights) in zip(range(0, size, _BLOCK), blocks, strict=True):
         np.matmul(weights, rows[first : first + weights.shape[1]], out=out[at : at + _BLOCK])
-    out += 0.5 * 2**precision
-    out *= 2.0**-precision
+    out += 0.5
     # what is not negative is rounded down by the conversion itself
     return np.clip(out, 0, 255, out=out).astype(np.uint8).reshape(size, *pixels.shape[1:])
 
 
 @lru_cache(256)
-def _blocks(
-    source: int, target: int, interpolation: str
-) -> tuple[list[tuple[int, np.ndarray]], int]:
-    """For every `_BLOCK` rows of the result: the first row read, and integer weights; their bits.
+def _blocks(source: int, target: int, interpolation: str) -> list[tuple[int, np.ndarray]]:
+    """For every `_BLOCK` rows of the result: the first row read, and the weights from there on.
 
-    The precision is the greatest at which the largest weight fits 16 bits, 22 at most.
+    They are integers over a power of two, the greatest at which the largest fits 16 bits, 2**22 at
+    most. Dividing by it changes no digit, so that sums are as exact as those of the integers.
     """
     rows = [_row(i, source, target, interpolation) for i in range(target)]
     top = max(weights.max() for _, weights in rows)
@@ -66,7 +72,7 @@ def _blocks(
     blocks = [_block(rows[at : at + _BLOCK], precision) for at in range(0, target, _BLOCK)]
     greatest = max(np.abs(block).sum(axis=1).max() for _, block in blocks) * 255 + 2**precision
     kind = np.float32 if greatest < _EXACT else np.float64
-    return [(first, block.astype(kind)) for first, block in blocks], precision
+    return [(first, (block * 2.0**-precision).astype(kind)) for first, block in blocks]
 
 
 def _row(i: int, source: int, target: int, interpolation: str) -> tuple[int, np.ndarray]:
