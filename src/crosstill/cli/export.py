@@ -11,6 +11,7 @@ import typer
 
 from crosstill.cli import common
 from crosstill.errors import ConfigError
+from crosstill.export import MAX_LOSS
 
 Source = Annotated[Path, typer.Argument(help="A run, or a student's folder.")]
 Form = Annotated[
@@ -40,7 +41,7 @@ def command(
     out: Out,
     to: Form = "onnx",
     int8: Int8 = False,
-    max_loss: MaxLoss = 0.01,
+    max_loss: MaxLoss = MAX_LOSS,
     data: Data = None,
     images: common.Images = None,
     split: Annotated[str, typer.Option(help="With --data: which split.")] = "val",

@@ -20,9 +20,7 @@ from crosstill.teachers.bundle import BundleModel
 FORM: Literal["onnx"] = "onnx"
 
 
-def write(
-    known: Provenance, folder: Path, facts: Facts, int8: bool = False, max_loss: float = 0.01
-) -> list[str]:
+def write(known: Provenance, folder: Path, facts: Facts, int8: bool, max_loss: float) -> list[str]:
     """Fill an empty folder with a bundle that has passed its gates.
 
     Args:
