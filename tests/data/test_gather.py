@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crosstill.data.gather import Entry, gather
+from crosstill.data.gather import Entry, Folder, gather
 from crosstill.errors import DataError, ImageError
 from crosstill.types import image_id
 
@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def pairs_of(root: Path, *entries: Entry, strict: bool = False):
-    return gather("some", root / "list.json", root, entries, strict)
+    return gather("some", root / "list.json", Folder(root), entries, strict)
 
 
 def entry(path: str, *captions: str, split: str | None = "train", listed: bool = True) -> Entry:

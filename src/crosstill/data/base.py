@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosstill import files
 from crosstill.errors import DataError, ImageError
@@ -24,6 +24,18 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
 }
 
 
+class Copy(NamedTuple):
+    """A listed image whose bytes are those of one that was listed before.
+
+    In the same split its captions were merged into the first; in another one it was left out.
+    """
+
+    path: str
+    split: str
+    first: str  # path of the first
+    first_split: str
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The images of a dataset with their captions, each image once.
@@ -37,6 +49,7 @@ class Pairs:
         root: the folder of the images; None when they are rendered.
         notes: what a person should know: left-out captions, duplicates, drawn splits.
         licence: of photos and captions, as the card beside them says it or as it was given.
+        copies: what was listed and has the bytes of another image.
     """
 
     name: str
@@ -47,6 +60,7 @@ class Pairs:
     root: Path | None = None
     notes: tuple[str, ...] = ()
     licence: str | None = None
+    copies: tuple[Copy, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)

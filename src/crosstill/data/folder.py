@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from crosstill.data.base import SPLIT_NAMES, Pairs, read_text, unreadable
-from crosstill.data.gather import Entry, gather
+from crosstill.data.gather import Entry, Folder, gather
 from crosstill.errors import DataError, ImageError
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -32,7 +32,8 @@ def read(path: Path, strict: bool) -> Pairs:
     if closed and not images:
         raise DataError(f"{closed[0].filename}: {unreadable(closed[0])}; check its permissions")
     texts = {name for name in found if name.endswith(".txt")}
-    pairs = gather(path.name, path, path, [_entry(path, name, texts) for name in images], strict)
+    entries = [_entry(path, name, texts) for name in images]
+    pairs = gather(path.name, path, Folder(path), entries, strict)
     for error in closed:
         pairs.quarantine.add(
             ImageError(os.path.relpath(error.filename, path), unreadable(error)), 0

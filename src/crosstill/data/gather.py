@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from crosstill import files
-from crosstill.data.base import Pairs, read_image, regular, unreadable
+from crosstill.data.base import Copy, Pairs, read_image, regular, unreadable
 from crosstill.errors import DataError, ImageError
 from crosstill.images import Quarantine
 from crosstill.types import Example
@@ -21,25 +22,94 @@ class Entry(NamedTuple):
     """One image as a dataset lists it."""
 
     where: str  # "row 4", "images[3]": for messages
-    path: str  # relative to the folder of images
+    path: str  # as `Source.read` finds it; of a file, relative to the folder of images
     captions: list[str]
     split: str | None  # None: to be drawn
     listed: bool = True  # by a file that must be right; False: met in a folder, and free to go
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """What is known of an image before it is decoded."""
+
     image_id: str
-    size: int
+    size: int  # bytes
     problem: str  # "" when all is well, "missing", or the reason for quarantine
 
 
-def gather(name: str, origin: Path, root: Path, entries: Sequence[Entry], strict: bool) -> Pairs:
+class Source(Protocol):
+    """What holds the bytes of a dataset's images."""
+
+    @property
+    def root(self) -> Path | None:
+        """The folder of the image files, if they are files."""
+        ...
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """A JSON-able record from which `data.reader` makes `read` again."""
+        ...
+
+    @property
+    def read(self) -> Callable[[Example], bytes]:
+        """The bytes of an example's image; raises ImageError. It pickles."""
+        ...
+
+    def identify(self, paths: Sequence[str]) -> Mapping[str, File]:
+        """Look at every path of the entries once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images that are files under one folder."""
+
+    root: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"form": "files", "root": str(self.root)}
+
+    @property
+    def read(self) -> Callable[[Example], bytes]:
+        return partial(read_image, self.root)
+
+    def identify(self, paths: Sequence[str]) -> dict[str, File]:
+        distinct = list(dict.fromkeys(paths))
+        with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+            return dict(zip(distinct, pool.map(self._inspect, distinct), strict=True))
+
+    def _inspect(self, path: str) -> File:
+        size = 0
+        try:
+            full = self.root / path
+            size = full.stat().st_size
+            problem = "" if size else "empty file"
+            return File(files.digest_file(regular(full)), size, problem)
+        except (FileNotFoundError, NotADirectoryError):
+            return File("", 0, "missing")
+        except (OSError, ValueError) as error:
+            return File("", size, unreadable(error))
+
+
+@dataclass
+class _Gathered:
+    """Examples by image id, and what was met on the way to them."""
+
+    quarantine: Quarantine
+    notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, Example] = field(default_factory=dict)
+    copies: list[Copy] = field(default_factory=list)
+
+
+def gather(
+    name: str, origin: Path, source: Source, entries: Sequence[Entry], strict: bool
+) -> Pairs:
     """Identify the files, set bad ones apart, merge equal ones and draw the splits not given.
 
     Args:
         name: of the dataset.
         origin: the file or folder that lists the entries, for messages.
-        root: the folder of the image files.
+        source: what holds the images, such as a `Folder`.
         entries: in the order of the dataset.
         strict: raise at the first image that would be quarantined.
 
@@ -49,28 +119,33 @@ def gather(name: str, origin: Path, root: Path, entries: Sequence[Entry], strict
     """
     if not entries:
         raise DataError(f"{origin}: no images in it; give a dataset that lists some")
-    notes: Counter[str] = Counter()
-    entries = [_clean(entry, notes) for entry in entries]
+    gathered = _Gathered(Quarantine(strict))
+    entries = [_clean(entry, gathered.notes) for entry in entries]
     if not any(entry.captions for entry in entries):
         raise DataError(
             f"{origin}: no captions in it, the first image without one is {entries[0].path} "
             f"({entries[0].where}); give every image at least one"
         )
-    found = _identify(root, [entry.path for entry in entries])
-    _refuse_missing(origin, root, entries, found)
-    quarantine = Quarantine(strict)
-    examples: dict[str, Example] = {}
+    found = source.identify([entry.path for entry in entries])
+    _refuse_missing(origin, source.root, entries, found)
     for entry in entries:
-        _add(entry, found[entry.path], examples, quarantine, notes)
-    if not examples:
+        _add(entry, found[entry.path], gathered)
+    if not gathered.examples:
         raise DataError(
             f"{origin}: none of its {len(found)} images can be used, the first is "
-            f"{quarantine.rows[0]['path']}: {quarantine.rows[0]['reason']}; check --images"
+            f"{gathered.quarantine.rows[0]['path']}: {gathered.quarantine.rows[0]['reason']}; "
+            "check --images"
         )
-    source = {"form": "files", "root": str(root)}
-    read = partial(read_image, root)
-    said = tuple(f"{text}: {count}" for text, count in notes.items() if count)
-    return Pairs(name, tuple(examples.values()), quarantine, source, read, root, said)
+    return Pairs(
+        name,
+        tuple(gathered.examples.values()),
+        gathered.quarantine,
+        source.record,
+        source.read,
+        source.root,
+        tuple(f"{text}: {count}" for text, count in gathered.notes.items() if count),
+        copies=tuple(gathered.copies),
+    )
 
 
 def _clean(entry: Entry, notes: Counter[str]) -> Entry:
@@ -84,48 +159,24 @@ def _clean(entry: Entry, notes: Counter[str]) -> Entry:
     return entry._replace(captions=kept)
 
 
-def _identify(root: Path, paths: Sequence[str]) -> dict[str, _File]:
-    distinct = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        return dict(zip(distinct, pool.map(partial(_inspect, root), distinct), strict=True))
-
-
-def _inspect(root: Path, path: str) -> _File:
-    size = 0
-    try:
-        full = root / path
-        size = full.stat().st_size
-        problem = "" if size else "empty file"
-        return _File(files.digest_file(regular(full)), size, problem)
-    except (FileNotFoundError, NotADirectoryError):
-        return _File("", 0, "missing")
-    except (OSError, ValueError) as error:
-        return _File("", size, unreadable(error))
-
-
 def _refuse_missing(
-    origin: Path, root: Path, entries: Sequence[Entry], found: dict[str, _File]
+    origin: Path, root: Path | None, entries: Sequence[Entry], found: Mapping[str, File]
 ) -> None:
     """A listed file that is not there means a wrong folder more often than a broken dataset."""
     missing = [e for e in entries if e.listed and found[e.path].problem == "missing"]
     if missing:
         first = missing[0]
         raise DataError(
-            f"{origin}, {first.where}: missing image file {root / first.path}; "
+            f"{origin}, {first.where}: missing image file {Path(root or '') / first.path}; "
             f"{len(missing)} of {len(entries)} are missing: check --images"
         )
 
 
-def _add(
-    entry: Entry,
-    file: _File,
-    examples: dict[str, Example],
-    quarantine: Quarantine,
-    notes: Counter[str],
-) -> None:
+def _add(entry: Entry, file: File, gathered: _Gathered) -> None:
+    notes, examples = gathered.notes, gathered.examples
     reason = file.problem or ("" if entry.captions else "no caption")
     if reason:
-        quarantine.add(ImageError(entry.path, reason), file.size)
+        gathered.quarantine.add(ImageError(entry.path, reason), file.size)
         return
     known = examples.get(file.image_id)
     if known is None:
@@ -133,7 +184,9 @@ def _add(
         split = entry.split or _draw_split(file.image_id)
         captions = tuple(entry.captions)
         examples[file.image_id] = Example(file.image_id, entry.path, captions, split)
-    elif entry.split in (None, known.split):
+        return
+    gathered.copies.append(Copy(entry.path, entry.split or known.split, known.path, known.split))
+    if entry.split in (None, known.split):
         notes["copies of an image, captions merged into the first"] += 1
         examples[file.image_id] = _merged(known, entry.captions)
     else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstill.data.base import Pairs, read_text, split_name
-from crosstill.data.gather import Entry, gather
+from crosstill.data.gather import Entry, Folder, gather
 from crosstill.errors import DataError
 
 
@@ -29,7 +29,7 @@ def read(path: Path, root: Path, strict: bool) -> Pairs:
         raise DataError(f"{path}: no list named 'images'; give a file in Karpathy's layout")
     entries = [_entry(item, f"images[{i}]", path) for i, item in enumerate(items)]
     name = value.get("dataset")
-    return gather(name if isinstance(name, str) else path.stem, path, root, entries, strict)
+    return gather(name if isinstance(name, str) else path.stem, path, Folder(root), entries, strict)
 
 
 def _parse(path: Path) -> Any:

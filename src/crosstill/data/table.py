@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crosstill.data.base import Pairs, read_text, split_name
-from crosstill.data.gather import Entry, gather
+from crosstill.data.gather import Entry, Folder, gather
 from crosstill.errors import DataError
 
 _NEEDED = ("filepath", "caption")
@@ -41,7 +41,7 @@ def read(path: Path, root: Path, strict: bool) -> Pairs:
         split = split_name(row["split"], f"{path}, {where}") if row.get("split") else None
         entry = entries.setdefault((name, split), Entry(where, file, [], split))
         entry.captions.append(row["caption"])
-    return gather(path.stem, path, root, list(entries.values()), strict)
+    return gather(path.stem, path, Folder(root), list(entries.values()), strict)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
