@@ -33,5 +33,5 @@ torture: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,export,milvus,report,search]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[beit3,dev,export,hub,milvus,report,search]'
 	touch $@
