@@ -7,7 +7,8 @@ pixels are those of `pixels.load`, bit for bit.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from crosstill.pixels import FORMATS, MAX_PIXELS, MAX_SIDE, Quarantine
 from crosstill.preprocess import Preprocess
 
 __all__ = [
+    "AUGMENTATIONS",
     "FORMATS",
     "MAX_PIXELS",
     "MAX_SIDE",
@@ -31,21 +33,39 @@ __all__ = [
 ]
 
 
+AUGMENTATIONS = ("crop", "flip", "colour")
+_COLOUR = (0.75, 1.25)  # of brightness, contrast and saturation; captions name colours, so no hue
+_ONE = 1 << 8  # 1.0 in the fixed-point numbers of `_coloured`
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """A crop of the upright image, in fractions of its height and width, perhaps mirrored."""
+    """A crop of the upright image, perhaps mirrored and in other colours.
+
+    Attributes:
+        top, left, height, width: of the crop, in fractions of the image's height and width.
+        flip: whether it is mirrored, left to right.
+        brightness, contrast, saturation: factors; contrast is about the middle grey.
+    """
 
     top: float
     left: float
     height: float
     width: float
     flip: bool
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
 
 
-def draw_view(image_id: str, view: int, seed: int) -> View | None:
-    """The seeded random resized crop number `view` of an image; view 0 is the plain image: None.
+def draw_view(
+    image_id: str, view: int, seed: int, kinds: Collection[str] = AUGMENTATIONS
+) -> View | None:
+    """The seeded random view number `view` of an image; view 0 is the plain image: None.
 
-    A pure function. Area 0.5 to 1, ratio 3/4 to 4/3 of the image's own, mirrored every other time.
+    A pure function. Crops have an area of 0.5 to 1 and a ratio of 3/4 to 4/3 of the image's own;
+    every other view is mirrored; brightness, contrast and saturation vary by a quarter. Kinds
+    that are left out are drawn all the same, so that the others do not depend on them.
     """
     if view == 0:
         return None
@@ -55,7 +75,16 @@ def draw_view(image_id: str, view: int, seed: int) -> View | None:
     ratio = draw.uniform(max(3 / 4, area), min(4 / 3, 1 / area))
     height, width = (area / ratio) ** 0.5, (area * ratio) ** 0.5
     top, left = draw.uniform(0, 1 - height), draw.uniform(0, 1 - width)
-    return View(top, left, height, width, flip=draw.random() < 0.5)
+    flip = draw.random() < 0.5
+    brightness, contrast, saturation = (draw.uniform(*_COLOUR) for _ in range(3))
+    drawn = View(top, left, height, width, flip, brightness, contrast, saturation)
+    if "crop" not in kinds:
+        drawn = replace(drawn, top=0.0, left=0.0, height=1.0, width=1.0)
+    if "flip" not in kinds:
+        drawn = replace(drawn, flip=False)
+    if "colour" not in kinds:
+        drawn = replace(drawn, brightness=1.0, contrast=1.0, saturation=1.0)
+    return drawn
 
 
 def decode(data: bytes, path: str) -> Tensor:
@@ -71,7 +100,8 @@ def load(data: bytes, path: str, preprocess: Preprocess, view: View | None = Non
     """
     upright = torch.from_numpy(pixels.upright(data, path))
     if view is not None:
-        return _resize(_cut(upright, view), preprocess.size, preprocess.interpolation)
+        cut = _resize(_cut(upright, view), preprocess.size, preprocess.interpolation)
+        return _coloured(cut, view)
     height, width = preprocess.sides(*upright.shape[:2])
     pixels.check_size(width, height, path)
     resized = _resize(upright, (height, width), preprocess.interpolation)
@@ -93,6 +123,19 @@ def _cut(upright: Tensor, view: View) -> Tensor:
     left = min(round(view.left * width), width - columns)
     cut = upright[top : top + rows, left : left + columns]
     return cut.flip(1) if view.flip else cut
+
+
+def _coloured(pixels: Tensor, view: View) -> Tensor:
+    """(3, H, W) in the view's colours; in whole numbers, so that every machine gives the same."""
+    if (view.brightness, view.contrast, view.saturation) == (1.0, 1.0, 1.0):
+        return pixels
+    level = torch.arange(256, dtype=torch.float64) * view.brightness
+    level = ((level - 127.5) * view.contrast + 127.5).clamp(0, 255)
+    red, green, blue = (level * _ONE).round().int()[pixels.int()]
+    grey = (77 * red + 150 * green + 29 * blue) >> 8
+    saturation = round(view.saturation * _ONE)
+    channels = [grey * _ONE + saturation * (one - grey) for one in (red, green, blue)]
+    return ((torch.stack(channels) + (1 << 15)) >> 16).clamp(0, 255).to(torch.uint8)
 
 
 def _resize(upright: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

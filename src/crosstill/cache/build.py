@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import progress
-from crosstill.cache import sources, store, work
+from crosstill import files, images, progress
+from crosstill.cache import sources, store, views, work
 from crosstill.data import Pairs
-from crosstill.errors import ConfigError, ModelError
+from crosstill.errors import ConfigError, ModelError, unknown
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.teachers.matcher import FusionTeacher
@@ -34,6 +34,10 @@ class Options(work.Reading):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}")
         if self.views < 1 or self.batch_size < 1:
             raise ConfigError("views and batch_size must be at least 1")
+        for name in (name for name in self.augment if name not in images.AUGMENTATIONS):
+            raise unknown("augmentation", name, images.AUGMENTATIONS)
+        if self.views > 1 and not self.augment:
+            raise ConfigError("augment is empty, so every view would be the photo; name some")
 
 
 def build(
@@ -72,7 +76,12 @@ class _Build(work.Work[store.Cache]):
 
     opened = store.Cache
     kinds = ("image", "text")
-    words: ClassVar = {"data": "dataset", "modalities": "teacher", "views": "number of views"}
+    words: ClassVar = {
+        "data": "dataset",
+        "modalities": "teacher",
+        "views": "number of views",
+        "augment": "augmentation",
+    }
 
     def __init__(
         self,
@@ -91,6 +100,8 @@ class _Build(work.Work[store.Cache]):
             "seed": options.seed,
             "dtype": options.dtype,
         }
+        if options.views > 1:
+            key["augment"] = sorted(set(options.augment))
         super().__init__(pairs, folder, about, key, options)
 
     def _source(self) -> sources.Pixels:
@@ -104,7 +115,16 @@ class _Build(work.Work[store.Cache]):
         return {
             "shards": {kind: self.journal.stored(kind) for kind in kinds},
             "rows": {kind: rows[kind] for kind in kinds},
+            "files": self._views(readable),
         }
+
+    def _views(self, readable: list[Example]) -> dict[str, str]:
+        """The file that says which views the teacher saw, and its digest."""
+        options = self.options
+        if options.views == 1:
+            return {}
+        views.write(self.folder, readable, options.views, options.seed, options.augment)
+        return {views.NAME: files.digest_file(self.folder / views.NAME)}
 
     def _text_shards(self, texts: Sequence[str]) -> None:
         if self.teacher is None or "text" not in self.teacher.modalities:

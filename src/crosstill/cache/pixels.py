@@ -62,8 +62,6 @@ def _decode(path: Path, cache: Listing, split: Split, preprocess: images.Preproc
 def _filler(
     out: np.ndarray, cache: Listing, split: Split, preprocess: images.Preprocess
 ) -> Callable[[int], None]:
-    seed = cache.header["key"]["seed"]
-
     def fill(position: int) -> None:
         row = int(split.images[position])
         key, path = cache.image_ids[row], cache.paths[row]
@@ -74,8 +72,8 @@ def _filler(
                 f"put it back, or build the cache again in another folder"
             )
         for view in range(cache.views):
-            seen = images.draw_view(key, view, seed)
-            out[position * cache.views + view] = images.load(data, path, preprocess, seen).numpy()
+            seen = images.load(data, path, preprocess, cache.view(row, view))
+            out[position * cache.views + view] = seen.numpy()
 
     return fill
 

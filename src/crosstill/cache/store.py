@@ -7,6 +7,7 @@ A cache is a folder:
     captions.parquet   one row a caption: image (row of images.parquet), text
     image-00000.npy …  unit-norm features (rows, D): image i, view v is row i * views + v
     text-00000.npy …   unit-norm features (rows, D), one row a caption
+    views.parquet      with several views an image: which part of it each is, in which colours
     quarantine.jsonl   images that could not be read, with the reason
     pixels/            decoded photos for students, made on demand
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,8 +30,9 @@ import torch
 from torch import Tensor
 
 from crosstill import data, files
+from crosstill.cache import views
 from crosstill.errors import CorruptError, DataError, InputError, MismatchError
-from crosstill.images import Quarantine
+from crosstill.images import Quarantine, View
 from crosstill.types import Example, Features, id_key
 
 FORMAT = 1
@@ -170,6 +172,14 @@ class Listing:
         about = self.header["data"]
         return data.Pairs(about["name"], examples, Quarantine(), about["source"], self.read)
 
+    def view(self, image: int, number: int) -> View | None:
+        """What the teacher saw as that view of the image in that row; None for the whole photo."""
+        return self._seen[image, number] if number else None
+
+    @cached_property
+    def _seen(self) -> dict[tuple[int, int], View]:
+        return views.read(self.folder)
+
     def _find(self) -> None:
         for name in {HEADER, SCORES} - {self.file}:
             if (self.folder / name).is_file() and not (self.folder / self.file).is_file():
@@ -232,6 +242,10 @@ class Cache(Listing):
 
     def _check(self) -> None:
         super()._check()
+        if self.views > 1 and views.NAME not in self.header["files"]:
+            raise CorruptError(
+                f"{self.folder}: made before caches kept which views a teacher saw; build it anew"
+            )
         for kind, shards in self.header["shards"].items():
             for shard in shards:
                 files.check_digest(self.folder / shard["file"], shard["sha256"])

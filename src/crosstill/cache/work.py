@@ -34,6 +34,7 @@ class Reading:
     """How images are read."""
 
     views: int = 1  # per image; view 0 is the plain photo
+    augment: tuple[str, ...] = images.AUGMENTATIONS  # what makes the other views
     seed: int = 0  # of the other views, and of whatever else is drawn
     batch_size: int = 64  # images or captions in one forward pass of the teacher
     strict: bool = False  # stop at the first unreadable image
@@ -124,12 +125,13 @@ class Work(ABC, Generic[Opened]):
         return cache
 
     def _refuse_other(self, key: dict[str, Any], what: str) -> None:
-        if key.keys() != self.key.keys():
+        # what views are made of is only said where there are several
+        if (key.keys() ^ self.key.keys()) - {"augment"}:
             raise MismatchError(
                 f"{self.folder} holds {what} of another kind; give another --out, "
                 "or delete that folder"
             )
-        different = {name for name in self.key if key[name] != self.key[name]}
+        different = {name for name in {*self.key, *key} if key.get(name) != self.key.get(name)}
         if not different:
             return
         parts = sorted({self.words.get(name, name) for name in different})
@@ -201,8 +203,8 @@ class Work(ABC, Generic[Opened]):
             try:
                 data = self.pairs.read(example)
                 size = len(data)
-                seen = images.draw_view(example.image_id, view, self.reading.seed)
-                return source.load(data, example, seen)
+                drawn = (example.image_id, view, self.reading.seed, self.reading.augment)
+                return source.load(data, example, images.draw_view(*drawn))
             except ImageError as error:
                 if self.reading.strict:
                     raise

@@ -13,12 +13,19 @@ from crosstill.errors import ConfigError
 if TYPE_CHECKING:
     from crosstill.cache import Listing
 
-FEATURES = ("views", "dtype", "batch_size")  # options that only a feature cache has
+FEATURES = ("views", "augment", "dtype", "batch_size")  # options that only a feature cache has
 SCORES = ("false", "false_images", "find")
 
 
 Views = Annotated[
     int | None, typer.Option(help="Views of each image; the first is the photo.", show_default="1")
+]
+Augment = Annotated[
+    str | None,
+    typer.Option(
+        help="What makes the other views: random crops, mirroring, colours.",
+        show_default="crop,flip,colour",
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="How features are stored: fp16 or fp32.", show_default="fp16")
@@ -65,6 +72,7 @@ def command(
     images: common.Images = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the cache to make.")] = None,
     views: Views = None,
+    augment: Augment = None,
     dtype: Dtype = None,
     batch_size: BatchSize = None,
     false: False_ = None,
@@ -88,7 +96,8 @@ def command(
     common.hush()
     from crosstill import data as sources
 
-    given = {"views": views, "dtype": dtype, "batch_size": batch_size}
+    kinds = None if augment is None else tuple(kind.strip() for kind in augment.split(","))
+    given = {"views": views, "augment": kinds, "dtype": dtype, "batch_size": batch_size}
     given |= {"false": false, "false_images": false_images, "find": find}
     given = {name: value for name, value in given.items() if value is not None}
     pairs = sources.open(data, images=images, strict=strict, licence=licence)
