@@ -36,6 +36,19 @@ def test_cropping() -> None:
     assert read.interpolation == "bilinear"
 
 
+@pytest.mark.parametrize("sides", [(333, 1000), (2000, 3), (346, 346), (1, 1)])
+def test_squashing_and_cropping(sides: tuple[int, int]) -> None:
+    """ALIGN's, as its folder says it."""
+    record = {
+        **SQUASH,
+        "size": {"height": 346, "width": 346},
+        "do_center_crop": True,
+        "crop_size": {"height": 289, "width": 289},
+    }
+    read = preprocess_from(record, "x")
+    assert (read.resize, read.size, read.sides(*sides)) == ("crop", (289, 289), (346, 346))
+
+
 VILT = {**SQUASH, "size": {"shortest_edge": 384}, "do_pad": True, "size_divisor": 32}
 
 

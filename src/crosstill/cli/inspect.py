@@ -16,7 +16,7 @@ def command(
         str, typer.Argument(help="A file of weights, a model's folder or a hub id.")
     ],
     family: Annotated[
-        str | None, typer.Option(help="Whose names a file has: meter. Found out by default.")
+        str | None, typer.Option(help="Whose names a file has: beit3 or meter; else found out.")
     ] = None,
     student: Annotated[
         bool, typer.Option("--student", help="Look at DCD's student in a METER file.")
@@ -26,10 +26,15 @@ def command(
         typer.Option("--unpickle", help="Allow a pickled file; only tensors are read from it."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Convert a METER file to a folder, once.")
+        Path | None, typer.Option(help="Convert a BEiT-3 or METER file to a folder, once.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of RoBERTa's tokenizer, for --out.")
+        Path | None,
+        typer.Option(help="For --out: BEiT-3's beit3.spm, or the folder of RoBERTa's for METER."),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="For --out: pixels of an image's side.", show_default="the file's own"),
     ] = None,
     as_json: common.AsJson = False,
 ) -> None:
@@ -40,6 +45,8 @@ def command(
     """
     if (out is None) != (tokenizer is None):
         raise ConfigError("--out and --tokenizer belong together; give both or neither")
+    if size is not None and out is None:
+        raise ConfigError("--size is of what --out writes; give both or leave it out")
     common.hush()
     from crosstill.teachers import inspection
 
@@ -51,5 +58,5 @@ def command(
     if not found.findings.whole:
         raise typer.Exit(1)
     if out is not None and tokenizer is not None:
-        inspection.convert(checkpoint, out, tokenizer, student, unpickle)
+        inspection.convert(checkpoint, out, tokenizer, student, unpickle, size)
         common.note(f"written to {out}")

@@ -129,6 +129,7 @@ class _Heads(nn.Module):
         self.vision_model, self.text_model = core.vision_model, core.text_model
         self.transform, self.types = core.cross_modal_image_transform, core.token_type_embeddings
         self.image_head, self.text_head = model.itc_image_head, model.itc_text_head
+        self.logit_scale = model.logit_scale
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         first = self.transform(_see(self, pixel_values, 1)[:, 0, 0])

@@ -11,6 +11,7 @@ import re
 import warnings
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,46 @@ class Findings:
         )
 
 
+def compare(
+    wanted: Mapping[str, Size], given: Mapping[str, Tensor], leftovers: Mapping[str, str]
+) -> Findings:
+    """What fits of a checkpoint, and what does not.
+
+    Args:
+        wanted: the model's parameters, under the checkpoint's names, and their shapes.
+        given: the checkpoint.
+        leftovers: first letters of what it may hold beside the model → why that is not read.
+    """
+    found = Findings(missing={n: shape for n, shape in wanted.items() if n not in given})
+    for name, value in sorted(given.items()):
+        shape = tuple(value.shape)
+        if name in wanted:
+            if shape != wanted[name]:
+                found.misshapen[name] = (shape, wanted[name])
+            continue
+        reason = next((why for start, why in leftovers.items() if name.startswith(start)), None)
+        if reason is None:
+            found.unexpected[name] = shape
+        else:
+            found.leftovers.setdefault(reason, []).append(name)
+    return found
+
+
+def usual_size(tensors: Mapping[str, Tensor], pattern: str, axis: int, default: int) -> int:
+    """The most frequent size along an axis of the tensors of a kind: one wrong is outvoted."""
+    sizes = Counter(
+        value.shape[axis]
+        for name, value in tensors.items()
+        if value.ndim > axis and value.shape[axis] and re.fullmatch(pattern, name)
+    )
+    return sizes.most_common(1)[0][0] if sizes else default
+
+
+def count_layers(names: Iterable[str], pattern: str, default: int) -> int:
+    """How many layers the names tell of; the pattern's first group is a layer's number."""
+    return len({found[1] for name in names if (found := re.match(pattern, name))}) or default
+
+
 def read(source: Path, unpickle: bool = False) -> dict[str, Tensor]:
     """The tensors of a file, or of all weight files of a folder, on the CPU.
 
@@ -97,6 +138,22 @@ def read(source: Path, unpickle: bool = False) -> dict[str, Tensor]:
     if not source.is_file():
         raise ModelError(f"{source}: no such file or folder; give a checkpoint")
     return dict(_file(source, unpickle))
+
+
+def refuse_file(path: Path) -> None:
+    """Say how a single file becomes the folder that a model is loaded from.
+
+    Raises:
+        ModelError: the path is a checkpoint's file.
+    """
+    if path.suffix not in (".safetensors", *PICKLED) or not path.is_file():
+        return
+    leave = "" if path.suffix == ".safetensors" else "--unpickle "
+    raise ModelError(
+        f"{path}: a single file; convert it once by `crosstill inspect {path} {leave}--out FOLDER "
+        "--tokenizer PATH` (PATH is beit3.spm for BEiT-3, the folder of RoBERTa's tokenizer for "
+        "METER) and give FOLDER"
+    )
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -1,15 +1,17 @@
-"""Any Hugging Face dual encoder as a teacher: CLIP, SigLIP, VisionTextDualEncoder, ALIGN, ..."""
+"""Any Hugging Face dual encoder as a teacher; what its family needs is found by its config."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from tokenizers import normalizers
+from torch import Tensor, nn
 
 from crosstill import files
 from crosstill.data.base import read_licence
@@ -18,8 +20,18 @@ from crosstill.images import normalise
 from crosstill.teachers import hugging_face
 from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, encodable, unit
 
+FAMILIES = (
+    "align",
+    "altclip",
+    "blip",
+    "chinese_clip",
+    "clip",
+    "metaclip_2",
+    "siglip",
+    "vision-text-dual-encoder",
+)
 # They read every position, padding included, and were trained without an attention mask.
-_PADDED = frozenset({"siglip", "siglip2"})
+_PADDED = frozenset({"siglip"})
 
 
 class DualEncoder:
@@ -29,6 +41,12 @@ class DualEncoder:
         folder: of config, safetensors, tokenizer and image processor.
         name: what to call it in tables.
         device: where to compute; None takes a GPU when there is one.
+
+    Attributes:
+        max_length: the longest text that it reads, in tokens.
+        logit_scale: what its cosines are multiplied by before its softmax or sigmoid, 1 over the
+            temperature; None where the folder does not keep it.
+        logit_bias: what is added after that, as SigLIP does; None for the others.
 
     Raises:
         ModelError: it is no dual encoder, or the folder lacks one of those parts.
@@ -41,25 +59,46 @@ class DualEncoder:
         self.folder, self.name, self.family = folder, name, str(config.model_type)
         self.source = str(folder.absolute())
         # The cheap parts first, so that a folder that lacks one says so at once.
-        self.tokenizer = hugging_face.read_tokenizer(folder)
+        self.tokenizer = hugging_face.read_tokenizer(folder, fast=False)
+        if self.family == "siglip":
+            _lower_gemma(self.tokenizer)
         self.preprocess = hugging_face.read_preprocess(folder)
         self.licence = read_licence(folder)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self._read_model(config)
-        self.max_length = _max_length(self.tokenizer, config)
+        self.max_length = _max_length(self.tokenizer, self.model)
+        self.logit_scale, self.logit_bias = logits(self.model, folder)
         # Rendered before the first call, which would write its own padding into it.
-        self._tokenizer_rules = _rules(self.tokenizer)
-        self.dim = self.embed_texts(["a"]).shape[1]
+        self._tokenizer_rules = tokenizer_rules(self.tokenizer)
+        self.dim = self._try_out()
 
     def _read_model(self, config: Any) -> Any:
-        model = hugging_face.read_model(self.folder, config)
-        if not all(hasattr(model, f"get_{kind}_features") for kind in self.modalities):
+        if self.family not in FAMILIES:
+            kind = type(config).__name__.removesuffix("Config")
             raise ModelError(
-                f"{self.folder}: {type(model).__name__} is no dual encoder (an image tower and a "
-                "text tower with one joint space); name one such as CLIP or SigLIP"
+                f"{self.folder}: {kind}Model is no dual encoder (an image tower and a text tower "
+                f"with one joint space) that crosstill reads; it reads {', '.join(FAMILIES)}"
             )
+        model = hugging_face.read_model(self.folder, config)
         # Half the time for convolutions on a CPU; nothing changes for matrix products.
         return model.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+
+    def _try_out(self) -> int:
+        """Embed a little, so that parts that do not fit each other say so at once → D."""
+        black = torch.zeros(1, 3, *self.preprocess.size, dtype=torch.uint8)
+        with hugging_face.reading(self.folder, "model, fed by its tokenizer and image processor,"):
+            texts, image = self.embed_texts(["a", "a a a"]), self.embed_images(black)
+        if texts.shape[1] != image.shape[1]:
+            raise ModelError(
+                f"{self.folder}: no joint space: its images have {image.shape[1]} dimensions and "
+                f"its texts {texts.shape[1]}"
+            )
+        if torch.allclose(texts[0], texts[1], rtol=0, atol=1e-6):  # pooled at a token before them
+            raise ModelError(
+                f"{self.folder}: all texts give one row; is its tokenizer's end token the "
+                "eos_token_id of its config.json?"
+            )
+        return texts.shape[1]
 
     @cached_property
     def _identity(self) -> dict[str, str]:
@@ -121,17 +160,49 @@ def _rows(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _max_length(tokenizer: Any, config: Any) -> int:
-    text = config.text_config
-    positions = getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length
-    # RoBERTa counts positions from behind its padding id.
-    if "roberta" in str(text.model_type) or config.model_type == "altclip":
-        positions -= (text.pad_token_id or 0) + 1
-    return int(min(tokenizer.model_max_length, positions))
+def _lower_gemma(tokenizer: Any) -> None:
+    """Make SigLIP 2's tokenizer write small letters, with which it was trained.
+
+    Tschannen et al., arXiv 2502.14786, section 2.1. The published folders name Gemma's class, which
+    keeps capitals.
+    """
+    if type(tokenizer).__name__.startswith("Gemma"):
+        backend = tokenizer.backend_tokenizer
+        steps = [normalizers.Lowercase(), backend.normalizer]
+        backend.normalizer = normalizers.Sequence([step for step in steps if step is not None])
 
 
-def _rules(tokenizer: Any) -> dict[str, Any]:
+def _max_length(tokenizer: Any, model: Any) -> int:
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    # RoBERTa and its kin count positions from behind their padding id.
+    taken = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if module.padding_idx is not None
+    ]
+    return int(min(tokenizer.model_max_length, (positions or math.inf) - max(taken, default=0)))
+
+
+def logits(model: Any, source: Path | str) -> tuple[float | None, float | None]:
+    """The scale and the bias of a model's logits, where it has them."""
+    scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
+    scale = None if scale is None else float(scale.exp())
+    if hasattr(model, "temperature"):  # ALIGN divides by it
+        scale = 1 / float(model.temperature)
+    bias = None if bias is None else float(bias)
+    if not all(value is None or math.isfinite(value) for value in (scale, bias)):
+        raise ModelError(f"{source}: its logit scale or bias is not finite; check its weights")
+    return scale, bias
+
+
+def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
     """What the tokenizer does to a text, less the padding and truncation of its last call."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
     side = {"padding_side": tokenizer.padding_side, "pad_token": tokenizer.pad_token}
+    if not hasattr(tokenizer, "backend_tokenizer"):  # SigLIP's, around a SentencePiece model
+        kind = {"class": type(tokenizer).__name__, "special": tokenizer.special_tokens_map}
+        lower = getattr(tokenizer, "do_lower_case", None)
+        model = files.digest_file(Path(tokenizer.vocab_file))
+        return {**side, **kind, "lower": lower, "model": model}
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return {**rules, **side, "padding": None, "truncation": None}

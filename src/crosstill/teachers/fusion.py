@@ -26,7 +26,10 @@ FAMILIES = {
     "BridgeTowerForImageAndTextRetrieval": ("bridgetower", "BridgeTower"),
 }
 # folders whose own dual heads embed each side alone: always, or where an encoder is asked for
-DUALS = {"BridgeTowerForContrastiveLearning": ("bridgetower", "BridgeTowerDual")}
+DUALS = {
+    "BridgeTowerForContrastiveLearning": ("bridgetower", "BridgeTowerDual"),
+    "Blip2ForImageTextRetrieval": ("blip2", "Blip2Dual"),
+}
 FINDERS = {**DUALS, "BlipForImageTextRetrieval": ("blip", "BlipDual")}
 
 

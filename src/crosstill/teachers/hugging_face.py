@@ -27,6 +27,7 @@ from crosstill.teachers.processors import preprocess_from
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = (".json", ".txt", ".model", ".safetensors", "README.md")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # as transformers calls them
 _PATIENCE = 10  # seconds until the hub counts as out of reach
 
 
@@ -57,6 +58,8 @@ def locate(source: str | Path) -> Path:
         return _from_hub_cache(name, revision)
     names = [file.rfilename for file in found.siblings or []]
     wanted = [n for n in names if "/" not in n and n.endswith(_WANTED)]
+    if any(_WEIGHTS.fullmatch(n) for n in wanted):  # OpenCLIP's copy may lie beside them
+        wanted = [n for n in wanted if not n.endswith(".safetensors") or _WEIGHTS.fullmatch(n)]
     return Path(snapshot_download(name, revision=found.sha, allow_patterns=wanted))
 
 
@@ -85,8 +88,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _reading(folder: Path, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises while it reads into one line that names the folder."""
+def reading(folder: Path | str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads into one line that names the folder."""
     try:
         with quiet():
             yield
@@ -101,7 +104,7 @@ def read_config(folder: Path) -> Any:
     """The folder's `config.json` as transformers' configuration object."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; give the folder of a Hugging Face model")
-    with _reading(folder, "config.json"):
+    with reading(folder, "config.json"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -124,7 +127,7 @@ def read_model(
             f"{folder}: no .safetensors weights, and pickled ones are never read; convert them, "
             "or name a hub revision that has them (ID@REVISION)"
         )
-    with _reading(folder, "model"):
+    with reading(folder, "model"):
         model, report = kind.from_pretrained(
             folder,
             config=config,
@@ -143,8 +146,12 @@ def read_model(
     return model.eval()
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The folder's fast tokenizer.
+def read_tokenizer(folder: Path, fast: bool = True) -> Any:
+    """The folder's tokenizer.
+
+    Args:
+        folder: where its files lie.
+        fast: whether it has to be one of the tokenizers library; SigLIP's runs on SentencePiece.
 
     Raises:
         ModelError: there is none. transformers would make up an empty one in some cases.
@@ -154,11 +161,11 @@ def read_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer (none of {', '.join(_TOKENIZERS)}); put the tokenizer's "
             "files beside the weights"
         )
-    with _reading(folder, "tokenizer"):
+    with reading(folder, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-        if not hasattr(tokenizer, "backend_tokenizer"):
+        if fast and not hasattr(tokenizer, "backend_tokenizer"):
             raise ModelError(f"{folder}: its tokenizer is not a fast one; save a tokenizer.json")
     return tokenizer
 
@@ -175,7 +182,7 @@ def read_preprocess(folder: Path) -> Preprocess:
         raise ModelError(
             f"{folder}: no image processor (preprocessor_config.json); put it beside the weights"
         )
-    with _reading(folder, "image processor"):
+    with reading(folder, "image processor"):
         processor = AutoImageProcessor.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
@@ -183,8 +190,9 @@ def read_preprocess(folder: Path) -> Preprocess:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors, in the order of their names."""
-    return sorted(folder.glob("*.safetensors"))
+    """The folder's safetensors in the order of their names: transformers' own, or else all."""
+    found = sorted(folder.glob("*.safetensors"))
+    return [path for path in found if _WEIGHTS.fullmatch(path.name)] or found
 
 
 def weights_digest(folder: Path) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from crosstill.errors import ConfigError, ModelError, unknown
-from crosstill.teachers import checkpoints, fusion, hugging_face, towers
+from crosstill.teachers import beit3, beit3_released, checkpoints, fusion, hugging_face, towers
+from crosstill.teachers.beit3_network import Network
 from crosstill.teachers.checkpoints import Findings
 from crosstill.teachers.meter import Meter, released
 from crosstill.teachers.meter.visual import ClipVisual
 
-FAMILIES = ("meter",)  # whose released files are known by their names
+FAMILIES = ("beit3", "meter")  # whose released files are known by their names
 # what is told of a part's sizes, under the names of ClipVisual, transformers and Shape
 _TOLD = (
     "model_type",
@@ -41,7 +43,7 @@ class Inspection:
     """A checkpoint, looked at.
 
     Attributes:
-        family: "meter", or transformers' name of the architecture.
+        family: "beit3", "meter", or transformers' name of the architecture.
         sizes: part → what decides its shapes, where known.
         parameters: how many there are, by part and in all.
         findings: what does not fit.
@@ -79,7 +81,7 @@ def inspect(
     """Look at a checkpoint, without loading what does not fit.
 
     Args:
-        source: a file; a folder of a Hugging Face model or of a fusion model of ours; a hub id.
+        source: a file; a folder of a Hugging Face model, or one that `convert` wrote; a hub id.
         family: whose released names a file has; None finds out.
         student: of METER's, look at DCD's student.
         unpickle: allow pickled files, see `checkpoints.read`.
@@ -96,13 +98,14 @@ def inspect(
         return Inspection("meter", _sizes(model), model.parameters_by_part())
     if (path / "config.json").is_file():
         return _of_transformers(path)
+    if beit3.is_beit3(path):
+        return _of_beit3(beit3.load(path, torch.device("cpu")).network)
     tensors = checkpoints.read(path, unpickle)
-    if family is None and not released.is_released(tensors):
-        raise ModelError(
-            f"{source}: {len(tensors)} tensors ({min(tensors)}, ...) of no known family; known "
-            f"are the names of {', '.join(FAMILIES)}, and folders with a config.json"
-        )
+    family = family or _family(tensors, source)
+    _check_student(family, student)
     try:
+        if family == "beit3":
+            return _of_beit3(*beit3_released.examine(tensors))
         model, found = released.examine(tensors, student)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None
@@ -110,20 +113,55 @@ def inspect(
 
 
 def convert(
-    source: str, folder: Path, tokenizer: Path, student: bool = False, unpickle: bool = False
+    source: str,
+    folder: Path,
+    tokenizer: Path,
+    student: bool = False,
+    unpickle: bool = False,
+    image_size: int | None = None,
 ) -> None:
-    """Write a released METER file as a folder that `teachers.load` reads.
+    """Write a released BEiT-3 or METER file as a folder that `teachers.load` reads.
+
+    Args:
+        source: the file.
+        folder: where to write.
+        tokenizer: of BEiT-3 its `beit3.spm`, of METER the folder of RoBERTa's tokenizer.
+        student: of METER's, take DCD's student.
+        unpickle: allow pickled files, see `checkpoints.read`.
+        image_size: in pixels; positions are resized bicubically. None keeps the file's own.
 
     Raises:
-        ConfigError: it is such a folder already.
+        ConfigError: it is such a folder already, or the patches do not tile that size.
         ModelError: it does not load whole, or the tokenizer is another model's.
         InputError: the folder cannot be written to.
     """
     path = _find(source)
-    if any((path / name).is_file() for name in (fusion.METER, "config.json")):
+    if any((path / name).is_file() for name in (fusion.METER, beit3.RECORD, "config.json")):
         raise ConfigError(f"{source}: a folder that needs no conversion; give it as it is")
     tensors = checkpoints.read(path, unpickle)
-    released.load(tensors, tokenizer, path.stem, student).save(folder)
+    family = _family(tensors, source)
+    _check_student(family, student)
+    if family == "beit3":
+        beit3_released.load(tensors, tokenizer, path.stem, image_size).save(folder)
+    else:
+        released.load(tensors, tokenizer, path.stem, student, image_size).save(folder)
+
+
+def _family(tensors: Mapping[str, Tensor], source: str) -> str:
+    """Whose released names these are."""
+    if beit3_released.is_released(tensors):
+        return "beit3"
+    if released.is_released(tensors):
+        return "meter"
+    raise ModelError(
+        f"{source}: {len(tensors)} tensors ({min(tensors)}, ...) of no known family; known "
+        f"are the names of {', '.join(FAMILIES)}, and folders with a config.json"
+    )
+
+
+def _check_student(family: str, student: bool) -> None:
+    if student and family != "meter":
+        raise ConfigError(f"--student is for METER files, and this is {family}; leave it out")
 
 
 def _find(source: str) -> Path:
@@ -181,6 +219,11 @@ def _loaded(folder: Path, kind: Any) -> tuple[Any, dict[str, Any]]:
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... by model
         line = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(f"{folder}: does not load ({line})") from None
+
+
+def _of_beit3(network: Network, found: Findings | None = None) -> Inspection:
+    sizes = {"network": network.shape.to_json()}
+    return Inspection("beit3", sizes, network.parameters_by_part(), found or Findings())
 
 
 def _sizes(model: Meter) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from crosstill.images import Preprocess
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _REFUSED = {
     "include_top": "a second normalisation",
-    "max_num_patches": "images cut into a varying number of patches (NaFlex)",
+    "max_num_patches": "a varying number of patches (NaFlex; SigLIP 2 of a fixed size works)",
     "crop_pct": "a crop given as a share",
     "do_flip_channel_order": "BGR channels",
 }
@@ -46,6 +46,10 @@ def _geometry(record: dict[str, Any], source: str) -> dict[str, Any]:
         target = [size["height"], size["width"]]
         if not crops or crop == size:
             return {"size": target, "resize": "squash"}
+        if set(crop) == {"height", "width"} and size["height"] == size["width"] >= max(
+            crop.values()
+        ):
+            return _squashed(size["height"], [crop["height"], crop["width"]])
     elif set(size) == {"shortest_edge"} and record.get("size_divisor"):
         return _bounded(size["shortest_edge"], record["size_divisor"], crop if crops else {})
     elif set(size) == {"shortest_edge"} and crops and set(crop) == {"height", "width"}:
@@ -53,6 +57,16 @@ def _geometry(record: dict[str, Any], source: str) -> dict[str, Any]:
         if size["shortest_edge"] >= max(target):
             return {"size": target, "resize": "crop", "shorter": size["shortest_edge"]}
     raise _refusal(source, f"size={size} with crop_size={crop if crops else None}")
+
+
+def _squashed(side: int, size: list[int]) -> dict[str, Any]:
+    """ALIGN's resizing: squashed to a square, of which the centre is cut.
+
+    With the longer side bounded by the shorter one, and both rounded to its multiples, every
+    image becomes that square.
+    """
+    square = {"shorter": side, "longer": side, "multiple": side}
+    return {**square, "resize": "crop", "size": size}
 
 
 def _bounded(shorter: int, multiple: int, crop: dict[str, int]) -> dict[str, Any]:

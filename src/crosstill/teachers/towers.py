@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModel
 from crosstill.errors import ConfigError
 from crosstill.teachers import hugging_face
 
+# norms after the hidden states, which only the pooler sees; most families have them before
+_OF_POOLER = {"convnext": "layernorm.", "convnextv2": "layernorm."}
+
 
 def assemble(config: Any, pooling: str) -> Any:
     """A tower as its configuration describes it, randomly started, without what is not used."""
@@ -23,7 +26,16 @@ def assemble(config: Any, pooling: str) -> Any:
     pooler = getattr(tower, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         tower.pooler = None
+    _leave_out(tower, pooling)
     return tower.to(memory_format=torch.channels_last)
+
+
+def _leave_out(tower: Any, pooling: str) -> None:
+    """No gradient for what no row depends on: several processes would wait for it in vain."""
+    norm = _OF_POOLER.get(tower.config.model_type, "\0") if pooling != "pooler" else "\0"
+    for name, value in tower.named_parameters():
+        if name.endswith("mask_token") or name.startswith(norm):
+            value.requires_grad_(False)
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import RobertaConfig, RobertaModel
 from crosstill.errors import ConfigError, ModelError
 from crosstill.preprocess import Preprocess
 from crosstill.teachers import hugging_face
-from crosstill.teachers.checkpoints import Findings
+from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
 from crosstill.teachers.meter.model import Meter, Parts
 from crosstill.teachers.meter.stack import CoAttention, Shape
 from crosstill.teachers.meter.visual import ClipVisual, grid_of, resized_positions
@@ -166,33 +165,35 @@ def _preprocess(size: int) -> Preprocess:
 
 def _image_sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     blocks = r"vit_model\.visual\.transformer\.resblocks\.(\d{1,4})\."
-    width = _usual(tensors, rf"{blocks}ln_\d\.(weight|bias)", 0, 768)
-    patch = _usual(tensors, r"vit_model\.visual\.conv1\.weight", 3, 16)
-    tokens = _usual(tensors, r"vit_model\.visual\.positional_embedding", 0, 577)
+    width = usual_size(tensors, rf"{blocks}ln_\d\.(weight|bias)", 0, 768)
+    patch = usual_size(tensors, r"vit_model\.visual\.conv1\.weight", 3, 16)
+    tokens = usual_size(tensors, r"vit_model\.visual\.positional_embedding", 0, 577)
     return {
         "image_size": math.isqrt(tokens - 1) * patch,
         "patch_size": patch,
         "width": width,
-        "layers": _count(tensors, blocks, 11),
+        "layers": count_layers(tensors, blocks, 11),
         "heads": _heads(width),
-        "mlp": _usual(tensors, rf"{blocks}mlp\.c_fc\.(weight|bias)", 0, 3072),
+        "mlp": usual_size(tensors, rf"{blocks}mlp\.c_fc\.(weight|bias)", 0, 3072),
     }
 
 
 def _text_config(tensors: Mapping[str, Tensor]) -> RobertaConfig:
     embeddings = r"text_transformer\.embeddings\."
     layers = r"text_transformer\.encoder\.layer\.(\d{1,4})\."
-    width = _usual(tensors, rf"{layers}output\.LayerNorm\.(weight|bias)", 0, 768)
+    width = usual_size(tensors, rf"{layers}output\.LayerNorm\.(weight|bias)", 0, 768)
     return RobertaConfig(
-        vocab_size=_usual(tensors, rf"{embeddings}word_embeddings\.weight", 0, 50265),
-        max_position_embeddings=_usual(
+        vocab_size=usual_size(tensors, rf"{embeddings}word_embeddings\.weight", 0, 50265),
+        max_position_embeddings=usual_size(
             tensors, rf"{embeddings}position_embeddings\.weight", 0, 514
         ),
         type_vocab_size=1,
         hidden_size=width,
-        num_hidden_layers=_count(tensors, layers, 12),
+        num_hidden_layers=count_layers(tensors, layers, 12),
         num_attention_heads=_heads(width),
-        intermediate_size=_usual(tensors, rf"{layers}intermediate\.dense\.(weight|bias)", 0, 3072),
+        intermediate_size=usual_size(
+            tensors, rf"{layers}intermediate\.dense\.(weight|bias)", 0, 3072
+        ),
         layer_norm_eps=1e-5,
         pad_token_id=PAD,
         bos_token_id=0,
@@ -204,30 +205,15 @@ def _stack_shape(
     tensors: Mapping[str, Tensor], prefix: str, image_width: int, text_width: int
 ) -> Shape:
     layers = rf"{prefix}cross_modal_(?:image|text)_layers\.(\d{{1,4}})\."
-    width = _usual(tensors, rf"{layers}output\.LayerNorm\.(weight|bias)", 0, 768)
+    width = usual_size(tensors, rf"{layers}output\.LayerNorm\.(weight|bias)", 0, 768)
     return Shape(
-        layers=_count(tensors, layers, 6),
+        layers=count_layers(tensors, layers, 6),
         width=width,
         heads=_heads(width),
-        mlp=_usual(tensors, rf"{layers}intermediate\.dense\.(weight|bias)", 0, 3072),
+        mlp=usual_size(tensors, rf"{layers}intermediate\.dense\.(weight|bias)", 0, 3072),
         image_width=image_width,
         text_width=text_width,
     )
-
-
-def _usual(tensors: Mapping[str, Tensor], pattern: str, axis: int, default: int) -> int:
-    """The most frequent size along an axis of the tensors of a kind: one wrong is outvoted."""
-    sizes = Counter(
-        value.shape[axis]
-        for name, value in tensors.items()
-        if value.ndim > axis and value.shape[axis] and re.fullmatch(pattern, name)
-    )
-    return sizes.most_common(1)[0][0] if sizes else default
-
-
-def _count(tensors: Mapping[str, Tensor], pattern: str, default: int) -> int:
-    """How many layers the names tell of."""
-    return len({found[1] for name in tensors if (found := re.match(pattern, name))}) or default
 
 
 def _heads(width: int) -> int:
@@ -261,17 +247,4 @@ def _released_names(model: Meter, student: bool) -> list[tuple[str, str]]:
 def _compare(model: Meter, given: Mapping[str, Tensor], student: bool) -> Findings:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     wanted = {theirs: shapes[ours] for ours, theirs in _released_names(model, student)}
-    reasons = LEFTOVERS | (_OF_TEACHER if student else _OF_STUDENT)
-    found = Findings(missing={n: shape for n, shape in wanted.items() if n not in given})
-    for name, value in sorted(given.items()):
-        shape = tuple(value.shape)
-        if name in wanted:
-            if shape != wanted[name]:
-                found.misshapen[name] = (shape, wanted[name])
-            continue
-        reason = next((why for start, why in reasons.items() if name.startswith(start)), None)
-        if reason is None:
-            found.unexpected[name] = shape
-        else:
-            found.leftovers.setdefault(reason, []).append(name)
-    return found
+    return compare(wanted, given, LEFTOVERS | (_OF_TEACHER if student else _OF_STUDENT))

@@ -1,0 +1,383 @@
+"""One contract for every family of dual encoders, against plain transformers."""
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import family_models
+import numpy as np
+import pytest
+import torch
+from family_models import FAMILIES, POSITIONS, TEXTS
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    Blip2ForImageTextRetrieval,
+    BlipForImageTextRetrieval,
+    CLIPSegConfig,
+    Siglip2ImageProcessorPil,
+    Siglip2Tokenizer,
+)
+
+from crosstill import cache, data, images, teachers
+from crosstill.errors import ModelError
+from crosstill.teachers.base import Teacher
+from crosstill.teachers.blip import BlipDual
+from crosstill.teachers.blip2 import Blip2Dual
+from crosstill.teachers.dual import DualEncoder
+
+RETRIEVAL = {
+    "blip": (BlipDual, BlipForImageTextRetrieval),
+    "blip_2": (Blip2Dual, Blip2ForImageTextRetrieval),
+}
+CPU = torch.device("cpu")
+LONG = "a red cube far from " * 30
+
+
+def opened(folder: Path) -> DualEncoder:
+    if folder.name in RETRIEVAL:
+        return RETRIEVAL[folder.name][0](folder, folder.name, CPU)
+    teacher = teachers.load(folder, CPU)
+    assert isinstance(teacher, DualEncoder)
+    return teacher
+
+
+class Plain:
+    """What transformers says of one image or one text, by the folder's own files."""
+
+    def __init__(self, folder: Path) -> None:
+        kind = RETRIEVAL[folder.name][1] if folder.name in RETRIEVAL else AutoModel
+        self.name, self.model = folder.name, kind.from_pretrained(folder).eval()
+        self.processor = AutoImageProcessor.from_pretrained(folder)
+        reader = Siglip2Tokenizer if folder.name == "siglip2" else AutoTokenizer
+        self.tokenizer = reader.from_pretrained(folder)
+
+    def tokens(self, text: str) -> dict[str, Tensor]:
+        rules = {"truncation": True, "max_length": POSITIONS, "return_tensors": "pt"}
+        if not self.name.startswith("siglip"):
+            return dict(self.tokenizer(text, **rules))
+        padded = self.tokenizer(text, padding="max_length", **rules)
+        return {"input_ids": padded["input_ids"]}
+
+    @torch.inference_mode()
+    def text(self, text: str) -> Tensor:
+        if self.name not in RETRIEVAL:
+            output = self.model.get_text_features(**self.tokens(text)).pooler_output
+        else:
+            output = self.both(text, Image.new("RGB", (32, 32)))
+            if self.name == "blip_2":
+                return output.text_embeds
+            output = self.model.text_proj(output.question_embeds[:, 0])
+        return functional.normalize(output, dim=-1)
+
+    @torch.inference_mode()
+    def image(self, photo: Image.Image) -> Tensor:
+        """(1, D), or all (Q, D) query rows of BLIP-2."""
+        if self.name not in RETRIEVAL:
+            output = self.model.get_image_features(**self.values(photo)).pooler_output
+        else:
+            output = self.both("a", photo)
+            if self.name == "blip_2":
+                return output.image_embeds[0]
+            output = self.model.vision_proj(output.last_hidden_state[:, 0])
+        return functional.normalize(output, dim=-1)
+
+    def values(self, photo: Image.Image) -> dict[str, Tensor]:
+        return {"pixel_values": self.processor(photo, return_tensors="pt")["pixel_values"]}
+
+    @torch.inference_mode()
+    def both(self, text: str, photo: Image.Image) -> Any:
+        tokens = {k: v for k, v in self.tokens(text).items() if k != "token_type_ids"}
+        if self.name == "blip":
+            return self.model(**tokens, **self.values(photo), use_itm_head=False)
+        if self.name == "blip_2":  # as its processor writes it, room for the queries first
+            room = self.model.config.num_query_tokens
+            ids = functional.pad(tokens["input_ids"], (room, 0), value=9)
+            mask = functional.pad(tokens["attention_mask"], (room, 0), value=1)
+            tokens = {"input_ids": ids, "attention_mask": mask}
+        return self.model(**tokens, **self.values(photo))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "siglip":
+        pytest.importorskip("sentencepiece")
+    place = tmp_path_factory.mktemp("families") / request.param
+    return family_models.save(FAMILIES[request.param], place)
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> DualEncoder:
+    return opened(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Plain:
+    return Plain(folder)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    """Smooth, odd-sized pictures: three sizes, so that cropping and squashing differ."""
+    random = np.random.default_rng(0)
+    small = [random.integers(0, 256, (5, 5, 3), dtype=np.uint8) for _ in range(3)]
+    sizes = [(90, 61), (47, 80), (64, 64)]
+    return [Image.fromarray(a).resize(s, 3) for a, s in zip(small, sizes, strict=True)]
+
+
+def pixels(teacher: DualEncoder, photos: list[Image.Image]) -> Tensor:
+    rows = []
+    for photo in photos:
+        file = io.BytesIO()
+        photo.save(file, "PNG")
+        rows.append(images.load(file.getvalue(), "x.png", teacher.preprocess))
+    return torch.stack(rows)
+
+
+def test_images_equal_plain_transformers(
+    teacher: DualEncoder, plain: Plain, photos: list[Image.Image]
+) -> None:
+    expected = torch.cat([plain.image(photo).mean(0, keepdim=True) for photo in photos])
+    expected = functional.normalize(expected, dim=-1)
+    # Our resizing may round a pixel the other way.
+    rows = teacher.embed_images(pixels(teacher, photos))
+    torch.testing.assert_close(rows, expected, atol=4e-3, rtol=0)
+    assert (rows * expected).sum(-1).min() > 0.9999
+    assert (rows @ rows.T).min() < 0.99999  # the pictures tell
+
+
+def test_texts_equal_plain_transformers(teacher: DualEncoder, plain: Plain) -> None:
+    texts = [*TEXTS, "A Red CUBE, two", "", LONG]
+    rows = torch.cat([plain.text(text) for text in texts])  # one by one, without padding
+    torch.testing.assert_close(teacher.embed_texts(texts), rows, atol=4e-6, rtol=0)
+    assert (rows @ rows.T).min() < 0.9999
+
+
+def test_the_longest_text(teacher: DualEncoder, plain: Plain) -> None:
+    assert teacher.max_length == POSITIONS
+    counts = [len(plain.tokenizer("a " * n)["input_ids"]) for n in range(1, 100)]
+    fits = 1 + max(i for i, count in enumerate(counts) if count <= POSITIONS)
+    texts = ["a " * fits, "a " * (fits + 5), LONG, "a"]
+    assert teacher.count_truncated(texts) == 2
+    assert teacher.embed_texts(texts).isfinite().all()
+
+
+def test_the_logit_scale_is_the_models(
+    teacher: DualEncoder, plain: Plain, photos: list[Image.Image]
+) -> None:
+    if plain.name in RETRIEVAL:
+        assert (teacher.logit_scale, teacher.logit_bias) == (None, None)
+        return
+    texts, rows = TEXTS[:3], []
+    for text in texts:
+        rows.append(plain.both(text, photos[0]).logits_per_text[0, 0])
+    assert teacher.logit_scale is not None
+    assert (teacher.logit_bias is None) == (not plain.name.startswith("siglip"))
+    cosines = torch.cat([plain.text(text) for text in texts]) @ plain.image(photos[0])[0]
+    expected = teacher.logit_scale * cosines + (teacher.logit_bias or 0)
+    torch.testing.assert_close(torch.stack(rows), expected, atol=1e-5, rtol=0)
+    assert teacher.logit_scale != pytest.approx(1, abs=1e-6)
+
+
+def test_it_keeps_the_teacher_contract(teacher: DualEncoder, folder: Path) -> None:
+    assert isinstance(teacher, Teacher)
+    assert (teacher.modalities, teacher.name) == ({"image", "text"}, folder.name)
+    black = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    odd = ["\ud800", "\x00", "\n", "漢字" * 99, ""]
+    for rows, count in ((teacher.embed_images(black), 3), (teacher.embed_texts(odd), 5)):
+        assert (rows.shape, rows.dtype) == ((count, teacher.dim), torch.float32)
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(count))
+    assert teacher.embed_images(black[:0]).shape == (0, teacher.dim)
+    assert teacher.embed_texts([]).shape == (0, teacher.dim)
+    assert teacher.count_truncated([]) == 0
+
+
+def test_rows_do_not_depend_on_their_company(teacher: DualEncoder) -> None:
+    texts = [f"a {'red ' * (i % 7)}cube {i}" for i in range(150)]
+    together = teacher.embed_texts(texts)
+    alone = torch.cat([teacher.embed_texts([text]) for text in texts[::30]])
+    torch.testing.assert_close(together[::30], alone, atol=4e-6, rtol=0)
+    draw = torch.Generator().manual_seed(0)
+    black = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    one = teacher.embed_images(black[40:41])
+    torch.testing.assert_close(teacher.embed_images(black)[40:41], one, atol=4e-6, rtol=0)
+
+
+def test_identity_follows_the_weights_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / folder.name
+    moved.mkdir()
+    for path in folder.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    before = opened(moved).identity()
+    assert before == opened(folder).identity()
+    save_file({"spare": torch.zeros(1)}, moved / "open_clip_model.safetensors")
+    assert opened(moved).identity() == before
+    weights = load_file(moved / "model.safetensors")
+    name = next(name for name in weights if "proj" in name and name.endswith("weight"))
+    weights[name].flatten()[0] += 1e-2
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    after = opened(moved).identity()
+    assert {key for key in before if before[key] != after[key]} == {"weights"}
+
+
+def test_nan_weights_and_lost_ones(folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / folder.name
+    moved.mkdir()
+    for path in folder.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    weights = load_file(moved / "model.safetensors")
+    names = [name for name in weights if weights[name].ndim == 4]  # of the first convolution
+    first = weights.pop(names[0])
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="lack 1 parameters"):
+        opened(moved)
+    weights[names[0]] = torch.full_like(first, float("nan"))
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="NaN") as caught:
+        opened(moved)
+    assert "\n" not in str(caught.value)
+
+
+def made(family: str, place: Path) -> Path:
+    return family_models.save(FAMILIES[family], place / family)
+
+
+@pytest.mark.parametrize("family", ["align", "blip_2", "siglip2"])
+def test_a_cache_of_scenes(family: str, tmp_path: Path) -> None:
+    teacher, pairs = opened(made(family, tmp_path)), data.open("scenes:6")
+    built = cache.build(teacher, pairs, tmp_path / "cache", dtype="fp32")
+    rows, texts = built.text_features(built.split("train").captions), built.captions("train")
+    assert len(texts) > 9 and built.dim == teacher.dim
+    torch.testing.assert_close(rows, teacher.embed_texts(texts), atol=4e-6, rtol=0)
+
+
+def test_siglip_2_writes_small_letters(tmp_path: Path) -> None:
+    folder = made("siglip2", tmp_path)
+    teacher = opened(folder)
+    rows = teacher.embed_texts(["A Red Cube", "a red cube"])
+    torch.testing.assert_close(rows[0], rows[1], atol=1e-6, rtol=0)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tokenizer_class": "Siglip2Tokenizer"}))
+    again = opened(folder).embed_texts(["A Red Cube"])[0]
+    torch.testing.assert_close(again, rows[0], atol=1e-6, rtol=0)
+
+
+def test_naflex_is_refused_by_name(tmp_path: Path) -> None:
+    folder = made("siglip2", tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16).save_pretrained(folder)
+    with pytest.raises(ModelError, match="NaFlex; SigLIP 2 of a fixed size works"):
+        teachers.load(folder)
+
+
+def test_openclips_end_token_pools_the_end(tmp_path: Path) -> None:
+    """In OpenCLIP's form `eos_token_id` is 2, which is no end token; texts must still differ."""
+    teacher = opened(made("openclip", tmp_path))
+    assert teacher.identity()["activation"] == "gelu/gelu"
+    assert teacher.model.config.text_config.eos_token_id == 2
+    ids = teacher.tokenizer("a red cube")["input_ids"]
+    hidden = teacher.model.text_model(input_ids=torch.tensor([ids])).last_hidden_state
+    expected = functional.normalize(teacher.model.text_projection(hidden[:, -1]), dim=-1)
+    torch.testing.assert_close(teacher.embed_texts(["a red cube"]), expected, atol=1e-6, rtol=0)
+
+
+def test_an_end_token_that_the_tokenizer_does_not_write(tmp_path: Path) -> None:
+    folder = made("clip", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="all texts give one row"):
+        teachers.load(folder)
+
+
+def test_parts_that_do_not_fit(tmp_path: Path) -> None:
+    folder = made("clip", tmp_path)
+    family_models.CROP.__class__(size={"shortest_edge": 48}, crop_size=48).save_pretrained(folder)
+    with pytest.raises(ModelError, match="image processor, does not load") as caught:
+        teachers.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_logit_scale_that_is_not_finite(tmp_path: Path) -> None:
+    folder = made("siglip2", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"].fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="logit scale or bias is not finite"):
+        teachers.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["CLIPSeg", "Blip2"])
+def test_what_has_such_features_and_no_joint_space(kind: str, tmp_path: Path) -> None:
+    """Segmenters and captioners of transformers have the methods of a dual encoder as well."""
+    folder = made("blip_2" if kind == "Blip2" else "clip", tmp_path)
+    if kind == "Blip2":
+        config = json.loads((folder / "config.json").read_text())
+        config["architectures"] = ["Blip2ForConditionalGeneration"]
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        CLIPSegConfig().save_pretrained(folder)
+    with pytest.raises(ModelError, match=f"{kind}Model is no dual encoder"):
+        teachers.load(folder)
+
+
+def test_blip_2s_row_is_the_mean_of_its_queries(
+    tmp_path: Path, photos: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cosine is the mean of BLIP-2's cosines over the length of the mean; its score the max."""
+    folder = made("blip_2", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        teacher = opened(folder)
+    assert "mean of BLIP-2's 5 query rows" in caplog.text
+    plain = Plain(folder)
+    row = teacher.embed_images(pixels(teacher, photos[2:]))[0]  # 64 x 64: pixels to the last bit
+    queries, text = plain.image(photos[2]), plain.text(TEXTS[1])[0]
+    cosines = queries @ text
+    best = plain.both(TEXTS[1], photos[2]).logits_per_image
+    torch.testing.assert_close(best.flatten(), cosines.max()[None])
+    expected = cosines.mean() / queries.mean(0).norm()
+    torch.testing.assert_close(row @ text, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_how_near_blip_2s_mean_row_comes_to_its_best_query(near: bool, tmp_path: Path) -> None:
+    """Random weights, 200 images and texts: it depends on how far the 32 queries lie apart."""
+    model = family_models.blip_2(52, num_query_tokens=32, num_hidden_layers=4)
+    torch.nn.init.normal_(model.query_tokens, std=0.02)
+    family = FAMILIES["blip_2"]._replace(build=lambda _: model, made=not near)
+    folder = family_models.save(family, tmp_path / "blip_2")
+    teacher, plain = opened(folder), Plain(folder).model
+    draw = torch.Generator().manual_seed(1)
+    looks = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    words = ["red", "blue", "cube", "ball", "two", "cones", "far", "left", "of", "and", "from"]
+    lists = torch.randint(0, len(words), (200, 8), generator=draw).tolist()
+    texts = teacher.embed_texts([" ".join(words[i] for i in row) for row in lists])
+    with torch.inference_mode():
+        seen = plain.vision_model(images.normalise(looks, teacher.preprocess)).last_hidden_state
+        asked = plain.query_tokens.expand(200, -1, -1)
+        hidden = plain.qformer(query_embeds=asked, encoder_hidden_states=seen).last_hidden_state
+        rows = functional.normalize(plain.vision_projection(hidden), dim=-1)
+    best = torch.einsum("iqd,td->itq", rows, texts).amax(-1)
+    ours = teacher.embed_images(looks) @ texts.T
+    length = rows.mean(1).norm(dim=-1).mean().item()
+    found = [rank_correlation(ours.T, best.T), rank_correlation(ours, best)]
+    told = f"{length:.2f} {found[0]:.2f} {found[1]:.2f}"
+    if near:
+        assert length > 0.4 and min(found) > 0.5, told
+    else:
+        assert length < 0.35 and max(found) < 0.25, told
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's, the mean over rows."""
+    ranks = [scores.argsort(-1).argsort(-1).float() for scores in (one, other)]
+    pairs = zip(*ranks, strict=True)
+    return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).mean())
