@@ -68,7 +68,8 @@ def test_strict_stops_at_the_first_bad_file(root):
 
 def test_a_file_met_in_a_folder_may_vanish(root):
     pairs = pairs_of(root, entry("a.jpg", "x"), entry("gone.jpg", "x", listed=False))
-    assert pairs.quarantine.rows == [{"path": "gone.jpg", "reason": "missing", "bytes": 0}]
+    row = {"path": "gone.jpg", "class": "missing", "reason": "missing", "bytes": 0}
+    assert pairs.quarantine.rows == [row]
 
 
 def test_captions_are_stripped_and_empty_ones_counted(root):
@@ -82,7 +83,8 @@ def test_captions_are_stripped_and_empty_ones_counted(root):
 
 def test_no_caption_is_quarantine_for_one_and_an_error_for_all(root):
     pairs = pairs_of(root, entry("a.jpg", "x"), entry("b.jpg", " "))
-    assert pairs.quarantine.rows == [{"path": "b.jpg", "reason": "no caption", "bytes": 10}]
+    row = {"path": "b.jpg", "class": "no-caption", "reason": "no caption", "bytes": 10}
+    assert pairs.quarantine.rows == [row]
     with pytest.raises(DataError, match=r"no captions in it.*a\.jpg \(row a\.jpg\)"):
         pairs_of(root, entry("a.jpg"), entry("b.jpg", " "))
 

@@ -59,7 +59,7 @@ def test_wrong_json(content, message, root):
     ("content", "message"),
     [
         ("", "no column filepath, caption"),
-        ("filepath,text\na.jpg,cat\n", "no column caption in its header (filepath, text)"),
+        ("filepath,title\na.jpg,cat\n", "no column caption in its header (filepath, title)"),
         ("filepath,caption\n", "no images in it"),
         ("filepath,caption\na.jpg,a cat, a dog\n", "row 2: 3 fields under 2 columns"),
         ("filepath,caption\na.jpg\n", "row 2: 1 fields under 2 columns"),
@@ -145,3 +145,144 @@ def test_caption_file_that_is_not_text_is_named(root):
 def test_folder_without_captions(root):
     with pytest.raises(DataError, match="no captions in it"):
         data.open(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{\n", "line 1: bad JSON"),
+        ('{"file": "a.jpg", "caption": "x"}\n\n{"file": }\n', "line 3: bad JSON"),
+        ("[" * 100_000, "line 1: bad JSON (nested too deep)"),
+        ("[1]\n", "line 1: no JSON object"),
+        (b'{"file": "a.jpg", "caption": "caf\xe9"}\n', "line 1: not UTF-8"),
+        ('{"url": "a.jpg", "caption": "x"}\n', "line 1: no filepath among its keys (url, caption)"),
+        ('{"file": "a.jpg", "title": "x"}\n', "line 1: no caption among its keys (file, title)"),
+        ('{"file": 3, "caption": "x"}\n', "line 1: 'filepath' holds the int 3"),
+        ('{"file": "a.jpg", "caption": ["x", 1]}\n', "line 1: a caption is the int 1"),
+        ('{"file": "a.jpg", "caption": {"raw": "x"}}\n', "line 1: a caption is an object"),
+        ('{"file": "a.jpg", "caption": "x", "split": "tst"}\n', "line 1: unknown split 'tst'"),
+        ('{"file": "a.jpg", "caption": "x", "split": 1}\n', "line 1: 'split' holds the int 1"),
+        ('{"file": "z.jpg", "caption": "x"}\n', "line 1: missing image file"),
+        ('{"file": "", "caption": "x"}\n', "line 1: filepath ''"),
+        ('{"file": "a.jpg", "caption": null}\n', "no captions in it"),
+        ("", "no images in it"),
+        ('{"image_path": "a.jpg", "text_segment": {}}\n', "line 1: 'text_segment' is no list of"),
+        ('{"image_path": "a.jpg", "text_segment": [1, "a"]}\n', "line 1: 'text_segment' is no li"),
+        ('{"image_path": "a.jpg", "text_segment": [5]}\n', "line 1: captions are token ids; put"),
+        ('{"text_segment": ["a"]}\n', "line 1: filepath ''"),
+    ],
+)
+def test_wrong_jsonl(content, message, root):
+    assert message in refused(root / "list.jsonl", content)
+
+
+def test_tokens_that_are_not_of_the_vocabulary(root):
+    (root / "beit3.spm").write_bytes(b"no model")
+    content = '{"image_path": "a.jpg", "text_segment": [5]}\n'
+    path = root / "list.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"beit3\.spm: not a SentencePiece model"):
+        data.open(path)
+
+
+def test_token_ids_without_a_piece(root):
+    import sentencepiece
+
+    with (root / "beit3.spm").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["one cat", "two cats"] * 9),
+            model_writer=file,
+            vocab_size=14,
+            minloglevel=2,
+        )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(root / "beit3.spm"))
+    ids = [number + 1 for number in model.encode("two cats")]
+    line = {"image_path": "a.jpg", "text_segment": [*ids, 3], "image_id": 0}
+    (root / "c.jsonl").write_text(json.dumps(line))
+    pairs = data.open(root / "c.jsonl", images=root)
+    assert pairs.examples[0].captions == ("two cats?",)
+    assert pairs.notes[1:] == (
+        "captions rebuilt from tokens, which keep no double spaces: 1",
+        "captions with a token that beit3.spm does not know, each now a '?': 1",
+    )
+    for token in (0, 2, 15, -4):
+        (root / "c.jsonl").write_text(json.dumps(line | {"text_segment": [token]}))
+        with pytest.raises(DataError, match=f"line 1: token {token} is not of this beit3.spm"):
+            data.open(root / "c.jsonl")
+
+
+def test_beit3_text_is_taken_as_it_is_and_counts_anew_in_every_split(root):
+    for split, name in (("train", "a"), ("val", "b")):
+        line = {"image_path": f"{name}.jpg", "text_segment": f"of {name}", "image_id": 0}
+        (root / f"c.{split}.jsonl").write_text(json.dumps(line) + "\n")
+    pairs = data.open(f"{root}/c.*.jsonl")
+    assert [(e.captions, e.split) for e in pairs.examples] == [
+        (("of a",), "train"),
+        (("of b",), "val"),
+    ]
+    assert data.open(root / "c.val.jsonl").splits == {"val": 1}
+
+
+def coco(**changes: object) -> dict:
+    return {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}],
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (coco(images=[{"file_name": "a.jpg"}]), "images[0]: no number under 'id'"),
+        (coco(images=[{"id": 1}, {"id": 2}]), "images[0]: no text under 'file_name'"),
+        (coco(annotations={}), "'annotations' is no list"),
+        (coco(annotations=[{"caption": "x"}]), "annotations[0]: no number under 'image_id'"),
+        (coco(annotations=[{"image_id": 1}]), "annotations[0]: no text under 'caption'"),
+        (coco(annotations=[{"image_id": 9, "caption": "x"}]), "annotations[0]: image_id 9 is not"),
+        (coco(annotations=[]), "no captions in it"),
+        (coco(images=[]), "annotations[0]: image_id 1 is not among 'images'"),
+    ],
+)
+def test_wrong_coco(value, message, root):
+    assert message in refused(root / "captions_val2014.json", json.dumps(value))
+
+
+def test_coco_alone_is_the_split_of_its_name(root):
+    (root / "captions_val2014.json").write_text(json.dumps(coco()))
+    assert data.open(root / "captions_val2014.json").splits == {"val": 2}
+
+
+def test_karpathys_file_decides_the_splits_of_any_listing(root):
+    (root / "list.csv").write_text("filepath,caption,split\na.jpg,x,val\nb.jpg,y,val\n")
+    items = [
+        {"filename": "a.jpg", "split": "restval"},
+        {"filename": "z.jpg", "split": "test"},
+    ]
+    (root / "s.json").write_text(json.dumps({"images": items}))
+    pairs = data.open(root / "list.csv", splits=root / "s.json")
+    assert [(e.path, e.split) for e in pairs.examples] == [("a.jpg", "train")]
+    assert pairs.notes == (
+        "images that s.json does not name, left out: 1",
+        "images of s.json that are not in the dataset: 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "no list named 'images'; --splits is a file in Karpathy's layout"),
+        ({"images": [{"filename": "a.jpg"}]}, "images[0]: no text under 'filename' or 'split'"),
+        ({"images": [{"filename": "a.jpg", "split": "x"}]}, "images[0]: unknown split 'x'"),
+        ({"images": [{"filename": "q", "split": "val"}]}, "names none of the 1 images"),
+    ],
+)
+def test_wrong_splits(value, message, root):
+    (root / "list.csv").write_text("filepath,caption\na.jpg,x\n")
+    (root / "s.json").write_text(json.dumps(value))
+    with pytest.raises(DataError) as caught:
+        data.open(root / "list.csv", splits=root / "s.json")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(root / "s.json"))
+    with pytest.raises(DataError, match=r"gone\.json: cannot be read"):
+        data.open(root / "list.csv", splits=root / "gone.json")

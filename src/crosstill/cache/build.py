@@ -20,6 +20,7 @@ from crosstill.teachers.features import FeaturesTeacher
 from crosstill.teachers.matcher import FusionTeacher
 from crosstill.types import Example
 
+_SCALES = ("logit_scale", "logit_bias")  # of a dual encoder's own training, where it has them
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 
 
@@ -149,7 +150,8 @@ class _Build(work.Work[store.Cache]):
 
 def _describe(teacher: Teacher | FeaturesTeacher | None) -> dict[str, Any]:
     if teacher is None:
-        return dict.fromkeys(("name", "source", "dim", "licence", "parameters")) | {
+        nothing = ("name", "source", "dim", "licence", "parameters", *_SCALES)
+        return dict.fromkeys(nothing) | {
             "identity": {},
             "modalities": [],
         }
@@ -161,4 +163,5 @@ def _describe(teacher: Teacher | FeaturesTeacher | None) -> dict[str, Any]:
         "licence": teacher.licence,
         "identity": teacher.identity(),
         "modalities": sorted(teacher.modalities),
+        **{name: getattr(teacher, name, None) for name in _SCALES},
     }

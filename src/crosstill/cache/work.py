@@ -111,10 +111,11 @@ class Work(ABC, Generic[Opened]):
         data, teacher = header["data"] | self._data(), header["teacher"]
         if self.reading.teacher_licence:
             teacher = teacher | {"licence": self.reading.teacher_licence}
-        if (data, teacher) == (header["data"], header["teacher"]):
-            return cache
         known = set(cache.image_ids)
         moved = [example for example in self.examples if example.image_id in known]
+        as_it_was = (data, teacher) == (header["data"], header["teacher"])
+        if as_it_was and [example.path for example in moved] == cache.paths:
+            return cache
         header["files"] |= store.write_manifest(self.folder, moved)
         header |= {"data": data, "teacher": teacher}
         files.write_json(path, files.sealed(header))

@@ -70,6 +70,7 @@ def command(
     ],
     data: Annotated[str, typer.Argument(help=common.DATA + " After `verify`: the cache.")],
     images: common.Images = None,
+    splits: common.Splits = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the cache to make.")] = None,
     views: Views = None,
     augment: Augment = None,
@@ -100,7 +101,7 @@ def command(
     given = {"views": views, "augment": kinds, "dtype": dtype, "batch_size": batch_size}
     given |= {"false": false, "false_images": false_images, "find": find}
     given = {name: value for name, value in given.items() if value is not None}
-    pairs = sources.open(data, images=images, strict=strict, licence=licence)
+    pairs = sources.open(data, images=images, strict=strict, licence=licence, splits=splits)
     for line in pairs.notes:
         common.note(line)
     more: dict[str, Any] = {"seed": seed, "strict": strict, "teacher_licence": teacher_licence}

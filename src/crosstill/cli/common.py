@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from crosstill.errors import printable
+
+# control codes but for tabs and new lines, marks that turn the writing round, stray bytes
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 DATA = (
-    "A Karpathy JSON, a CSV or TSV, a folder of images with .txt captions, "
-    "or scenes[:COUNT[:SEED]]."
+    "Karpathy's or COCO's JSON, CSV, TSV, JSONL, Parquet, tar shards (several with commas, "
+    "wildcards or {000..009}), a folder of these or of images with .txt captions, "
+    "hf:OWNER/NAME, or scenes[:COUNT[:SEED]]."
 )
 
 Data = Annotated[str, typer.Argument(help=DATA)]
 Images = Annotated[
     Path | None, typer.Option(help="Folder of the image files, where it is not DATA's own.")
+]
+Splits = Annotated[
+    Path | None, typer.Option(help="Karpathy's JSON, which says the split of each image of DATA.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -24,12 +34,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 def say(text: str) -> None:
     """A result, on stdout."""
-    typer.echo(text)
+    typer.echo(_harmless(text))
 
 
 def note(text: str) -> None:
     """Anything that is not a result, on stderr."""
-    typer.echo(text, err=True)
+    typer.echo(_harmless(text), err=True)
+
+
+def _harmless(text: str) -> str:
+    """The text as it is; names and captions in it may hold what a terminal would obey."""
+    return _UNSAFE.sub(lambda found: printable(found[0]), text)
 
 
 def dump(value: Any) -> None:

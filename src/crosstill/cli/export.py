@@ -44,6 +44,7 @@ def command(
     max_loss: MaxLoss = MAX_LOSS,
     data: Data = None,
     images: common.Images = None,
+    splits: common.Splits = None,
     split: Annotated[str, typer.Option(help="With --data: which split.")] = "val",
     teacher_licence: TeacherLicence = None,
     data_licence: DataLicence = None,
@@ -57,9 +58,11 @@ def command(
     from crosstill import data as sources
     from crosstill import export
 
-    if data is None and (images is not None or split != "val"):
-        raise ConfigError("--images and --split say where --data is measured; give --data too")
-    pairs = sources.open(data, images=images).split(split) if data else None
+    if data is None and (images is not None or splits is not None or split != "val"):
+        raise ConfigError(
+            "--images, --splits and --split say where --data is measured; give --data too"
+        )
+    pairs = sources.open(data, images=images, splits=splits).split(split) if data else None
     found = export.run(
         source,
         to,

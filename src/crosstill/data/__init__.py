@@ -1,8 +1,14 @@
 """Datasets: whatever the form, `open` makes `Pairs` of it, and identity is by content.
 
     flickr8k.json        Karpathy's JSON (Flickr8k, Flickr30k, COCO)
+    captions_val2014.json, annotations/    COCO's captions
     pairs.csv, .tsv      columns filepath, caption, and if you like split, image_id
-    photos/              images, each with a .txt beside it: a caption a line
+    pairs.jsonl          the same keys; or BEiT-3's index files
+    train-*.parquet      image bytes and captions in columns
+    shards/{00..09}.tar  WebDataset: KEY.jpg beside KEY.txt or KEY.json
+    photos/              images, each with a .txt beside it: a caption a line; or an image folder
+                         with metadata.csv or .jsonl; or any of the files above
+    saved/, hf:OWNER/NAME    what Hugging Face's datasets saved, or load from the hub
     scenes[:COUNT[:SEED]]  rendered here, nothing to download
 
 Images without a split are put into train, val and test, 80/10/10, by their content.
@@ -13,15 +19,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from crosstill.data import folder, karpathy, scenes, table
+from crosstill.data import folder, gather, scenes
 from crosstill.data.base import SPLITS, Pairs, read_image, read_licence
+from crosstill.data.given import Listing, files_of
+from crosstill.data.packed import read_packed
 from crosstill.errors import DataError
 from crosstill.types import Example
 
 __all__ = ["SPLITS", "Pairs", "open", "reader"]
+
+# The reader of every kind of file, a module with `read(given, images)`, loaded when it is needed
+_READERS = {
+    ".json": "json_files",
+    ".csv": "table",
+    ".tsv": "table",
+    ".jsonl": "jsonl",
+    ".parquet": "columns",
+    ".arrow": "columns",
+    ".tar": "shards",
+    **dict.fromkeys((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), "shards"),
+}
 
 
 def open(
@@ -29,17 +50,19 @@ def open(
     images: str | Path | None = None,
     strict: bool = False,
     licence: str | None = None,
+    splits: str | Path | None = None,
 ) -> Pairs:
     """Open a dataset in any of the forms above.
 
     Args:
-        source: a file, a folder, or "scenes", "scenes:COUNT", "scenes:COUNT:SEED" (a folder of
-            that name is "./scenes").
-        images: the folder of the image files that a JSON or a table lists; that of `source`
-            when not given.
+        source: a file, several (commas, wildcards, braces), a folder, "hf:OWNER/NAME[:CONFIG]", or
+            "scenes", "scenes:COUNT", "scenes:COUNT:SEED" (a folder of that name is "./scenes").
+        images: the folder of the image files that a listing names; that of `source` when not
+            given.
         strict: raise at the first image that cannot be used instead of setting it apart.
         licence: of photos and captions; else the `license` in the front matter of a README.md
             beside them, if there is one.
+        splits: a file in Karpathy's layout that says which image is in which split.
 
     Raises:
         DataError: it is no dataset, or a wrong one; the message names the file and the row.
@@ -47,26 +70,45 @@ def open(
     """
     if str(source).split(":")[0] == "scenes":
         return replace(scenes.read(str(source)), licence=licence)
-    path = Path(source)
-    found = _read(path, images, strict)
-    beside = path if path.is_dir() else path.parent
-    return replace(found, licence=licence or read_licence(beside))
+    listed = _list(str(source), Path(images).absolute() if images is not None else None)
+    if splits is not None:
+        listed = _reader("splits").apply(listed, Path(splits))
+    if listed.bad and not listed.entries:
+        raise DataError(f"{listed.origin}: nothing in it can be used, first {listed.bad[0]}")
+    found = gather.gather(listed.name, listed.origin, listed.source, listed.entries, strict)
+    for error in listed.bad:
+        found.quarantine.add(error, 0)
+    beside = listed.origin if listed.origin.is_dir() else listed.origin.parent
+    licence = licence or listed.licence or read_licence(beside)
+    return replace(found, licence=licence, notes=found.notes + listed.notes)
 
 
-def _read(path: Path, images: str | Path | None, strict: bool) -> Pairs:
-    root = (Path(images) if images is not None else path.parent).absolute()
-    if path.is_dir():
-        return folder.read(path.absolute(), strict)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; give a dataset")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder of images; check --images")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        return karpathy.read(path, root, strict)
-    if suffix in (".csv", ".tsv"):
-        return table.read(path, root, strict)
-    raise DataError(f"{path}: not a dataset; give a .json, .csv or .tsv file, a folder, or scenes")
+def _list(source: str, images: Path | None) -> Listing:
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images}: no such folder of images; check --images")
+    if source.startswith("hf:"):
+        return _reader("hub").read(source, images)
+    given = files_of(source)
+    if given.files == (".",):
+        return folder.read(given.base)
+    kinds = sorted({_kind(name) for name in given.files})
+    readers = {_READERS.get(kind) for kind in kinds}
+    if len(readers) > 1:
+        raise DataError(f"{source}: files of several kinds ({', '.join(kinds)}); give those of one")
+    if (module := readers.pop()) is None:
+        known = ", ".join(dict.fromkeys(_READERS))
+        raise DataError(f"{given.origin}: not a dataset; give a {known} file, a folder, or scenes")
+    return _reader(module).read(given, images)
+
+
+def _kind(name: str) -> str:
+    endings = [suffix.lower() for suffix in Path(name).suffixes]
+    both = "".join(endings[-2:])
+    return both if both.startswith(".tar.") else "".join(endings[-1:])
+
+
+def _reader(module: str) -> Any:
+    return import_module(f"crosstill.data.{module}")
 
 
 def reader(record: dict[str, Any]) -> Callable[[Example], bytes]:
@@ -77,6 +119,8 @@ def reader(record: dict[str, Any]) -> Callable[[Example], bytes]:
     """
     if record.get("form") == "files":
         return partial(read_image, Path(record["root"]))
+    if record.get("form") == "packed":
+        return partial(read_packed, Path(record["root"]), record["column"])
     if record.get("form") == "scenes":
         return partial(scenes.read_scene, record["seed"])
     raise DataError(f"images of form {record.get('form')!r} cannot be read; upgrade crosstill")

@@ -97,8 +97,12 @@ def split_name(text: str, where: str) -> str:
     return name
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, gone: str | None = None) -> str:
     """The text of a caption file, without a byte-order mark.
+
+    Args:
+        path: of the file.
+        gone: what to return when it is not there, for a file that was there a moment ago.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8; the message names the line.
@@ -110,6 +114,8 @@ def read_text(path: Path) -> str:
         row = data[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {row}: not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
+        if gone is not None and isinstance(error, FileNotFoundError):
+            return gone
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path, PurePath
 
-from crosstill.data.base import SPLIT_NAMES, Pairs, read_text, unreadable
-from crosstill.data.gather import Entry, Folder, gather
+from crosstill.data.base import SPLIT_NAMES, read_text, unreadable
+from crosstill.data.gather import Entry, Folder
+from crosstill.data.given import Listing
 from crosstill.errors import DataError, ImageError
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -19,12 +19,11 @@ _OTHERS = (".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".
 SUFFIXES = frozenset((*_JPEG, *_OTHERS))
 
 
-def read(path: Path, strict: bool) -> Pairs:
-    """Read a folder of images with captions in sidecar files.
+def read(path: Path) -> Listing:
+    """List a folder of images with captions in sidecar files.
 
     Raises:
-        DataError: no image or no caption in it, or a caption file that cannot be read.
-        ImageError: with `strict`, the first image that cannot be used.
+        DataError: a folder or a caption file that cannot be read.
     """
     closed: list[OSError] = []
     found = sorted(_walk(path, closed))
@@ -33,21 +32,21 @@ def read(path: Path, strict: bool) -> Pairs:
         raise DataError(f"{closed[0].filename}: {unreadable(closed[0])}; check its permissions")
     texts = {name for name in found if name.endswith(".txt")}
     entries = [_entry(path, name, texts) for name in images]
-    pairs = gather(path.name, path, Folder(path), entries, strict)
-    for error in closed:
-        pairs.quarantine.add(
-            ImageError(os.path.relpath(error.filename, path), unreadable(error)), 0
-        )
+    bad = tuple(ImageError(os.path.relpath(e.filename, path), unreadable(e)) for e in closed)
     alone = len(texts - {_sidecar(name) for name in images})
-    note = (f"text files without an image of the same name: {alone}",) if alone else ()
-    return replace(pairs, notes=pairs.notes + note)
+    notes = (f"text files without an image of the same name: {alone}",) if alone else ()
+    return Listing(path.name, path, Folder(path), entries, notes, bad)
 
 
 def _walk(root: Path, closed: list[OSError]) -> Iterator[str]:
     """Files below a folder, relative to it; links are followed, but no folder is entered twice."""
     entered = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed.append):
-        status = os.stat(folder)
+        try:
+            status = os.stat(folder)
+        except OSError as error:  # it went while its neighbours were read
+            closed.append(error)
+            continue
         if (status.st_dev, status.st_ino) in entered:
             subfolders.clear()
             continue
@@ -62,7 +61,7 @@ def _sidecar(name: str) -> str:
 
 def _entry(root: Path, name: str, texts: set[str]) -> Entry:
     sidecar = _sidecar(name)
-    captions = read_text(root / sidecar).splitlines() if sidecar in texts else []
+    captions = read_text(root / sidecar, gone="").splitlines() if sidecar in texts else []
     top = PurePath(name).parts[0]
     split = SPLIT_NAMES.get(top.lower()) if top != name else None
     return Entry(name, name, [line for line in captions if line.strip()], split, listed=False)

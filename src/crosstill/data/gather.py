@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from crosstill import files
 from crosstill.data.base import Copy, Pairs, read_image, regular, unreadable
-from crosstill.errors import DataError, ImageError
+from crosstill.errors import DataError, ImageError, MissingError
 from crosstill.images import Quarantine
 from crosstill.types import Example
 
@@ -114,7 +114,8 @@ def gather(
         strict: raise at the first image that would be quarantined.
 
     Raises:
-        DataError: nothing is listed, nothing has a caption, or a listed file is missing.
+        DataError: nothing is listed, or nothing has a caption.
+        MissingError: a listed file is not there.
         ImageError: with `strict`, the first image that cannot be used.
     """
     if not entries:
@@ -154,9 +155,13 @@ def _clean(entry: Entry, notes: Counter[str]) -> Entry:
         whole = text.encode("utf-8", "replace").decode()
         notes["captions with broken Unicode, each now a '?'"] += whole != text
         captions.append(whole.strip())
-    kept = [text for text in captions if text]
+    kept = [text for text in captions if any(map(_visible, text))]
     notes["empty captions left out"] += len(captions) - len(kept)
     return entry._replace(captions=kept)
+
+
+def _visible(character: str) -> bool:
+    return character.isprintable() and not character.isspace()
 
 
 def _refuse_missing(
@@ -165,10 +170,13 @@ def _refuse_missing(
     """A listed file that is not there means a wrong folder more often than a broken dataset."""
     missing = [e for e in entries if e.listed and found[e.path].problem == "missing"]
     if missing:
-        first = missing[0]
-        raise DataError(
-            f"{origin}, {first.where}: missing image file {Path(root or '') / first.path}; "
-            f"{len(missing)} of {len(entries)} are missing: check --images"
+        first, folder = missing[0], root or Path()
+        raise MissingError(
+            f"{origin}, {first.where}: missing image file {folder / first.path}; {len(missing)} of "
+            f"{len(entries)} are missing: check --images, or ask crosstill doctor",
+            folder,
+            entries,
+            [entry.path for entry in missing],
         )
 
 

@@ -2,7 +2,9 @@
 
 One row a caption: rows with the same `filepath` are captions of one image. Where there is an
 `image_id` column (your own name for the image) its rows belong together, and the path may be
-left empty after the first; crosstill's own ids come from the files' content all the same.
+left empty after the first; crosstill's own ids come from the files' content all the same. Other
+names of the two columns are taken too (`rows.FILE`, `rows.CAPTION`), such as `file_name` and
+`text` of an image folder's metadata.csv.
 """
 
 from __future__ import annotations
@@ -12,36 +14,23 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from crosstill.data.base import Pairs, read_text, split_name
-from crosstill.data.gather import Entry, Folder, gather
+from crosstill.data.base import read_text
+from crosstill.data.given import Given, Listing
+from crosstill.data.rows import CAPTION, FILE, Rows
 from crosstill.errors import DataError
 
-_NEEDED = ("filepath", "caption")
 
-
-def read(path: Path, root: Path, strict: bool) -> Pairs:
-    """Read a table (tabs between the columns of a .tsv) whose images lie under `root`.
+def read(given: Given, images: Path | None) -> Listing:
+    """Read tables (tabs between the columns of a .tsv) of images under `images`.
 
     Raises:
         DataError: a missing column, or a row that does not fit; the message names the row.
-        ImageError: with `strict`, the first image that cannot be used.
     """
-    # Rows of one image and split become one entry: (name of the image, split) -> entry
-    entries: dict[tuple[str, str | None], Entry] = {}
-    paths: dict[str, str] = {}
-    for number, row in _rows(path):
-        where = f"row {number}"
-        name = row.get("image_id") or row["filepath"]
-        file = paths.setdefault(name, row["filepath"])
-        if row["filepath"] not in ("", file) or not file:
-            raise DataError(
-                f"{path}, {where}: filepath {row['filepath']!r} where image {name!r} has "
-                f"{file!r}; give each image one file"
-            )
-        split = split_name(row["split"], f"{path}, {where}") if row.get("split") else None
-        entry = entries.setdefault((name, split), Entry(where, file, [], split))
-        entry.captions.append(row["caption"])
-    return gather(path.stem, path, Folder(root), list(entries.values()), strict)
+    rows = Rows(given, images)
+    for file in given.files:
+        for number, row in _rows(given.base / file):
+            rows.add(file, f"row {number}", row)
+    return rows.listing()
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -50,7 +39,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
         header = [column.strip() for column in next(lines, [])]
-        if lacking := [column for column in _NEEDED if column not in header]:
+        if lacking := [names[0] for names in (FILE, CAPTION) if not {*names} & {*header}]:
             raise DataError(
                 f"{path}: no column {', '.join(lacking)} in its header ({', '.join(header)}); "
                 f"name them in the first row"

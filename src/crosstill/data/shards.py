@@ -1,0 +1,259 @@
+"""WebDataset shards: plain tar files in which an image and its captions share a key.
+
+A sample is KEY.jpg (or .png, .webp, ...) with its captions beside it: KEY.txt or KEY.caption, a
+caption a line, or KEY.json with `caption` or `captions` and, if you like, `split`. The key ends
+at the first dot of the file's name, and the members of a sample stand next to each other, as the
+webdataset library writes and reads them. Nothing is ever unpacked: opening is one pass over the
+shards, and after it every image is one read at its offset.
+
+`stream` is that pass. Every sample says where it begins and where the next one does, so another
+process goes on from there at exactly the next sample.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from crosstill.data.base import regular, unreadable
+from crosstill.data.folder import SUFFIXES
+from crosstill.data.gather import Entry
+from crosstill.data.given import Given, Listing, files_of
+from crosstill.data.packed import Packed, slice_path
+from crosstill.data.rows import CAPTION, captions_of, first, split_of
+from crosstill.errors import DataError, ImageError
+
+TEXTS = (".txt", ".caption", ".json")
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+
+
+class Position(NamedTuple):
+    """A place between two samples; as JSON it is a list of the two."""
+
+    shard: str  # as the pattern names it, relative to the folder of all
+    offset: int  # bytes from the start of the shard
+
+
+class Sample(NamedTuple):
+    """One image of a shard with its captions."""
+
+    path: str  # as `Pairs.read` finds it again
+    image: bytes
+    captions: list[str]
+    split: str | None
+    start: Position
+    next: Position
+
+
+@dataclass
+class Faults:
+    """What a pass met that is no sample: damage and bad members one by one, the rest counted."""
+
+    strict: bool = False  # raise the first bad one
+    bad: list[ImageError] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, path: str, reason: str) -> None:
+        self.bad.append(ImageError(path, reason))
+        if self.strict:
+            raise self.bad[-1]
+
+
+class _Member(NamedTuple):
+    name: str
+    start: int  # of its header
+    offset: int  # of its bytes
+    size: int
+    problem: str  # why its bytes are not there, or ""
+    next: int  # start of what follows
+
+    @property
+    def suffix(self) -> str:
+        return "." + self.name.rpartition(".")[2].lower()
+
+    @property
+    def key(self) -> str:
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+
+def read(given: Given, images: Path | None) -> Listing:
+    """List the samples of shards, in one pass over their bytes.
+
+    Raises:
+        DataError: a compressed shard, or a wrong split in a sample's JSON.
+    """
+    source, faults, entries = Packed(given.base), Faults(), []
+    for sample in _stream(given, None, faults):
+        source.note(sample.path, sample.image)
+        where = given.where(sample.start.shard, f"sample at byte {sample.start.offset}")
+        split = sample.split or given.split(sample.start.shard)
+        entries.append(Entry(where, sample.path, sample.captions, split))
+    notes = tuple(f"{text}: {count}" for text, count in faults.notes.items())
+    return Listing(given.name, given.origin, source, entries, notes, tuple(faults.bad))
+
+
+def stream(
+    source: str | Path, start: Position | None = None, faults: Faults | None = None
+) -> Iterator[Sample]:
+    """The samples of shards in order, one in memory at a time.
+
+    Args:
+        source: a shard, a folder of shards, or a pattern such as "shards/{000000..000009}.tar".
+        start: where to go on: the `next` of the last sample that was used.
+        faults: collects what is no sample; without it the first such thing raises.
+
+    Raises:
+        DataError: no such shards, a compressed one, or `start` is in none of them.
+        ImageError: without `faults`, a damaged shard, or a member that cannot be used.
+    """
+    faults = Faults(strict=True) if faults is None else faults
+    yield from _stream(files_of(str(source)), start, faults)
+
+
+def _stream(given: Given, start: Position | None, faults: Faults) -> Iterator[Sample]:
+    names, offset = given.files, 0
+    if start is not None:
+        if start.shard not in names:
+            raise DataError(f"{given.origin}: no shard {start.shard!r} to go on from; check it")
+        names, offset = names[names.index(start.shard) :], start.offset
+    for name in names:
+        path = given.base / name
+        try:
+            with regular(path).open("rb") as file:
+                for group in _groups(_members(file, path, name, offset, faults)):
+                    yield from _sample(file, name, group, faults)
+        except OSError as error:
+            faults.add(name, unreadable(error))
+        offset = 0
+
+
+def _members(
+    file: IO[bytes], path: Path, shard: str, offset: int, faults: Faults
+) -> Iterator[_Member]:
+    """The members of a shard that may be part of a sample, from an offset on."""
+    size = path.stat().st_size
+    if file.read(6).startswith(_PACKED):
+        raise DataError(
+            f"{path}: compressed; unpack it to a plain .tar first (gunzip, zstd -d): its images "
+            "are read at their offsets"
+        )
+    file.seek(offset)
+    at = offset
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (info := archive.next()) is not None:
+                if not at < archive.offset <= size:
+                    raise tarfile.ReadError("cut short")
+                member = _member(info, at, archive.offset)
+                at = archive.offset
+                if _is_part(member, info, shard, faults):
+                    yield member
+                file.seek(at)
+        file.seek(at)
+        damage = _after(file)
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+        damage = " ".join(str(error).split()) or type(error).__name__
+    if damage:
+        text = f"corrupt at byte {at} of {size} ({damage}); what follows is lost"
+        faults.add(shard, text)
+
+
+def _member(info: tarfile.TarInfo, start: int, following: int) -> _Member:
+    problem = ""
+    if info.issparse():
+        problem = "a sparse member of the archive"
+    elif not info.isreg():
+        problem = "a link in the archive" if info.issym() or info.islnk() else "no regular file"
+    return _Member(info.name, start, info.offset_data, info.size, problem, following)
+
+
+def _is_part(member: _Member, info: tarfile.TarInfo, shard: str, faults: Faults) -> bool:
+    hidden = not member.key.rpartition("/")[2]  # .DS_Store, ._dog.jpg
+    if info.isdir():
+        return False
+    if hidden or member.suffix not in (*SUFFIXES, *TEXTS):
+        faults.notes["members that are neither images nor captions, not read"] += 1
+        return False
+    if member.problem:
+        faults.add(f"{shard}/{member.name}", member.problem)
+    return not member.problem
+
+
+def _after(file: IO[bytes]) -> str:
+    """What is wrong behind the last member; tarfile takes a bad header for the end."""
+    end = file.read(1024)
+    if end != bytes(1024):
+        return "no end mark" if len(end) < 1024 else "a bad header"
+    while rest := file.read(2**20):
+        if any(rest):
+            return "another archive behind the first"
+    return ""
+
+
+def _groups(members: Iterator[_Member]) -> Iterator[list[_Member]]:
+    """Neighbours of one key; a name that comes again begins the next sample."""
+    group: list[_Member] = []
+    for member in members:
+        if group and (member.key != group[0].key or member.name in (known.name for known in group)):
+            yield group
+            group = []
+        group.append(member)
+    if group:
+        yield group
+
+
+def _sample(file: IO[bytes], shard: str, group: list[_Member], faults: Faults) -> Iterator[Sample]:
+    images = [member for member in group if member.suffix in SUFFIXES]
+    if not images:
+        faults.notes["captions without an image beside them in the shard"] += 1
+        return
+    for member in images[1:]:
+        reason = f"a second image of the sample {member.key}"
+        faults.add(f"{shard}/{member.name}", reason)
+    captions: list[str] = []
+    split = None
+    for suffix in TEXTS:
+        for member in (member for member in group if member.suffix == suffix):
+            texts, told = _texts(_bytes(file, member), member, shard, faults)
+            captions += [text for text in texts if text not in captions or suffix != ".json"]
+            split = split or told
+    image = images[0]
+    yield Sample(
+        slice_path(shard, image.offset, image.size, image.name),
+        _bytes(file, image),
+        captions,
+        split,
+        Position(shard, group[0].start),
+        Position(shard, group[-1].next),
+    )
+
+
+def _bytes(file: IO[bytes], member: _Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _texts(
+    data: bytes, member: _Member, shard: str, faults: Faults
+) -> tuple[list[str], str | None]:
+    """Captions and split that a member tells; one that cannot be read is a fault."""
+    where = f"{shard}/{member.name}"
+    try:
+        text = data.decode("utf-8-sig")
+        if member.suffix != ".json":
+            return [line for line in text.splitlines() if line.strip()], None
+        row: Any = json.loads(text)
+    except UnicodeDecodeError:
+        faults.add(where, "corrupt captions: not UTF-8")
+    except (ValueError, RecursionError):
+        faults.add(where, "corrupt JSON")
+    else:
+        row = row if isinstance(row, dict) else {}
+        return captions_of(first(row, CAPTION), where), split_of(row, where)
+    return [], None
