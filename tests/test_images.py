@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
-import resource
 import struct
 import warnings
 import zlib
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from crosstill import images
 from crosstill.errors import ConfigError, ImageError
@@ -118,9 +116,10 @@ def test_every_orientation_comes_out_upright(form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98, "subsampling": 0}}
-    pixels = decode(encoded(stored, form, exif=exif, **lossless.get(form, {})), "x")
+    pixels = decode(encoded(stored, form, exif=exif, **lossless.get(form, {})), "x").numpy()
     assert pixels.shape == (40, 64, 3)
-    assert difference(pixels, np.asarray(upright)) < (2.0 if form == "JPEG" else 1e-9)
+    furthest = np.abs(pixels.astype(int) - np.asarray(upright)).max()
+    assert furthest <= (12 if form == "JPEG" else 0)
 
 
 def test_orientation_is_found_behind_other_segments_and_in_xmp():
@@ -197,9 +196,36 @@ def test_transparent_palette_entry_is_white(form):
     assert pixels[3, 3].tolist() == [10, 200, 30]
 
 
-def test_cmyk_jpeg_and_ycbcr_tiff():
-    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    assert difference(decode(encoded(cmyk, "JPEG"), "x"), np.full((16, 16, 3), (255, 0, 0))) < 3
+def test_sixteen_bit_colour_keeps_the_upper_eight_bits():
+    rows = (np.arange(48).reshape(4, 4, 3) * 1285).astype(">u2")
+    data = png_of(rows)
+    assert np.abs(decode(data, "x").numpy() - rows.astype(float) / 257).max() < 1
+
+
+def png_of(rows: np.ndarray) -> bytes:
+    """A PNG of 16-bit colours (H, W, 3), which Pillow reads and does not write."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(name + body)
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", crc)
+
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 2, 0, 0, 0)
+    lines = b"".join(b"\0" + line.tobytes() for line in rows)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_cmyk_is_inverted_as_adobe_writes_it(marked):
+    """The file holds 255 minus the ink, whether or not Adobe's own segment says so."""
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)))
+    at = data.index(b"\xff\xee")
+    data = data if marked else data[:at] + data[at + 16 :]
+    assert (b"Adobe" in data) is marked
+    assert difference(decode(data, "x"), np.full((16, 16, 3), (255, 0, 0))) < 3
+
+
+def test_ycbcr_tiff():
     blue = Image.new("RGB", (16, 16), (0, 0, 255)).convert("YCbCr")
     assert difference(decode(encoded(blue, "TIFF"), "x"), np.full((16, 16, 3), (0, 0, 255))) < 3
 
@@ -222,7 +248,9 @@ def test_every_listed_format_is_read(form):
     [
         (b"", "empty file"),
         (b"<html>404</html>", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%Box: 0 0 9", "EPS is not read; convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypheic", "HEIC is not read; convert it to JPEG or PNG"),
+        (b"\n<?xml version='1.0'?><svg/>", "SVG is not read; convert it to JPEG or PNG"),
         (b"\xff\xd8\xff\xe0", "truncated"),
     ],
 )
@@ -240,135 +268,11 @@ def test_truncated_files_are_refused_not_half_grey(form):
     assert caught.value.reason == "truncated" or form == "TIFF"
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000)))
-
-
-def jpeg_header(width: int, height: int) -> bytes:
-    data = bytearray(encoded(photo(16, 16)))
-    at = data.index(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
-def webp_header(width: int, height: int) -> bytes:
-    data = encoded(Image.new("RGBA", (8, 8)), "WEBP", lossless=True, xmp=b"<x/>")
-    at = data.index(b"VP8X") + 12
-    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    return data[:at] + sides + data[at + 6 :]
-
-
-BOMBS = {
-    "png": png_header(50_000, 50_000),
-    "png just above": png_header(10_001, 10_000),
-    "strip": png_header(1, 10_000_000),
-    "jpeg": jpeg_header(65_000, 65_000),
-    "gif": b"GIF89a" + struct.pack("<HH", 65_000, 65_000) + encoded(photo(8, 8), "GIF")[10:],
-    "ppm": b"P6 60000 60000 255\n" + bytes(100),
-    "bmp": b"BM"
-    + struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_pixel_cap_is_checked_before_decoding(name):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ImageError, match=r"too many pixels \(\d+ x \d+\)"):
-        decode(BOMBS[name], name)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
-
-
-def test_webp_canvas_that_its_frames_do_not_fill_is_refused_without_memory():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ImageError, match="too many pixels"):
-        decode(webp_header(16_000, 16_000), "x.webp")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
-
-
-def test_text_bomb_in_png_is_refused():
-    text = PngImagePlugin.PngInfo()
-    text.add_text("bomb", "x" * 50_000_000, zip=True)
-    with pytest.raises(ImageError, match="corrupt"):
-        decode(encoded(photo(8, 8), "PNG", pnginfo=text), "x")
-
-
 def test_elongated_image_is_refused_by_crop_and_read_by_squash():
     data = encoded(Image.new("L", (60_000, 2)), "PNG")
     assert load(data, "x", Preprocess((32, 32))).shape == (3, 32, 32)
     with pytest.raises(ImageError, match=r"too many pixels \(6720000 x 224\)"):
         load(data, "x", Preprocess((224, 224), "crop"))
-
-
-def seeds() -> list[bytes]:
-    small = photo(24, 32)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    frames = {"save_all": True, "append_images": [photo(24, 32, 1)]}
-    return [
-        encoded(small),
-        encoded(small, exif=exif, progressive=True),
-        encoded(small.convert("CMYK")),
-        encoded(small, "PNG", exif=exif),
-        encoded(small.convert("P"), "PNG", transparency=3),
-        encoded(small, "PNG", **frames),
-        encoded(Image.fromarray(GREY), "PNG"),
-        encoded(small, "GIF", **frames),
-        encoded(small, "WEBP"),
-        encoded(small, "WEBP", **frames),
-        encoded(small, "BMP"),
-        encoded(small, "TIFF", compression="tiff_lzw"),
-        encoded(
-            small.convert("F") if small.mode == "L" else small.convert("L").convert("F"), "TIFF"
-        ),
-        encoded(small, "PPM"),
-    ]
-
-
-def mutated(data: bytes, draw: random.Random) -> bytes:
-    body = bytearray(data)
-    for _ in range(draw.choice((1, 1, 2, 8, 40))):
-        at = draw.randrange(len(body))
-        edit = draw.randrange(4)
-        if edit == 0:
-            body[at] ^= 1 << draw.randrange(8)
-        elif edit == 1:
-            body[at : at + 4] = draw.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"))
-        elif edit == 2:
-            del body[at : at + draw.randrange(1, 20)]
-        else:
-            body[at:at] = body[draw.randrange(len(body)) :][: draw.randrange(1, 30)]
-        if len(body) < 2:
-            break
-    return bytes(body)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_only_image_errors_escape_and_verdicts_repeat():
-    draw, files = random.Random(7), seeds()
-    bad = 0
-    for number in range(1_000):
-        data = mutated(files[number % len(files)], draw)
-        first, second = verdict(data), verdict(data)
-        assert first == second
-        bad += first != "good"
-    assert 300 < bad < 1_000
-
-
-def verdict(data: bytes) -> str:
-    try:
-        pixels = load(data, "mutant", Preprocess((16, 16), "crop"))
-    except ImageError as error:
-        assert "\n" not in str(error)
-        assert " at 0x" not in str(error)
-        return error.reason
-    assert pixels.shape == (3, 16, 16)
-    return "good"
 
 
 def test_normalise_is_the_formula():
@@ -453,7 +357,12 @@ def test_quarantine_lists_each_image_once(tmp_path):
     lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert rows == quarantine.rows
-    assert rows[0] == {"path": "a\n\udc80.jpg", "reason": "truncated", "bytes": 17}
+    assert rows[0] == {
+        "path": "a\n\udc80.jpg",
+        "class": "truncated",
+        "reason": "truncated",
+        "bytes": 17,
+    }
 
 
 def test_strict_quarantine_raises():

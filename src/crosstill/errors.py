@@ -4,6 +4,7 @@
     ├── InputError              the user's mistake: the command line exits with 2
     │   ├── ConfigError         an option, a key of a TOML file, a name that does not exist
     │   ├── DataError           a dataset: which file, which row
+    │   │   └── MissingError    listed image files that are not there
     │   ├── ImageError          one image that cannot be read: path and reason
     │   ├── ModelError          a teacher or student folder that does not load
     │   ├── MismatchError       two artefacts that do not belong together
@@ -18,14 +19,19 @@ Every message is one line that says what was wrong, where, and what to do about 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 
 class CrosstillError(Exception):
     """Any error that crosstill raises on purpose; `exit_code` is the command line's."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # a file's name may hold a new line, or worse
 
 
 class InputError(CrosstillError):
@@ -40,6 +46,22 @@ class ConfigError(InputError):
 
 class DataError(InputError):
     """A dataset that cannot be read as asked; the message names the file and the row."""
+
+
+class MissingError(DataError):
+    """Listed image files that are not there.
+
+    Attributes:
+        root: the folder in which they were looked for.
+        listed: every entry of the dataset, as `crosstill.data.gather` has it.
+        missing: the paths that are not there, as they are listed.
+    """
+
+    def __init__(
+        self, message: str, root: Path, listed: Sequence[Any], missing: Sequence[str]
+    ) -> None:
+        super().__init__(message)
+        self.root, self.listed, self.missing = root, listed, missing
 
 
 class ImageError(InputError):
@@ -94,3 +116,21 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     near = get_close_matches(name, names, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ";"
     return ConfigError(f"no {kind} named {name!r}{meant} Known: {', '.join(names)}")
+
+
+def printable(text: str) -> str:
+    r"""Any text on one line, harmless to a terminal: control characters and stray bytes escaped.
+
+    >>> printable("a\nb")
+    'a\\nb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -12,7 +12,7 @@ What each kind of pixel becomes:
     other I, and F               stretched from its least to its greatest finite value
     animations                   the first frame
 EXIF orientation is applied in every format that has it; unreadable EXIF counts as upright.
-`MAX_PIXELS` and `MAX_SIDE` are checked on the header, before anything is decoded.
+`MAX_PIXELS`, `MAX_SIDE` and `MAX_SCANNED` are checked before anything is decoded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import io
 import json
 import re
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,42 @@ from crosstill.resize import resize
 
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535  # what JPEG can hold; a strip of 1 x 10 million is an attack, not a picture
+MAX_SCANNED = 20 * MAX_PIXELS  # a progressive JPEG draws over all its pixels at every scan
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's names; never EPS
+
+# the beginnings of formats that people bring and that are not read here: said by name
+_OTHERS = {
+    "HEIC": rb"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)",
+    "AVIF": rb"....ftypavi[fs]",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  ",
+    "PSD": rb"8BPS",
+    "PDF": rb"%PDF-",
+    "EPS": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "SVG": rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg\b",
+}
+
+# what is wrong with a file, by the beginning of the reason
+_CLASSES = {
+    "empty file": "empty",
+    "not an image": "not-an-image",
+    "too many": "too-large",
+    "larger than": "too-large",
+    "truncated": "truncated",
+    "corrupt": "damaged",
+    "missing": "missing",
+    "vanished": "missing",
+    "a link to nothing": "missing",
+    "cannot be read (No such file": "missing",
+    "no caption": "no-caption",
+    "no vector": "no-vector",
+}
+CLASSES = tuple(dict.fromkeys([*_CLASSES.values(), "unsupported-format", "unreadable"]))
 
 # EXIF orientation → which of the axes H=0, W=1 to flip; from 5 on, after swapping the two
 _FLIPS = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
+
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # of a JPEG, restarts aside
 
 
 def decode(data: bytes, path: str) -> np.ndarray:
@@ -47,7 +80,8 @@ def decode(data: bytes, path: str) -> np.ndarray:
 
     Raises:
         ImageError: whatever is wrong with the bytes. The reason is one of "empty file",
-            "not an image", "truncated", "too many pixels (W x H)" and "corrupt: …".
+            "not an image", "truncated", "too many pixels (W x H)", "too many scans (S of W x H)",
+            "corrupt: …" and, of formats known by name, "HEIC is not read; convert it …".
     """
     return upright(data, path)[..., :3]
 
@@ -68,6 +102,24 @@ def load(data: bytes, path: str, preprocess: Preprocess) -> np.ndarray:
     )
 
 
+def failure_class(reason: str) -> str:
+    """Which of `CLASSES` a reason is of: few and fixed, for counting.
+
+    >>> failure_class("too many pixels (50000 x 50000)")
+    'too-large'
+    """
+    if " is not read" in reason:
+        return "unsupported-format"
+    found = (name for start, name in _CLASSES.items() if reason.startswith(start))
+    return next(found, "unreadable")
+
+
+def quarantine_row(path: str, reason: str, size_in_bytes: int) -> dict[str, Any]:
+    """What quarantine.jsonl says of one image."""
+    kind = failure_class(reason)
+    return {"path": path, "class": kind, "reason": reason, "bytes": size_in_bytes}
+
+
 class Quarantine:
     """The images that could not be used, one row each; with `strict` the first one raises."""
 
@@ -79,7 +131,7 @@ class Quarantine:
         """Note an image once, however often it is met."""
         if self.strict:
             raise error
-        row = {"path": error.path, "reason": error.reason, "bytes": size_in_bytes}
+        row = quarantine_row(error.path, error.reason, size_in_bytes)
         self._rows.setdefault(error.path, row)
 
     def __len__(self) -> int:
@@ -87,7 +139,7 @@ class Quarantine:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """`path`, `reason` and `bytes` of each, in the order in which they were met."""
+        """`path`, `class`, `reason` and `bytes` of each, in the order in which they were met."""
         return list(self._rows.values())
 
     def write(self, path: Path) -> None:
@@ -104,6 +156,7 @@ def upright(data: bytes, path: str) -> np.ndarray:
             return _turned(pixels, _jpeg_orientation(data, path))
         image = _open(data, path)
         check_size(*image.size, path)
+        _check_scans(data, *image.size, path)
         image.load()
         # Only now: PNG may keep its EXIF behind the pixels, and TIFF has turned itself.
         return _turned(_rgb(image), _orientation(image))
@@ -137,9 +190,29 @@ def _decode_jpeg(data: bytes, path: str) -> np.ndarray | None:
     with suppress(ValueError):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         check_size(width, height, path)
+        _check_scans(data, width, height, path)
         if colours not in ("CMYK", "YCCK"):
             return np.asarray(simplejpeg.decode_jpeg(data, "RGBX"))
     return None
+
+
+def _check_scans(data: bytes, width: int, height: int, path: str) -> None:
+    """Refuse a JPEG of so many scans that decoding its few bytes would take minutes."""
+    most = MAX_SCANNED // max(1, width * height)
+    # the marker may stand in metadata or in a film behind the picture: only then count with care
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > most:
+        scans = sum(marker == 0xDA for marker in _jpeg_markers(data))
+        if scans > most:
+            raise ImageError(path, f"too many scans ({scans} of {width} x {height})")
+
+
+def _jpeg_markers(data: bytes) -> Iterable[int]:
+    """The markers of a JPEG's segments, up to its end."""
+    found = _MARKER.search(data, 2)
+    while found and (marker := found[1][0]) != 0xD9:
+        yield marker
+        end = found.end()
+        found = _MARKER.search(data, end + int.from_bytes(data[end : end + 2], "big"))
 
 
 def _open(data: bytes, path: str) -> Image.Image:
@@ -149,6 +222,9 @@ def _open(data: bytes, path: str) -> Image.Image:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(data[:16]) is True:
             return factory(io.BytesIO(data), "")
+    for name, beginning in _OTHERS.items():
+        if re.match(beginning, data[:1000], re.DOTALL):
+            raise ImageError(path, f"{name} is not read; convert it to JPEG or PNG")
     raise ImageError(path, "not an image")
 
 
@@ -163,12 +239,16 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    finite = grey[np.isfinite(grey)]
+    finite = grey[np.isfinite(grey)] if grey.dtype.kind == "f" else grey
     low, high = float(finite.min()), float(finite.max())
     if grey.dtype.kind != "f" and low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0
-    values = np.nan_to_num(grey.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return ((values - low) / ((high - low) or 1.0) * 255).round().astype(np.uint8)
+    out = np.empty(grey.shape, np.uint8)
+    for top in range(0, len(grey), 64):  # float64 of a whole large image would take gigabytes
+        rows = grey[top : top + 64].astype(np.float64)
+        rows = np.nan_to_num(rows, nan=low, posinf=high, neginf=low)
+        out[top : top + 64] = ((rows - low) / ((high - low) or 1.0) * 255).round()
+    return out
 
 
 def _jpeg_orientation(data: bytes, path: str) -> int:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import astuple, replace
-from hashlib import sha256
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crosstill import data, files, images
+from crosstill import files, images
 from crosstill.cache import Cache, build, pixels
 from crosstill.cache.views import NAME
-from crosstill.data import scenes as scenery
 from crosstill.errors import ConfigError, CorruptError, MismatchError
 from crosstill.images import Preprocess, View
 from support import SmallTeacher
@@ -84,48 +80,6 @@ def test_what_was_seen_is_kept_and_not_drawn_again(scenes, tmp_path, monkeypatch
 
     monkeypatch.setattr(images, "draw_view", never)
     assert len(pixels(cache, split, SmallTeacher().preprocess)) == len(split.images)
-
-
-REPLAY = """
-import hashlib, json, sys
-import numpy as np
-from crosstill.cache import Cache, pixels
-from crosstill.images import Preprocess
-cache = Cache(sys.argv[1])
-store = pixels(cache, cache.split("train"), Preprocess(size=(24, 24)))
-told = {}
-for position, row in enumerate(cache.split("train").images):
-    for view in range(cache.views):
-        taken = store.take(np.array([position]), view)[0]
-        told[f"{cache.image_ids[row]}:{view}"] = hashlib.sha256(taken.numpy().tobytes()).hexdigest()
-print(json.dumps(told))
-"""
-
-
-class Watching(SmallTeacher):
-    """Keeps a digest of every picture that it is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.preprocess, self.seen = Preprocess(size=(24, 24)), []
-
-    def embed_images(self, pixels):
-        self.seen += [sha256(picture.numpy().tobytes()).hexdigest() for picture in pixels]
-        return super().embed_images(torch.nn.functional.interpolate(pixels.float(), 8).byte())
-
-
-def test_a_thousand_views_are_replayed_bit_for_bit_in_another_process(tmp_path):
-    scenery.write(tmp_path / "scenes", 320)
-    pairs = data.open(tmp_path / "scenes/dataset.json")
-    teacher = Watching()
-    cache = build(teacher, pairs, tmp_path / "c", views=4, batch_size=50)
-    keys = [f"{key}:{view}" for key in cache.image_ids for view in range(4)]
-    shown = dict(zip(keys, teacher.seen, strict=True))
-    command = [sys.executable, "-c", REPLAY, str(tmp_path / "c")]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert len(told) == 256 * 4 > 1000
-    assert len(set(told.values())) == len(told)
-    assert told == {key: shown[key] for key in told}
 
 
 def test_another_augmentation_is_another_cache(scenes, tmp_path):

@@ -445,7 +445,7 @@ def test_every_form_is_read_by_other_processes(start, opened):
             assert pool.submit(one.read, example).result() == one.read(example), form
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if not name.startswith("coco_")])
+@pytest.mark.parametrize("name", FORMS)
 def test_the_doctor_looks_at_every_form(name, forms):
     source, options = forms(name)
     given = [word for key, value in options.items() for word in (f"--{key}", value)]

@@ -105,7 +105,7 @@ def test_photos_are_known_by_their_id_alone(opened, place):
 
 def test_an_image_becomes_its_vector(opened):
     np.testing.assert_allclose(opened.encode_image(photo(3), "n3.ppm"), row(3), atol=1e-6)
-    with pytest.raises(ImageError, match="upload: not an image"):
+    with pytest.raises(ImageError, match="upload: SVG is not read"):
         opened.encode_image(b"<svg/>", "upload")
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from crosstill.errors import DataError, ImageError
+from crosstill.errors import DataError, ImageError, printable
 from crosstill.search import walk
-from crosstill.search.walk import Stamp, printable
+from crosstill.search.walk import Stamp
 
 LINKED = "a link to a folder, not entered"
 OUTSIDE = "a link out of the folder, not followed"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crosstill.cli import common
-from crosstill.errors import ConfigError, DataError
+from crosstill.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,8 +91,6 @@ def _vector(searcher: Searcher, query: str | None, image: Path | None) -> np.nda
 
 
 def _table(hits: list[Hit], threshold: float | None) -> str:
-    from crosstill.search.walk import printable
-
     if not hits and threshold is not None:
         return f"nothing relevant: no photo scores {threshold:.3f} or more"
     return "\n".join(["score  photo", *(f"{h.score:.3f}  {printable(h.path)}" for h in hits)])

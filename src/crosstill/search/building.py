@@ -39,7 +39,7 @@ from crosstill.search.encoder import Encoder
 from crosstill.search.generations import Pointer
 from crosstill.search.publishing import Publisher, milvus_uri
 from crosstill.search.reading import Read, Reader, ahead, grouped
-from crosstill.search.walk import Scan, Stamp, nothing, printable, walk
+from crosstill.search.walk import Scan, Stamp, nothing, walk
 from crosstill.search.work import Work
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class _Build:
         fresh = {}
         for read in reads:
             if self.options.strict and read.known.reason:
-                raise ImageError(printable(read.name), read.known.reason)
+                raise ImageError(read.name, read.known.reason)
             self.work.note(read.name, read.known)
             sha = read.known.sha
             if read.pixels is not None and sha is not None and sha not in self.taken:
@@ -337,7 +337,7 @@ def _place(out: Path) -> Path:
     index = files.writable_folder(out).resolve()
     held = {path.name for path in index.iterdir() if not path.name.startswith(".")}
     if held and not held & {generations.POINTER, generations.WORK}:
-        raise ConfigError(f"{out} holds {printable(min(held))} and no index; give another --out")
+        raise ConfigError(f"{out} holds {min(held)} and no index; give another --out")
     return index
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from crosstill import files
+from crosstill.pixels import quarantine_row
 from crosstill.search import work
 from crosstill.search.catalogue import damaged
 from crosstill.search.walk import Scan
@@ -16,15 +17,15 @@ NAME = "quarantine.jsonl"
 
 
 def write(index: Path, scan: Scan, memory: Work) -> int:
-    """List what was left out, one JSON object a line: `path`, `reason` and `bytes`; how many.
+    """List what was left out, a line each: `path`, `class`, `reason`, `bytes`; return how many.
 
     The memory learns the list's SHA-256 first, beside that of the one before, so that a damaged
     list is known from one that a kill left behind.
     """
-    bad = [{"path": path, "reason": why, "bytes": 0} for path, why in scan.problems.items()]
+    bad = [quarantine_row(path, why, 0) for path, why in scan.problems.items()]
     for name, stamp in scan.photos.items():
         reason = memory.known[name].reason
-        bad += [{"path": name, "reason": reason, "bytes": stamp.size}] if reason else []
+        bad += [quarantine_row(name, reason, stamp.size)] if reason else []
     data = "".join(json.dumps(row) + "\n" for row in bad).encode()
     path = index / NAME
     held = path.read_bytes() if path.is_file() else b""

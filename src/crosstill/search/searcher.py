@@ -32,7 +32,7 @@ class Hit:
     Attributes:
         id: SHA-256 of its bytes, in hex.
         score: cosine with the query.
-        path: relative to the folder of the photos; may hold any characters: see `walk.printable`.
+        path: relative to the folder of the photos; may hold any characters: see `errors.printable`.
         caption: of its text file; "" where it has none.
     """
 

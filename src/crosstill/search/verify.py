@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from crosstill import files
-from crosstill.errors import CorruptError, CrosstillError
+from crosstill.errors import CorruptError, CrosstillError, printable
 from crosstill.search import catalogue, generations, quarantine, work
 from crosstill.search.bundle import Bundle, check_same
 from crosstill.search.catalogue import Catalogue, damaged
 from crosstill.search.generations import Pointer
 from crosstill.search.vectors import VectorIndex
-from crosstill.search.walk import printable
 
 CHUNK = 10_000  # vectors that are looked at at a time
 LONGER = 0.02  # by which a vector of 8-bit codes may miss unit length

@@ -94,7 +94,7 @@ def walk(root: Path, skip: Path | None = None) -> Scan:
 
 def nothing(root: Path, scan: Scan) -> DataError:
     """What to say of a folder without photos; something that was passed over serves as a hint."""
-    hint = next((f" ({printable(name)}: {why})" for name, why in scan.problems.items()), "")
+    hint = next((f" ({name}: {why})" for name, why in scan.problems.items()), "")
     return DataError(f"{root}: no photo in it{hint}; give a folder of photos")
 
 
@@ -126,16 +126,6 @@ def read_caption(root: Path, name: str) -> str:
 def sidecar(name: str) -> str:
     """Where the caption of a photo would be."""
     return os.path.splitext(name)[0] + ".txt"
-
-
-def printable(name: str) -> str:
-    r"""A name for people, on one line: control characters and stray bytes as escapes.
-
-    >>> printable("a\nb")
-    'a\\nb'
-    """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # photos that cameras and browsers make and that are not read here: said, not passed over

@@ -12,13 +12,12 @@ pytest.importorskip("fastapi", reason="the search extra is not installed")
 
 from fastapi import FastAPI, HTTPException
 
-from crosstill.errors import ConfigError, ImageError
+from crosstill.errors import ConfigError, ImageError, printable
 from crosstill.search.searcher import Hit
 from crosstill.search.serve import page
 from crosstill.search.serve.batching import Overloaded
 from crosstill.search.serve.service import AUTO, Found, NoSuchPhotoError
 from crosstill.search.serve.settings import Settings
-from crosstill.search.walk import printable
 
 BAR = 0.25
 VOID = {"meta", "link", "input", "img", "wbr", "circle", "path", "rect"}

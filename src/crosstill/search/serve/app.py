@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 import crosstill
-from crosstill.errors import ConfigError, ImageError
+from crosstill.errors import ConfigError, ImageError, printable
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
 from crosstill.search.serve import page, photos, uploads
 from crosstill.search.serve.batching import Overloaded
@@ -24,7 +24,6 @@ from crosstill.search.serve.limits import Guard
 from crosstill.search.serve.metrics import TYPE, Metrics
 from crosstill.search.serve.service import Found, NoSuchPhotoError, Service
 from crosstill.search.serve.settings import Settings
-from crosstill.search.walk import printable
 
 # what an asker is told of; the rest stays in the server's log
 STATUS: dict[type, int] = {

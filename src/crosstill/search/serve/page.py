@@ -17,12 +17,11 @@ import jinja2
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-from crosstill.errors import ConfigError, ImageError, InputError
+from crosstill.errors import ConfigError, ImageError, InputError, printable
 from crosstill.search.searcher import Hit
 from crosstill.search.serve import uploads
 from crosstill.search.serve.batching import Overloaded
 from crosstill.search.serve.service import AUTO, Found, NoSuchPhotoError, Service
-from crosstill.search.walk import printable
 
 TYPES = {
     "page.css": "text/css; charset=utf-8",

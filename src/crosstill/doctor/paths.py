@@ -1,0 +1,255 @@
+"""Where the image files are that a listing names and that are not where it says.
+
+The folders at hand are walked once. A file is taken for the listed one when its name is the same,
+capitals aside, and of several of that name the one whose folders agree furthest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosstill import files
+from crosstill.errors import DataError, MissingError, printable
+
+MOST = 300_000  # files that are looked at
+SHOWN = 3  # paths of a kind that the text shows; JSON has all
+
+_KINDS = {
+    "folder": "lie in another folder",
+    "case": "are written with other capitals",
+    "backslash": "are listed with backslashes, as Windows writes them",
+    "absolute": "are listed with the path of another machine",
+    "ambiguous": "are one of several files of that name",
+    "nowhere": "were not found",
+}
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A listed file that is not where the listing says.
+
+    Attributes:
+        path: as it is listed.
+        kind: a key of `_KINDS`.
+        at: where it is; None when it was not found, or when several could be meant.
+    """
+
+    path: str
+    kind: str
+    at: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of a listing's files.
+
+    Attributes:
+        source: the dataset, as it was given.
+        error: what `data.open` said.
+        lost: every file that is missing.
+        looked_in: the folders that were walked.
+        files: how many files were seen there; `MOST` means that some were not.
+        images: a folder for --images in which every listed file is; None if there is none.
+    """
+
+    source: str
+    error: MissingError
+    lost: Sequence[Lost]
+    looked_in: Sequence[str]
+    files: int
+    images: str | None
+
+    @property
+    def command(self) -> str:
+        """What to run next."""
+        source = _quoted(self.source)
+        if self.images is not None:
+            return f"crosstill doctor {source} --images {_quoted(self.images)}"
+        if self._present():
+            images = f" --images {_quoted(str(self.error.root))}"
+            return f"crosstill doctor {source}{images} --mend mended.json"
+        return f"crosstill doctor {source} --images FOLDER, with the folder of the images"
+
+    @property
+    def refusal(self) -> DataError:
+        """Why the dataset cannot be opened, and what to run."""
+        counted = f"{len(self.lost)} of {len(self.error.listed)} listed files are missing"
+        return DataError(f"{self.source}: {counted}; run: {self.command}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "root": str(self.error.root),
+            "listed": len(self.error.listed),
+            "missing": [vars(lost) for lost in self.lost],
+            "looked_in": list(self.looked_in),
+            "files": self.files,
+            "complete": self.files < MOST,
+            "images": self.images,
+            "command": self.command,
+        }
+
+    def text(self) -> str:
+        """It for people: how many of each kind, a few of them, and what to run."""
+        missing, listed = f"{len(self.lost):,}", f"{len(self.error.listed):,}"
+        cut = "" if self.files < MOST else ", no more were looked at"
+        lines = [f"missing          {missing} of {listed} files below {_clean(self.error.root)}"]
+        for kind, says in _KINDS.items():
+            some = [lost for lost in self.lost if lost.kind == kind]
+            lines += [f"  {len(some):,} {says}"] if some else []
+            lines += [f"    {_clean(lost.path)}{_arrow(lost.at)}" for lost in some[:SHOWN]]
+        looked = ", ".join(map(_clean, self.looked_in))
+        lines.append(f"looked in        {looked}: {self.files:,} files{cut}")
+        if any(lost.at is None for lost in self.lost) and self.images is None:
+            lines.append("  → --mend leaves out what was not found; or put those files there")
+        return "\n".join([*lines, f"  → {self.command}"])
+
+    def mend(self, out: Path) -> str:
+        """Write a listing (Karpathy's JSON) of every file that is there; say what was written.
+
+        Raises:
+            DataError: none is.
+        """
+        present = self._present()
+        if not present:
+            raise DataError(f"{self.source}: none of its files was found; give their --images")
+        root = os.path.commonpath([os.path.dirname(path) for path in present.values()])
+        rows = []
+        for entry in self.error.listed:
+            if entry.path in present:
+                row = {"filename": os.path.relpath(present[entry.path], root)}
+                row |= {"split": entry.split} if entry.split else {}
+                rows.append(row | {"sentences": [{"raw": text} for text in entry.captions]})
+        files.write_json(out, {"dataset": Path(self.source).stem, "images": rows})
+        return (
+            f"{out}: {len(rows):,} of {len(self.error.listed):,} images\n"
+            f"  → crosstill doctor {_quoted(str(out))} --images {_quoted(root)}"
+        )
+
+    def _present(self) -> dict[str, str]:
+        """Listed path → where the file is, of all that are somewhere."""
+        found = {lost.path: lost.at for lost in self.lost}
+        root = self.error.root
+        places = {e.path: found.get(e.path, str(root / e.path)) for e in self.error.listed}
+        return {path: place for path, place in places.items() if place is not None}
+
+
+def diagnose(error: MissingError, source: str, places: Iterable[Path]) -> Diagnosis:
+    """Find the missing files of a listing.
+
+    Args:
+        error: what `data.open` raised.
+        source: the dataset, as it was given.
+        places: folders to look in; those that are not there are passed over.
+    """
+    lost = {path: Lost(path, "nowhere") for path in error.missing}
+    seen: set[tuple[int, int]] = set()
+    count, looked_in = 0, []
+    for place in dict.fromkeys(places):
+        left = [path for path, one in lost.items() if one.kind == "nowhere"]
+        if not left or count >= MOST:
+            break
+        # what lies nearer is taken before what may be of another dataset
+        tree, files_seen = _named(place, left, seen, MOST - count)
+        lost |= {path: _find(path, tree) for path in left}
+        count += files_seen
+        looked_in.append(str(place))
+    images = _common_root(error, list(lost.values()))
+    return Diagnosis(source, error, list(lost.values()), looked_in, count, images)
+
+
+def _named(
+    place: Path, paths: Sequence[str], seen: set[tuple[int, int]], most: int
+) -> tuple[dict[str, list[str]], int]:
+    """Files below a folder by their names in small letters, of the names wanted; files seen."""
+    wanted = {parts[-1].casefold() for path in paths if (parts := _parts(path))}
+    tree: defaultdict[str, list[str]] = defaultdict(list)
+    count = 0
+    for folder, names in _walk(place, seen):
+        for name in names[: most - count]:
+            if (key := name.casefold()) in wanted:
+                tree[key].append(os.path.join(folder, name))
+        count += len(names)
+        if count >= most:
+            return tree, most
+    return tree, count
+
+
+def _walk(place: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names of their files; links are followed, and no folder is entered twice."""
+    for folder, subfolders, names in os.walk(place, followlinks=True):
+        try:
+            status = os.stat(folder)
+        except OSError:
+            subfolders.clear()
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield os.path.abspath(folder), names
+
+
+def _parts(path: str) -> list[str]:
+    r"""The names along a path of any system: C:\photos\a.jpg has photos and a.jpg."""
+    plain = re.sub(r"^[A-Za-z]:", "", path).replace("\\", "/")
+    return [part for part in plain.split("/") if part not in ("", ".", "..")]
+
+
+def _find(path: str, tree: dict[str, list[str]]) -> Lost:
+    parts = _parts(path)
+    candidates = tree.get(parts[-1].casefold(), []) if parts else []
+    if not candidates:
+        return Lost(path, "nowhere")
+    rated = sorted((_agreement(parts, _parts(at)), at) for at in candidates)
+    best, at = rated[-1]
+    if len(rated) > 1 and rated[-2][0] == best:
+        return Lost(path, "ambiguous")
+    if "\\" in path:
+        return Lost(path, "backslash", at)
+    if path.startswith("/"):
+        return Lost(path, "absolute", at)
+    same = at.endswith(f"/{'/'.join(parts)}") or os.path.basename(at) == parts[-1]
+    return Lost(path, "folder" if same else "case", at)
+
+
+def _agreement(wanted: list[str], found: list[str]) -> tuple[int, int]:
+    """How many names agree from the end, capitals aside, and how many of them to the letter."""
+    alike = exact = 0
+    for one, other in zip(reversed(wanted), reversed(found), strict=False):
+        if one.casefold() != other.casefold():
+            break
+        alike, exact = alike + 1, exact + (one == other)
+    return alike, exact
+
+
+def _common_root(error: MissingError, lost: Sequence[Lost]) -> str | None:
+    """A folder below which every listed file is, at the very path that is listed."""
+    votes: Counter[str] = Counter()
+    for one in lost:
+        if one.at is not None and one.at.endswith(f"/{one.path}"):
+            votes[one.at[: -len(one.path) - 1] or "/"] += 1
+    for root, _ in votes.most_common(1):
+        if all(os.path.isfile(os.path.join(root, entry.path)) for entry in error.listed):
+            return root
+    return None
+
+
+def _arrow(at: str | None) -> str:
+    return f" is {_clean(at)}" if at else ""
+
+
+def _clean(path: str | Path) -> str:
+    return printable(str(path))
+
+
+def _quoted(path: str) -> str:
+    return shlex.quote(printable(path))

@@ -1,0 +1,222 @@
+"""The doctor finds what is wrong with a dataset, and the command that it proposes works."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from crosstill.data import scenes as scenery
+from crosstill.doctor import findings, paths
+from crosstill.pixels import CLASSES
+from verbs import crosstill, refusal
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    scenery.write(tmp_path / "photos", 20)
+    (tmp_path / "photos/dataset.json").rename(tmp_path / "all.json")
+    return tmp_path
+
+
+def edited(home: Path, change) -> Path:
+    """The listing after `change(images)`."""
+    record = json.loads((home / "all.json").read_text())
+    change(record["images"])
+    (home / "all.json").write_text(json.dumps(record))
+    return home / "all.json"
+
+
+def examined(*arguments: object, code: int = 0) -> dict:
+    return json.loads(crosstill("doctor", *arguments, "--json", code=code).stdout)
+
+
+def found(report: dict, name: str) -> list[dict]:
+    return [each for each in report["data"]["findings"] if each["finding"] == name]
+
+
+def test_there_is_advice_for_every_class():
+    assert set(findings.FIXES) == set(CLASSES)
+
+
+def test_a_clean_dataset_has_no_findings(home):
+    report = examined(home / "all.json", "--images", home / "photos")
+    assert report["data"]["findings"] == []
+    assert report["data"]["classes"] == {}
+
+
+def test_leaks_name_both_files(home):
+    photos = home / "photos"
+    shutil.copy(photos / "000003.png", photos / "copy.png")
+    shutil.copy(photos / "000004.png", photos / "other.png")
+
+    def add(images):
+        by_split = {item["split"]: item for item in images}
+        for name, like, split in (("copy.png", 3, "test"), ("other.png", 4, None)):
+            split = split or images[like]["split"]
+            images.append({**by_split["train"], "filename": name, "split": split})
+
+    listing = edited(home, add)
+    report = examined(listing, "--images", photos)
+    record = json.loads(listing.read_text())["images"]
+    (leak,), (same,) = found(report, "leak"), found(report, "copies")
+    assert leak["rows"] == [
+        {
+            "path": "copy.png",
+            "split": "test",
+            "first": "000003.png",
+            "first_split": record[3]["split"],
+        }
+    ]
+    assert (same["count"], same["rows"][0]["path"]) == (1, "other.png")
+    text = crosstill("doctor", listing, "--images", photos).stdout
+    assert f"test copy.png = {record[3]['split']} 000003.png" in text
+    assert "note" not in text, "the same is not said twice"
+
+
+def test_each_class_of_failure_is_counted_with_advice(home):
+    photos = home / "photos"
+    whole = (photos / "000000.png").read_bytes()
+    spoilt = {"000001": b"", "000002": b"<html>", "000003": b"%PDF-1.4", "000004": whole[:200]}
+    for name, content in spoilt.items():
+        (photos / f"{name}.png").write_bytes(content)
+    report = examined(home / "all.json", "--images", photos)
+    assert report["data"]["classes"] == dict.fromkeys(
+        ("empty", "not-an-image", "unsupported-format", "truncated"), 1
+    )
+    for each in found(report, "unreadable"):
+        assert each["fix"] == findings.FIXES[each["says"]]
+        assert each["rows"][0]["class"] == each["says"]
+    text = crosstill("doctor", home / "all.json", "--images", photos).stdout
+    assert "000003.png: PDF is not read; convert it to JPEG or PNG (8 bytes)" in text
+
+
+# --- files that are not where they are listed ---
+
+
+def proposal(*arguments: object) -> list[str]:
+    """The command that the doctor proposes, which the error names too."""
+    done = crosstill("doctor", *arguments, code=2)
+    command = re.findall(r"→ crosstill (.*)", done.stdout)[-1]
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert error.endswith(f"run: crosstill {command}")
+    return shlex.split(command)
+
+
+def test_a_wrong_folder(home):
+    (home / "empty").mkdir()
+    for wrong in (("--images", home / "empty"), ("--images", home / "gone"), ()):
+        command = proposal(home / "all.json", *wrong)
+        assert command == ["doctor", str(home / "all.json"), "--images", str(home / "photos")]
+        assert "unreadable       0" in crosstill(*command).stdout
+
+
+def test_a_folder_too_deep_or_not_deep_enough(home):
+    def deepen(images):
+        for item in images:
+            item["filepath"] = "photos"
+
+    listing = edited(home, deepen)
+    command = proposal(listing, "--images", home / "photos")
+    assert command[-1] == str(home)
+    assert "unreadable       0" in crosstill(*command).stdout
+
+
+def test_every_kind_of_wrong_path_is_mended(home):
+    photos = home / "photos"
+    (photos / "more").mkdir()
+    (photos / "twice").mkdir()
+    (photos / "000006.png").rename(photos / "more/000006.png")
+    shutil.copy(photos / "000007.png", photos / "more/000007.png")
+    (photos / "000007.png").rename(photos / "twice/000007.png")
+
+    def spoil(images):
+        named = dict.fromkeys(
+            (
+                "000001.PNG",
+                "Photos\\000002.png",
+                "C:\\me\\000003.png",
+                "/home/me/photos/000004.png",
+                "gone.png",
+                "000006.png",
+                "000007.png",
+            )
+        )
+        for item, name in zip(images[1:], named, strict=False):
+            item["filename"] = name
+
+    listing = edited(home, spoil)
+    options = (listing, "--images", photos)
+    kinds = {row["path"]: row["kind"] for row in examined(*options, code=2)["paths"]["missing"]}
+    assert kinds == {
+        "000001.PNG": "case",
+        "Photos\\000002.png": "backslash",
+        "C:\\me\\000003.png": "backslash",
+        "/home/me/photos/000004.png": "absolute",
+        "gone.png": "nowhere",
+        "000006.png": "folder",
+        "000007.png": "ambiguous",
+    }
+    command = proposal(*options)
+    assert command[-2:] == ["--mend", "mended.json"]
+    done = crosstill(*command[:-1], home / "mended.json")
+    assert "mended.json: 18 of 20 images" in done.stdout
+    after = shlex.split(re.findall(r"→ crosstill (.*)", done.stdout)[-1])
+    report = examined(*after[1:])
+    assert sum(report["data"]["splits"].values()) == 18
+    assert report["data"]["unreadable"] == []
+    before = {item["filename"]: item for item in json.loads(listing.read_text())["images"]}
+    mended = json.loads((home / "mended.json").read_text())["images"]
+    moved = next(item for item in mended if item["filename"] == "more/000006.png")
+    assert moved["split"] == before["000006.png"]["split"]
+    texts = [sentence["raw"] for sentence in before["000006.png"]["sentences"]]
+    assert [sentence["raw"] for sentence in moved["sentences"]] == texts
+
+
+def test_of_several_of_one_name_the_folders_decide(home):
+    photos = home / "photos"
+    for split in ("train", "val"):
+        (photos / "deep" / split).mkdir(parents=True)
+        shutil.copy(photos / "000003.png", photos / "deep" / split)
+
+    def spoil(images):
+        images[3]["filename"] = "val/000003.png"
+
+    missing = examined(edited(home, spoil), "--images", photos, code=2)["paths"]["missing"]
+    assert [row["at"] for row in missing] == [str(photos / "deep/val/000003.png")]
+
+
+def test_a_table_is_mended_too(home):
+    rows = [("photos\\000001.png", "one", "train"), ("photos\\000002.png", 'a "two"', "val")]
+    with (home / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "caption", "split"), *rows])
+    done = crosstill("doctor", home / "t.csv", "--mend", home / "mended.json")
+    after = shlex.split(re.findall(r"→ crosstill (.*)", done.stdout)[-1])
+    assert examined(*after[1:])["data"]["splits"] == {"train": 1, "val": 1}
+
+
+def test_nothing_found_asks_for_the_folder(home):
+    shutil.rmtree(home / "photos")
+    done = crosstill("doctor", home / "all.json", code=2)
+    assert "20 of 20 files" in done.stdout and "--images FOLDER" in done.stdout
+    line = refusal("doctor", home / "all.json", "--mend", home / "m.json")
+    assert "none of its files was found" in line
+
+
+def test_mend_of_a_sound_listing_is_refused(home):
+    options = (home / "all.json", "--images", home / "photos", "--mend", home / "m.json")
+    assert "no file that" in refusal("doctor", *options)
+    assert not (home / "m.json").exists()
+
+
+def test_a_huge_tree_is_looked_at_in_part(home, monkeypatch):
+    monkeypatch.setattr(paths, "MOST", 10)
+    (home / "a").mkdir()
+    for number in range(30):
+        (home / f"a/{number}.txt").touch()
+    report = examined(home / "all.json", code=2)["paths"]
+    assert (report["files"], report["complete"]) == (10, False)
+    assert "no more were looked at" in crosstill("doctor", home / "all.json", code=2).stdout
