@@ -34,7 +34,7 @@ CLIENTS = 4
 def main(bundle: Path, source: str, images: Path | None, split: str) -> None:
     """Print R@1, R@5 and R@10 of text to image, both ways."""
     pairs = data.open(source, images=images).split(split)
-    direct = evaluate.retrieval(BundleModel(bundle, bundle.name), pairs).recall.t2i.fair
+    direct = evaluate.retrieval(BundleModel(bundle, bundle.name), pairs, "karpathy").recall.t2i.fair
     with tempfile.TemporaryDirectory() as beside:
         photos = Path(beside) / "photos"
         photos.mkdir()

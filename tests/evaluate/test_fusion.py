@@ -36,7 +36,7 @@ def test_the_matrix_equals_one_pair_at_a_time():
     pairs, model = pictures(5, 3), SmallJudge()
     found = score_matrix(model, pairs)
     close(found.scores, alone(model, pairs))
-    assert found.owner.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    assert found.truth.owner.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
     assert found.image_ids == [example.image_id for example in pairs.examples]
     assert found.passes == 75 and found.scores.std() > 0.1
 
@@ -113,7 +113,7 @@ def test_an_unreadable_image_is_left_out_with_its_captions():
     kept = [0, 1, 3, 4, 5]
     columns = [column for row in kept for column in (2 * row, 2 * row + 1)]
     close(found.scores, whole[kept][:, columns])
-    assert found.owner.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert found.truth.owner.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_strict_and_nothing_left():

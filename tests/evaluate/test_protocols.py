@@ -55,6 +55,6 @@ def test_full_is_plain_retrieval():
 
 
 def test_unknown_protocol_names_the_likely_one():
-    assert set(PROTOCOLS) == {"full", "coco-1k-5fold"}
+    assert set(PROTOCOLS) == {"full", "karpathy", "coco-1k-5fold"}
     with pytest.raises(ConfigError, match="did you mean 'coco-1k-5fold'"):
         run("coco-1k-fold", *case(60))

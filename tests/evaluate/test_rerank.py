@@ -79,7 +79,7 @@ def test_all_candidates_of_a_true_model_give_its_full_recall():
     pairs, judge = pictures(12, 3), SmallJudge()
     (stage,) = rerank(SmallTeacher(), judge, pairs, [36]).stages
     full = score_matrix(SmallJudge(), pairs)
-    assert six(stage.recall) == six(from_scores(full.scores, full.owner))
+    assert six(stage.recall) == six(from_scores(full.scores, full.truth))
 
 
 def test_recall_at_ten_of_ten_candidates_is_the_finders(pairs):

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import family_models
 import pytest
+
+from teachers import family_models
 
 TEXTS = family_models.TEXTS
 

@@ -6,11 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import family_models
 import numpy as np
 import pytest
 import torch
-from family_models import FAMILIES, POSITIONS, TEXTS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +30,8 @@ from crosstill.teachers.base import Teacher
 from crosstill.teachers.blip import BlipDual
 from crosstill.teachers.blip2 import Blip2Dual
 from crosstill.teachers.dual import DualEncoder
+from teachers import family_models
+from teachers.family_models import FAMILIES, POSITIONS, TEXTS
 
 RETRIEVAL = {
     "blip": (BlipDual, BlipForImageTextRetrieval),

@@ -165,7 +165,7 @@ def _answers(path: Path, job: Job, cache: Listing) -> Answers:
         assert isinstance(cache, ScoreCache)
         return matched.of_run(best, cache, split, job.settings).answers(best)
     seen = CachedSplit(cache, split, best, job.settings.freeze)
-    return Answers(*chances(*seen.features(best), seen.owner), seen.owner)
+    return Answers(*chances(*seen.features(best), seen.truth), seen.truth.owner)
 
 
 def _save(path: Path, found: Answers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,10 @@ import typer
 from crosstill.cli import common
 from crosstill.errors import ConfigError
 
+PROTOCOL = (
+    "full; karpathy: a caption is true of its own image alone, though others have the same; "
+    "coco-1k-5fold."
+)
 Model = Annotated[
     str,
     typer.Argument(
@@ -42,19 +47,37 @@ Blend = Annotated[
     ),
 ]
 
+Truth = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Extended ground truth of COCO's test split: eccv_image_to_caption.json, CxC's "
+        "sits_test.csv; as often as you like."
+    ),
+]
+Annotations = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --truth: captions with COCO's ids, captions_val2014.json or dataset_coco.json. "
+        "[default: DATA]"
+    ),
+]
+
 
 def command(
     model: Model,
     data: common.Data,
     images: common.Images = None,
+    splits: common.Splits = None,
     split: Annotated[str, typer.Option(help="Which split.")] = "test",
-    protocol: Annotated[str, typer.Option(help="full or coco-1k-5fold.")] = "full",
+    protocol: Annotated[str, typer.Option(help=PROTOCOL)] = "full",
     beside: Beside = None,
     efficiency: Efficiency = False,
     sample: Sample = None,
     finder: Finder = None,
     top: Top = None,
     blend: Blend = None,
+    truth: Truth = None,
+    annotations: Annotations = None,
     strict: common.Strict = False,
     as_json: common.AsJson = False,
 ) -> None:
@@ -69,18 +92,27 @@ def command(
     from crosstill.evaluate.rerank import TOP, Reranked
     from crosstill.evaluate.rerank import run as rerank
 
-    pairs = sources.open(data, images=images, strict=strict).split(split)
+    pairs = sources.open(data, images=images, strict=strict, splits=splits).split(split)
     found: compare.Comparison | Reranked
     if finder is None:
         if top is not None:
             raise ConfigError(f"--top {top}: re-ranks what a dual encoder finds; give --finder")
         if blend is not None:
             raise ConfigError(f"--blend {blend}: adds what a dual encoder says; give --finder")
-        found = compare.run(model, pairs, protocol, efficiency, strict, beside or (), sample)
+        options = compare.Options(
+            protocol=protocol,
+            efficiency=efficiency,
+            strict=strict,
+            beside=beside or (),
+            sample=sample,
+            truths=truth or (),
+            annotations=annotations or Path(data),
+        )
+        found = compare.run(model, pairs, options)
     else:
-        if beside or sample is not None or protocol != "full":
+        if beside or truth or sample is not None or protocol != "full":
             raise ConfigError(
-                "--finder: prints a table of its own, without --beside, --sample "
+                "--finder: prints a table of its own, without --beside, --sample, --truth "
                 "and --protocol; leave them out"
             )
         depth = TOP if top is None else top

@@ -16,12 +16,14 @@ from crosstill.cache import Cache, Split
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CrosstillError, InputError
 from crosstill.evaluate import efficiency as cost
-from crosstill.evaluate import fusion, protocols, timing
+from crosstill.evaluate import extended, fusion, protocols, timing
 from crosstill.evaluate.encode import Embedded, embed
-from crosstill.evaluate.models import open_encoder, open_live
+from crosstill.evaluate.extended import Placed
+from crosstill.evaluate.models import cuts, open_encoder, open_live
 from crosstill.evaluate.reading import captions, readable
 from crosstill.evaluate.recall import from_scores
 from crosstill.evaluate.report import Evaluation, Row, Timed, judge, remarks, table
+from crosstill.evaluate.truth import of_texts
 from crosstill.files import read_json
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.matcher import Matcher
@@ -29,6 +31,29 @@ from crosstill.teachers.matcher import Matcher
 log = logging.getLogger(__name__)
 
 MODEL, TEACHER, UNTRAINED, BESIDE = "model", "teacher", "untrained", "beside"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and how.
+
+    Attributes:
+        protocol: see `protocols.run`; fusion models take those of a whole split.
+        efficiency: also measure what the models cost, on one thread.
+        strict: raise at the first image that cannot be read.
+        beside: other models to measure on the same images.
+        sample: time fusion models on so many pairs, and leave their recall out.
+        truths: files of extended ground truth, see `crosstill.evaluate.extended`.
+        annotations: the JSON in which captions have COCO's ids.
+    """
+
+    protocol: str = "full"
+    efficiency: bool = False
+    strict: bool = False
+    beside: Sequence[str] = ()
+    sample: int | None = None
+    truths: Sequence[Path] = ()
+    annotations: Path | None = None
 
 
 @dataclass
@@ -52,68 +77,72 @@ class Comparison:
     def table(self) -> str:
         """Teacher, then the model, then the untrained student, then the others."""
         order = [TEACHER, MODEL, UNTRAINED, *(role for role in self.rows if BESIDE in role)]
-        return table([self.rows[role] for role in order if role in self.rows])
+        rows = [self.rows[role] for role in order if role in self.rows]
+        told = {row.name: row.extended for row in rows if isinstance(row, Evaluation)}
+        return table(rows) + (f"\n\n{extended.table(told)}" if any(told.values()) else "")
 
 
 def run(
     source: str,
     pairs: Pairs,
-    protocol: str = "full",
-    efficiency: bool = False,
-    strict: bool = False,
-    beside: Sequence[str] = (),
-    sample: int | None = None,
+    options: Options = Options(),
 ) -> Comparison:
     """Evaluate a model; a run is shown beside its teacher's cached rows and its untrained self.
 
     Args:
         source: a run, a student, a dual encoder or a fusion model.
         pairs: the images and captions, usually one split of a dataset.
-        protocol: see `protocols.run`; fusion models take "full" alone.
-        efficiency: also measure what the models cost, on one thread.
-        strict: raise at the first image that cannot be read.
-        beside: other models to measure on the same images.
-        sample: time fusion models on so many pairs, and leave their recall out.
+        options: what to measure.
 
     Raises:
-        InputError: a model or image that cannot be read, an unknown protocol, a sample without
-            a fusion model to time.
+        InputError: a model, image or truth that cannot be read, an unknown protocol, a sample
+            without a fusion model to time.
     """
-    if sample is not None and sample < 1:
-        raise ConfigError(f"--sample {sample}: fusion models are timed on at least 1 pair")
-    if sample is not None and not efficiency:
-        raise ConfigError(f"--sample {sample}: the pairs that are timed; add --efficiency")
-    sources = {MODEL: source, **{f"{BESIDE} {i}": other for i, other in enumerate(beside)}}
+    _check_sample(options)
+    find = extended.opened(options.truths, options.annotations)
+    find(pairs.examples)  # refuses what is of another dataset before anything is computed
+    others = [*options.beside, *cuts(source)]
+    sources = {MODEL: source, **{f"{BESIDE} {i}": other for i, other in enumerate(others)}}
     models = {role: open_live(place) for role, place in sources.items()}
-    _check(models, protocol, sample)
+    _check(models, options)
     found, names = Comparison(), {role: _label(place) for role, place in sources.items()}
     model = models[MODEL]
     if len(models) == 1 and not isinstance(model, Matcher):
-        rows = embed(model, pairs, strict)
+        rows = embed(model, pairs, options.strict)
         pairs = _kept(pairs, rows)
-        found.rows[MODEL] = judge(model, rows, protocol).renamed(names[MODEL])
+        placed = find(pairs.examples)
+        found.rows[MODEL] = judge(model, rows, options.protocol, placed).renamed(names[MODEL])
     else:
-        pairs = readable(pairs, [model.preprocess for model in models.values()], strict)
+        pairs = readable(pairs, [model.preprocess for model in models.values()], options.strict)
+        placed = find(pairs.examples)
         for role, model in models.items():
-            found.rows[role] = _row(model, names[role], pairs, (protocol, efficiency, sample))
-    _remark(found, pairs)
+            found.rows[role] = _row(model, names[role], pairs, options, placed)
+    _remark(found, pairs, placed)
     if (Path(source) / "config.json").is_file() and (Path(source) / "student").is_dir():
-        _add_run(found, Path(source), models[MODEL], pairs, protocol)
-    if efficiency:
-        _add_costs(found, source, models, pairs, sample)
+        _add_run(found, Path(source), models[MODEL], pairs, options.protocol, placed)
+    if options.efficiency:
+        _add_costs(found, source, models, pairs, options.sample)
     return found
 
 
-def _check(models: dict[str, Any], protocol: str, sample: int | None) -> None:
+def _check_sample(options: Options) -> None:
+    sample = options.sample
+    if sample is not None and sample < 1:
+        raise ConfigError(f"--sample {sample}: fusion models are timed on at least 1 pair")
+    if sample is not None and not options.efficiency:
+        raise ConfigError(f"--sample {sample}: the pairs that are timed; add --efficiency")
+
+
+def _check(models: dict[str, Any], options: Options) -> None:
     """Refuse before anything is computed."""
     fused = any(isinstance(model, Matcher) for model in models.values())
-    protocols.check(protocol)
-    if fused and protocol != "full":
+    protocols.check(options.protocol)
+    if fused and options.protocol not in protocols.WHOLE:
         raise ConfigError(
-            f"protocol {protocol!r} is for embeddings; with a fusion model use 'full' on a "
-            "dataset of that size"
+            f"protocol {options.protocol!r} is for embeddings; with a fusion model use 'full' on "
+            "a dataset of that size"
         )
-    if sample is not None and not fused:
+    if options.sample is not None and not fused:
         raise ConfigError("--sample: times fusion models, and none is here; leave it out")
 
 
@@ -129,28 +158,35 @@ def _kept(pairs: Pairs, rows: Embedded) -> Pairs:
 
 
 def _row(
-    model: Teacher | Matcher, name: str, pairs: Pairs, asked: tuple[str, bool, int | None]
+    model: Teacher | Matcher, name: str, pairs: Pairs, options: Options, placed: Sequence[Placed]
 ) -> Row:
     """A model's recall; a fusion model that is only timed on a sample has none."""
-    protocol, efficiency, sample = asked
     if not isinstance(model, Matcher):
-        return judge(model, embed(model, pairs), protocol).renamed(name)
-    if sample is not None:
+        return judge(model, embed(model, pairs), options.protocol, placed).renamed(name)
+    if options.sample is not None:
         return Timed(name, model.parameter_count())
     images, texts = len(pairs), len(captions(pairs.examples)[0])
     log.info(
         "%s: %d images x %d captions are %s passes", name, images, texts, f"{images * texts:,}"
     )
-    with cost.one_thread() if efficiency else nullcontext():
+    with cost.one_thread() if options.efficiency else nullcontext():
         scored = fusion.score(model, pairs)
-    spent = cost.Cost(scored.passes, scored.towers + scored.matching) if efficiency else None
-    recall = from_scores(scored.scores, scored.owner)
-    return Evaluation(name, recall, model.parameter_count(), cost=spent)
+    seconds = scored.towers + scored.matching
+    return Evaluation(
+        name,
+        from_scores(scored.scores, protocols.counted(options.protocol, scored.truth)),
+        model.parameter_count(),
+        cost=cost.Cost(scored.passes, seconds) if options.efficiency else None,
+        extended=tuple(truth.of_scores(scored.scores) for truth in placed),
+    )
 
 
-def _remark(found: Comparison, pairs: Pairs) -> None:
+def _remark(found: Comparison, pairs: Pairs, placed: Sequence[Placed]) -> None:
     """What a person should know of the rows."""
-    found.notes += remarks(pairs.quarantine, len(pairs))
+    row = found.model
+    shared = row.recall.shared if isinstance(row, Evaluation) else 0
+    found.notes += remarks(pairs.quarantine, len(pairs), shared)
+    found.notes += [note for truth in placed for note in truth.notes]
     for role, row in found.rows.items():
         if isinstance(row, Evaluation) and row.recall.warning:
             name = "" if role == MODEL else f"{row.name}: "
@@ -158,7 +194,12 @@ def _remark(found: Comparison, pairs: Pairs) -> None:
 
 
 def _add_run(
-    found: Comparison, folder: Path, model: Teacher | Matcher, pairs: Pairs, protocol: str
+    found: Comparison,
+    folder: Path,
+    model: Teacher | Matcher,
+    pairs: Pairs,
+    protocol: str,
+    placed: Sequence[Placed],
 ) -> None:
     """The rows of a run that need no more than the run itself."""
     teacher = read_json(folder / "config.json")["teacher"]
@@ -169,7 +210,7 @@ def _add_run(
         )
     else:
         untrained = students.load(folder / "student")
-        before = judge(untrained, embed(untrained, pairs), protocol)
+        before = judge(untrained, embed(untrained, pairs), protocol, placed)
         found.rows[UNTRAINED] = before.renamed("student, untrained")
     if teacher.get("kind") == "fusion":
         found.notes.append(
@@ -178,12 +219,12 @@ def _add_run(
         )
     elif teacher.get("modalities"):  # a run without a teacher has none
         try:
-            found.rows[TEACHER] = _teacher(folder, pairs, protocol)
+            found.rows[TEACHER] = _teacher(folder, pairs, protocol, placed)
         except CrosstillError as error:
             found.notes.append(f"no teacher's row: {error}")
 
 
-def _teacher(folder: Path, pairs: Pairs, protocol: str) -> Evaluation:
+def _teacher(folder: Path, pairs: Pairs, protocol: str, placed: Sequence[Placed]) -> Evaluation:
     """The teacher's recall on the same images, from the cache that the run learnt from."""
     cache = Cache(read_json(folder / "config.json")["cache"]["folder"])
     split = next((s for s in map(cache.split, set(cache.splits)) if _same(cache, s, pairs)), None)
@@ -194,9 +235,18 @@ def _teacher(folder: Path, pairs: Pairs, protocol: str) -> Evaluation:
     position = torch.tensor([place[cache.image_ids[row]] for row in split.images])
     image = cache.image_features(split.images[position.argsort().numpy()])
     owner = position[torch.from_numpy(split.owner)]
-    recall = protocols.run(protocol, image, cache.text_features(split.captions), owner)
+    order = owner.argsort(stable=True)  # as the dataset lists its captions
+    rows = split.captions[order.numpy()]
+    text, texts = cache.text_features(rows), [cache.texts[row] for row in rows]
+    if placed and texts != captions(pairs.examples)[0]:
+        raise InputError(f"{cache.folder} lists the captions in another order")
     name = Path(str(cache.teacher["name"])).name
-    return Evaluation(f"teacher ({name})", recall, cache.teacher["parameters"])
+    return Evaluation(
+        f"teacher ({name})",
+        protocols.run(protocol, image, text, of_texts(owner[order], texts)),
+        cache.teacher["parameters"],
+        extended=tuple(truth.of_features(image, text) for truth in placed),
+    )
 
 
 def _same(cache: Cache, split: Split, pairs: Pairs) -> bool:

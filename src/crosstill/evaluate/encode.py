@@ -14,9 +14,11 @@ from crosstill import images, progress
 from crosstill.cache import Cache, Listing, PixelStore, Split, derived, pixels
 from crosstill.data import Pairs
 from crosstill.errors import DataError
+from crosstill.evaluate import truth as truths
 from crosstill.evaluate.efficiency import Stopwatch
 from crosstill.evaluate.reading import BATCH, by_length, captions, photos, quarantined
 from crosstill.evaluate.recall import Retrieval, retrieval
+from crosstill.evaluate.truth import Truth
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher, embed_pixels
 from crosstill.types import Example, Features
@@ -28,9 +30,14 @@ class Embedded:
 
     image: Tensor  # (I, D) unit rows
     text: Tensor  # (T, D) unit rows
-    owner: Tensor  # (T,) row of `image` that each caption belongs to
+    truth: Truth  # which rows belong together
     image_ids: list[str]
     quarantine: images.Quarantine
+
+    @property
+    def owner(self) -> Tensor:
+        """(T,) row of `image` that each caption was written for."""
+        return self.truth.owner
 
 
 def embed(
@@ -55,7 +62,8 @@ def embed(
     texts, owner = captions(kept)
     with watch.running():
         text = embed_texts(model, texts)
-    return Embedded(rows, text, owner, [example.image_id for example in kept], quarantine)
+    truth = truths.of_texts(owner, texts)
+    return Embedded(rows, text, truth, [example.image_id for example in kept], quarantine)
 
 
 def _embed_images(
@@ -96,13 +104,16 @@ class CachedSplit:
         split: which of them.
         student: whose tokenizer and preprocess to use.
         frozen: the tower that will not change, if any: "image" or "text".
+
+    Attributes:
+        truth: which images and captions of the split belong together.
     """
 
     def __init__(
         self, cache: Listing, split: Split, student: Student, frozen: str = "none"
     ) -> None:
         self._cache, self._split = cache, split
-        self._owner = torch.from_numpy(split.owner)
+        self.truth = cached_truth(cache, split)
         self._images = frozen_images(student, cache, split) if frozen == "image" else None
         self._texts = frozen_texts(student, cache, split) if frozen == "text" else None
         if self._images is None:
@@ -112,7 +123,7 @@ class CachedSplit:
 
     def recall(self, student: Student) -> Retrieval:
         """The student's recall on the plain photos of the split."""
-        return retrieval(*self.features(student), self._owner)
+        return retrieval(*self.features(student), self.truth)
 
     def features(self, student: Student) -> Features:
         """The student's unit rows (I, D) and (T, D) of the split."""
@@ -124,11 +135,6 @@ class CachedSplit:
             text = student.embed_text(texts.to(student.device))
             return Features(image.cpu(), text.cpu())
 
-    @property
-    def owner(self) -> Tensor:
-        """(T,) the image of each caption."""
-        return self._owner
-
     def teacher_recall(self) -> Retrieval | None:
         """The teacher's recall on the same rows; None if it left only one side."""
         return teacher_recall(self._cache, self._split)
@@ -138,8 +144,14 @@ def teacher_recall(cache: Listing, split: Split) -> Retrieval | None:
     """The recall of the features that a cache holds of a split."""
     if not isinstance(cache, Cache) or not {"image", "text"} <= cache.modalities:
         return None
-    owner = torch.from_numpy(split.owner)
-    return retrieval(cache.image_features(split.images), cache.text_features(split.captions), owner)
+    image, text = cache.image_features(split.images), cache.text_features(split.captions)
+    return retrieval(image, text, cached_truth(cache, split))
+
+
+def cached_truth(cache: Listing, split: Split) -> Truth:
+    """Which images and captions of a split of a cache belong together."""
+    texts = [cache.texts[row] for row in split.captions]
+    return truths.of_texts(torch.from_numpy(split.owner), texts)
 
 
 def frozen_images(student: Student, cache: Listing, split: Split, views: int = 1) -> Tensor:

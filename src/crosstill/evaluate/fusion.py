@@ -12,6 +12,7 @@ from crosstill import progress
 from crosstill.data import Pairs
 from crosstill.evaluate.efficiency import Stopwatch
 from crosstill.evaluate.reading import by_length, captions, readable, sound
+from crosstill.evaluate.truth import Truth, of_texts
 from crosstill.images import Quarantine
 from crosstill.teachers.matcher import GPU_PAIRS, PAIRS, Matcher
 from crosstill.types import States
@@ -26,7 +27,7 @@ class Scored:
 
     Attributes:
         scores: (I, T) float32 logits, -inf where none was asked for.
-        owner: (T,) int64, the row of the image that each caption describes.
+        truth: which images and captions belong together.
         image_ids: of the I images.
         quarantine: the images that were left out.
         passes: pairs scored.
@@ -35,7 +36,7 @@ class Scored:
     """
 
     scores: Tensor
-    owner: Tensor
+    truth: Truth
     image_ids: list[str]
     quarantine: Quarantine
     passes: int
@@ -90,7 +91,7 @@ def score(model: Matcher, pairs: Pairs, wanted: Tensor | None = None) -> Scored:
                     bar.advance(len(some))
     return Scored(
         scores=scores,
-        owner=owner,
+        truth=of_texts(owner, texts),
         image_ids=[example.image_id for example in pairs.examples],
         quarantine=pairs.quarantine,
         passes=passes,

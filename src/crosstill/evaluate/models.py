@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crosstill import students, teachers
+from crosstill import files, students, teachers
 from crosstill.cache.store import HEADER, SCORES
 from crosstill.errors import ModelError
 from crosstill.students.student import RECORD, Student
@@ -17,18 +17,39 @@ from crosstill.teachers.matcher import Matcher
 def open_model(source: str | Path) -> Student | Teacher | FeaturesTeacher | Matcher:
     """A run folder (its best student), a student folder, a teacher folder or a hub id.
 
+    RUN@64 is the student of a run, or a student, cut to embeddings of 64 numbers.
+
     Raises:
         ModelError: nothing there can be loaded; the message says what was missing.
     """
-    folder = Path(source)
+    folder, width = split_width(source)
     for candidate in (folder, folder / "best"):
         if (candidate / RECORD).is_file():
-            return students.load(candidate)
+            student = students.load(candidate)
+            return student if width is None else students.shorten(student, width)
         if fusion.find(candidate):
             return teachers.load(candidate)
     if any((folder / header).is_file() for header in (HEADER, SCORES)):
         raise ModelError(f"{source}: a cache, not a model; give a run, a student or a teacher")
     return teachers.load(str(source))
+
+
+def cuts(source: str | Path) -> list[str]:
+    """RUN@32, RUN@64, … for the smaller widths that a student has learnt; else nothing."""
+    for folder in (Path(source), Path(source) / "best"):
+        if (folder / RECORD).is_file():
+            config = files.read_json(folder / RECORD)["config"]
+            dim, widths = config["dim"], config.get("widths", ())
+            return [f"{source}@{width}" for width in reversed(widths) if width != dim]
+    return []
+
+
+def split_width(source: str | Path) -> tuple[Path, int | None]:
+    """RUN@64 as RUN and 64, unless a folder is called that."""
+    name, _, width = str(source).rpartition("@")
+    if width.isdecimal() and Path(name).is_dir() and not Path(source).exists():
+        return Path(name), int(width)
+    return Path(source), None
 
 
 def open_live(source: str | Path) -> Student | Teacher | Matcher:

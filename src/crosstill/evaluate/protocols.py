@@ -1,4 +1,4 @@
-"""Which images compete: the evaluation protocols that papers report."""
+"""Which images compete, and what counts as found: the protocols that papers report."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from torch import Tensor
 
 from crosstill.errors import DataError, unknown
 from crosstill.evaluate.recall import Retrieval, mean, retrieval
+from crosstill.evaluate.truth import Truth, checked
 
 
 def folds(
-    image: Tensor, text: Tensor, owner: Tensor, *, size: int = 1000, count: int = 5
+    image: Tensor, text: Tensor, truth: Truth | Tensor, *, size: int = 1000, count: int = 5
 ) -> Retrieval:
     """Mean over folds of consecutive images, each with all of its captions.
 
     Args:
         image: (count * size, D) features in the dataset's order.
         text: (T, D) features of the captions.
-        owner: (T,) int64, the row of the image that each caption describes.
+        truth: as `crosstill.evaluate.recall.retrieval` takes it; inside a fold only what is
+            inside it counts.
         size: images in a fold.
         count: number of folds.
 
@@ -30,35 +32,46 @@ def folds(
             f"{count} folds of {size} images need {size * count} images, not {len(image)}; "
             "use the protocol 'full'"
         )
-    results = []
+    results, truth = [], checked(truth, len(image), len(text))
     for start in range(0, len(image), size):
-        inside = (owner >= start) & (owner < start + size)
-        fold = image[start : start + size]
-        results.append(retrieval(fold, text[inside], owner[inside] - start))
+        inside, true = truth.part(start, start + size)
+        results.append(retrieval(image[start : start + size], text[inside], true))
     return mean(results)
 
 
-PROTOCOLS: dict[str, Callable[[Tensor, Tensor, Tensor], Retrieval]] = {
+WHOLE = ("full", "karpathy")  # all images compete, so that a score matrix will do
+PROTOCOLS: dict[str, Callable[[Tensor, Tensor, Truth | Tensor], Retrieval]] = {
     "full": retrieval,
+    "karpathy": retrieval,
     "coco-1k-5fold": folds,
 }
 
 
-def run(name: str, image: Tensor, text: Tensor, owner: Tensor) -> Retrieval:
-    """Recall by a protocol's name: "full", or "coco-1k-5fold" for COCO's 5,000 test images.
+def run(name: str, image: Tensor, text: Tensor, truth: Truth | Tensor) -> Retrieval:
+    """Recall by a protocol's name.
+
+    "full": all images compete, and a caption that several of them share is true of each;
+    "karpathy": the same, but a caption is true only of the image it was written for;
+    "coco-1k-5fold": as "full" in five folds of COCO's 5,000 test images.
 
     Args:
         name: a key of `PROTOCOLS`.
         image: (I, D) features of the images, in the dataset's order.
         text: (T, D) features of the captions.
-        owner: (T,) int64, the row of the image that each caption describes.
+        truth: as `crosstill.evaluate.recall.retrieval` takes it.
 
     Raises:
         ConfigError: no such protocol.
         DataError: the features do not fit together or do not fit the protocol.
     """
     check(name)
-    return PROTOCOLS[name](image, text, owner)
+    truth = counted(name, checked(truth, len(image), len(text)))
+    return PROTOCOLS[name](image, text, truth)
+
+
+def counted(name: str, truth: Truth) -> Truth:
+    """What a protocol counts as true."""
+    return truth.plain() if name == "karpathy" else truth
 
 
 def check(name: str) -> None:

@@ -1,8 +1,9 @@
 """Recall@K of image-text retrieval, as pure functions.
 
 A query counts at K when one of its true partners is among the K best-scored candidates: for an
-image any of its captions, for a caption its one image. Scores are float32, whatever the model
-ran in: bfloat16 makes ties that move R@1 by several tenths of a point.
+image any of its captions, for a caption its image, and where a `Truth` says that several images
+share it, any of these. Scores are float32, whatever the model ran in: bfloat16 makes ties that
+move R@1 by several tenths of a point.
 
 Tied candidates have no order, so recall is what a random order would give on average, in closed
 form; the best and the worst order are reported as bounds. (Counting only strictly better
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from crosstill.errors import DataError
+from crosstill.evaluate.truth import Truth, checked
 
 DEPTHS = (1, 5, 10)
 DOUBT = 0.1  # points between the bounds from which the numbers carry a warning
@@ -58,12 +60,16 @@ class Recall:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Recall of both directions: images finding captions (i2t), captions finding images (t2i)."""
+    """Recall of both directions: images finding captions (i2t), captions finding images (t2i).
+
+    `shared` captions count as true of several images.
+    """
 
     i2t: Recall
     t2i: Recall
     images: int
     captions: int
+    shared: int = 0
 
     @property
     def rsum(self) -> float:
@@ -83,13 +89,14 @@ class Retrieval:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: i2t, t2i (r1, r5, r10), rsum, images, captions, bounds, warning."""
+        """Plain values: i2t, t2i (r1, r5, r10), rsum, three counts, bounds, warning."""
         directions = {"i2t": self.i2t, "t2i": self.t2i}
         return {
             **{name: recall.fair._asdict() for name, recall in directions.items()},
             "rsum": self.rsum,
             "images": self.images,
             "captions": self.captions,
+            "shared_captions": self.shared,
             "bounds": {
                 "optimistic": {k: r.optimistic._asdict() for k, r in directions.items()},
                 "pessimistic": {k: r.pessimistic._asdict() for k, r in directions.items()},
@@ -106,24 +113,24 @@ class Rivals(NamedTuple):
     true: Tensor  # true partners that share that score
 
 
-def retrieval(image: Tensor, text: Tensor, owner: Tensor) -> Retrieval:
+def retrieval(image: Tensor, text: Tensor, truth: Truth | Tensor) -> Retrieval:
     """Recall of features, by dot product.
 
     Args:
         image: (I, D) features of the images.
         text: (T, D) features of the captions.
-        owner: (T,) int64, the row of the image that each caption describes.
+        truth: which belong together, or (T,) int64, the one image that each caption describes.
 
     Raises:
         DataError: shapes do not fit, a feature is not finite, or an image has no caption.
     """
-    image, text, owner = _checked(image, text, owner)
+    image, text, truth = _checked(image, text, truth)
     if len(image) * len(text) * 4 <= KEPT:
-        return _retrieval((image @ text.T).__getitem__, owner, len(image))
-    return _retrieval(lambda rows: image[rows] @ text.T, owner, len(image))
+        return _retrieval((image @ text.T).__getitem__, truth, len(image))
+    return _retrieval(lambda rows: image[rows] @ text.T, truth, len(image))
 
 
-def chances(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+def chances(image: Tensor, text: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Tensor]:
     """Each query's chance, 0 to 1, to find a true partner among 1, 5 and 10.
 
     Args and errors are those of `retrieval`, whose recalls are 100 times the means of these.
@@ -131,28 +138,28 @@ def chances(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         (I, 3) of the images, (T, 3) of the captions; float64.
     """
-    image, text, owner = _checked(image, text, owner)
-    return _chances(lambda rows: image[rows] @ text.T, owner, len(image))
+    image, text, truth = _checked(image, text, truth)
+    return _chances(lambda rows: image[rows] @ text.T, truth, len(image))
 
 
-def from_scores(scores: Tensor, owner: Tensor) -> Retrieval:
+def from_scores(scores: Tensor, truth: Truth | Tensor) -> Retrieval:
     """Recall of a score matrix, such as a fusion model's.
 
     Args:
         scores: (I, T), higher is better.
-        owner: (T,) int64, the row of the image that each caption describes.
+        truth: which belong together, or (T,) int64, the one image that each caption describes.
 
     Raises:
         DataError: shapes do not fit, a score is NaN, or an image has no caption.
     """
-    scores, owner = _checked_scores(scores, owner)
-    return _retrieval(scores.__getitem__, owner, len(scores))
+    scores, truth = _checked_scores(scores, truth)
+    return _retrieval(scores.__getitem__, truth, len(scores))
 
 
-def chances_of_scores(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+def chances_of_scores(scores: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Tensor]:
     """As `chances`, of a score matrix; args and errors are those of `from_scores`."""
-    scores, owner = _checked_scores(scores, owner)
-    return _chances(scores.__getitem__, owner, len(scores))
+    scores, truth = _checked_scores(scores, truth)
+    return _chances(scores.__getitem__, truth, len(scores))
 
 
 def mean(results: Sequence[Retrieval]) -> Retrieval:
@@ -173,6 +180,7 @@ def mean(results: Sequence[Retrieval]) -> Retrieval:
         direction([r.t2i for r in results]),
         images=sum(r.images for r in results),
         captions=sum(r.captions for r in results),
+        shared=sum(r.shared for r in results),
     )
 
 
@@ -186,59 +194,66 @@ class Block(NamedTuple):
     scores: Tensor  # (b, T)
     true: tuple[Tensor, Tensor]  # where image and caption belong together
 
+    @property
+    def own(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The image, the caption and the score of every true pair in it."""
+        return self.true[0] + self.rows.start, self.true[1], self.scores[self.true]
 
-def _retrieval(scores: Scores, owner: Tensor, images: int) -> Retrieval:
-    image, text = _rivals(scores, owner, images)
-    return Retrieval(_recall(image), _recall(text), images=images, captions=len(owner))
+
+def _retrieval(scores: Scores, truth: Truth, images: int) -> Retrieval:
+    image, text = _rivals(scores, truth, images)
+    found = _recall(image), _recall(text)
+    return Retrieval(*found, images=images, captions=len(truth.owner), shared=truth.shared)
 
 
-def _chances(scores: Scores, owner: Tensor, images: int) -> tuple[Tensor, Tensor]:
+def _chances(scores: Scores, truth: Truth, images: int) -> tuple[Tensor, Tensor]:
     of_image, of_text = (
-        torch.stack([_chance(side, depth) for depth in DEPTHS], dim=1)
-        for side in _rivals(scores, owner, images)
+        torch.stack([chance(side, depth) for depth in DEPTHS], dim=1)
+        for side in _rivals(scores, truth, images)
     )
     return of_image, of_text
 
 
-def _rivals(scores: Scores, owner: Tensor, images: int) -> tuple[Rivals, Rivals]:
+def _rivals(scores: Scores, truth: Truth, images: int) -> tuple[Rivals, Rivals]:
     """Count the wrong candidates of every image and of every caption."""
-    own = torch.empty(len(owner), device=owner.device)
-    for block in _blocks(scores, owner, images):
-        own[block.true[1]] = block.scores[block.true]
-    best = own.new_full((images,), -torch.inf).scatter_reduce(0, owner, own, "amax")
-    sharing = torch.zeros_like(best).index_add(0, owner, (own == best[owner]).float())
-    of_image, of_text = own.new_zeros(2, images), own.new_zeros(2, len(owner))
-    for block in _blocks(scores, owner, images):
+    counts = images, len(truth.owner)
+    # of each query: wrong ones above its best true one, wrong ones at least as high, true as high
+    of_image, of_text = (truth.owner.new_zeros(3, n, dtype=torch.float32) for n in counts)
+    best, best_text = (of_one[0] - torch.inf for of_one in (of_image, of_text))
+    for block in _blocks(scores, truth, images):
+        image, text, own = block.own
+        best.scatter_reduce_(0, image, own, "amax")
+        best_text.scatter_reduce_(0, text, own, "amax")
+    for block in _blocks(scores, truth, images):
+        image, text, own = block.own
+        of_image[2].index_add_(0, image, (own == best[image]).float())
+        of_text[2].index_add_(0, text, (own == best_text[text]).float())
         flags = torch.empty_like(block.scores)
         for i, compare in enumerate((torch.gt, torch.ge)):
             compare(block.scores, best[block.rows, None], out=flags)[block.true] = 0
             of_image[i, block.rows] = flags.sum(1)
-            compare(block.scores, own, out=flags)[block.true] = 0
+            compare(block.scores, best_text, out=flags)[block.true] = 0
             of_text[i] += flags.sum(0)
-    return _settle(of_image, sharing), _settle(of_text, torch.ones_like(own))
+    return _settle(of_image), _settle(of_text)
 
 
-def _blocks(scores: Scores, owner: Tensor, images: int) -> Iterator[Block]:
-    order = owner.argsort(stable=True)
-    sorted_owner = owner[order]
-    step = max(1, BLOCK // len(owner))
+def _blocks(scores: Scores, truth: Truth, images: int) -> Iterator[Block]:
+    step = max(1, BLOCK // len(truth.owner))
     for start in range(0, images, step):
         stop = min(start + step, images)
-        first, last = torch.searchsorted(sorted_owner, owner.new_tensor([start, stop])).tolist()
-        columns = order[first:last]
-        rows = slice(start, stop)
-        yield Block(rows, scores(rows), (owner[columns] - start, columns))
+        image, text = truth.pairs(start, stop)
+        yield Block(slice(start, stop), scores(slice(start, stop)), (image - start, text))
 
 
-def _settle(counts: Tensor, true: Tensor) -> Rivals:
-    above, at_least = counts.double()
-    return Rivals(above, at_least - above, true.double())
+def _settle(counts: Tensor) -> Rivals:
+    above, at_least, true = counts.double()
+    return Rivals(above, at_least - above, true)
 
 
 def _recall(rivals: Rivals) -> Recall:
     behind = rivals.better + rivals.level  # where the worst order puts the best true partner
     return Recall(
-        _percent(_chance(rivals, depth) for depth in DEPTHS),
+        _percent(chance(rivals, depth) for depth in DEPTHS),
         _percent((rivals.better < depth).double() for depth in DEPTHS),
         _percent((behind < depth).double() for depth in DEPTHS),
     )
@@ -248,7 +263,7 @@ def _percent(chances: Iterable[Tensor]) -> Percent:
     return Percent(*(float(chance.mean()) * 100 for chance in chances))
 
 
-def _chance(rivals: Rivals, depth: int) -> Tensor:
+def chance(rivals: Rivals, depth: int) -> Tensor:
     """How likely each query has a true partner among its first `depth`, in random order.
 
     Of the level + true tied candidates, k = depth - better are placed, one after the other;
@@ -262,23 +277,20 @@ def _chance(rivals: Rivals, depth: int) -> Tensor:
     return found
 
 
-def _checked(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features in float32 and owners beside them, after what is wrong has been refused."""
+def _checked(image: Tensor, text: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Tensor, Truth]:
+    """Features in float32 and the truth beside them, after what is wrong has been refused."""
     image, text = image.detach().float(), text.detach().float()
-    owner = owner.to(image.device)
     _check_features(image, text)
-    _check_owner(owner, len(image), len(text))
-    return image, text, owner
+    return image, text, checked(truth, len(image), len(text)).to(image.device)
 
 
-def _checked_scores(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores in float32 and owners beside them, after what is wrong has been refused."""
+def _checked_scores(scores: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Truth]:
+    """Scores in float32 and the truth beside them, after what is wrong has been refused."""
     if scores.ndim != 2:
         raise DataError(f"scores must be images by captions, not {tuple(scores.shape)}")
     if scores.isnan().any():
         raise DataError("a score is not a number; the model that gave it is broken")
-    _check_owner(owner, *scores.shape)
-    return scores.detach().float(), owner.to(scores.device)
+    return scores.detach().float(), checked(truth, *scores.shape).to(scores.device)
 
 
 def _check_features(image: Tensor, text: Tensor) -> None:
@@ -300,16 +312,3 @@ def _check_features(image: Tensor, text: Tensor) -> None:
 
 def _largest(features: Tensor) -> float:
     return float(torch.linalg.vector_norm(features, dim=1).max())
-
-
-def _check_owner(owner: Tensor, images: int, captions: int) -> None:
-    if len(owner) != captions:
-        raise DataError(f"{captions} captions, but {len(owner)} say which image they describe")
-    if not captions or int(owner.min()) < 0 or int(owner.max()) >= images:
-        raise DataError(f"each caption must describe one of the {images} images")
-    counts = owner.bincount(minlength=images)
-    if not counts.all():
-        raise DataError(
-            f"{int((counts == 0).sum())} of {images} images have no caption, first image "
-            f"{int(counts.argmin())}; leave them out"
-        )

@@ -10,7 +10,9 @@ from crosstill.data import Pairs
 from crosstill.evaluate import protocols
 from crosstill.evaluate.efficiency import Cost, Efficiency
 from crosstill.evaluate.encode import Embedded, embed
+from crosstill.evaluate.extended import Judged, Placed
 from crosstill.evaluate.recall import DEPTHS, Retrieval
+from crosstill.evaluate.tabular import aligned
 from crosstill.images import Quarantine
 from crosstill.teachers.base import Teacher
 
@@ -38,14 +40,16 @@ class Evaluation:
     parameters: int | None = None
     efficiency: Efficiency | None = None
     cost: Cost | None = None
+    extended: tuple[Judged, ...] = ()  # against more than a caption's own image
 
     def renamed(self, name: str) -> Evaluation:
         """The same row under another name."""
         return replace(self, name=name)
 
     def to_json(self) -> dict[str, Any]:
-        """Recall at the top level (`i2t`, `t2i`, `rsum`, …), then what is known of the cost."""
-        return {**self.recall.to_json(), **_costs(self)}
+        """Recall at the top level (`i2t`, `t2i`, `rsum`, …), `truth`, and what is known of cost."""
+        truth = {found.name: found.to_json() for found in self.extended}
+        return {**self.recall.to_json(), **({"truth": truth} if truth else {}), **_costs(self)}
 
     def cells(self, latency: bool) -> list[str]:
         """The row's text, column by column, up to RSUM or to the latency."""
@@ -110,19 +114,24 @@ def retrieval(
     return judge(model, embed(model, pairs, strict), protocol)
 
 
-def judge(model: Teacher, rows: Embedded, protocol: str = "full") -> Evaluation:
-    """The evaluation of embeddings that are already there."""
-    found = protocols.run(protocol, rows.image, rows.text, rows.owner)
-    return Evaluation(model.name, found, model.parameter_count())
+def judge(
+    model: Teacher, rows: Embedded, protocol: str = "full", placed: Sequence[Placed] = ()
+) -> Evaluation:
+    """The evaluation of embeddings that are already there, against further truths if any."""
+    found = protocols.run(protocol, rows.image, rows.text, rows.truth)
+    extended = tuple(truth.of_features(rows.image, rows.text) for truth in placed)
+    return Evaluation(model.name, found, model.parameter_count(), extended=extended)
 
 
-def remarks(quarantine: Quarantine, images: int) -> list[str]:
+def remarks(quarantine: Quarantine, images: int, shared: int = 0) -> list[str]:
     """What a person should know of the images that were measured, and of those that were not."""
     notes = [f"left out: {bad['path']}: {bad['reason']}" for bad in quarantine.rows]
     if quarantine.rows:
         notes.append(f"unreadable images left out: {len(quarantine)}")
     if images <= DEPTHS[-1]:
         notes.append(f"only {images} images: recall at {DEPTHS[-1]} is 100 for any model")
+    if shared:
+        notes.append(f"captions that several images share, each counted as true of all: {shared}")
     return notes
 
 
@@ -135,18 +144,3 @@ def table(rows: Sequence[Row]) -> str:
         for row, cells in zip(rows, body, strict=True):
             cells += row.cost.cells() if row.cost else ["–"] * len(WHOLE)
     return aligned(heads, body)
-
-
-def aligned(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up as text; all but the first are numbers."""
-    widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(_line(cells, widths) for cells in [heads, rule, *body])
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.ljust(width) if i == 0 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "| " + " | ".join([first, *rest]) + " |"

@@ -23,7 +23,9 @@ from crosstill.evaluate.encode import embed
 from crosstill.evaluate.models import open_encoder, open_matcher
 from crosstill.evaluate.reading import readable
 from crosstill.evaluate.recall import Retrieval, from_scores
-from crosstill.evaluate.report import HEADINGS, Evaluation, aligned, remarks, six
+from crosstill.evaluate.report import HEADINGS, Evaluation, remarks, six
+from crosstill.evaluate.tabular import aligned
+from crosstill.evaluate.truth import Truth
 from crosstill.images import Quarantine
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.matcher import Matcher
@@ -80,7 +82,7 @@ class Reranked:
     @property
     def notes(self) -> list[str]:
         """What a person should know of the numbers."""
-        notes = remarks(self.quarantine, self.finder.recall.images)
+        notes = remarks(self.quarantine, self.finder.recall.images, self.finder.recall.shared)
         if self.blend is not None:
             notes.append(f"re-ranked by the fusion model's logit + cosine / {self.blend:g}")
         if any(stage.estimated for stage in self.stages):
@@ -202,9 +204,9 @@ def rerank(
         count = int(places.within(k).sum())
         share = count / scored.passes
         seconds = watch.seconds + scored.towers + share * scored.matching
-        recall = places.recall(cosines, told, found.owner, k)
+        recall = places.recall(cosines, told, found.truth, k)
         stages.append(Stage(k, recall, count, seconds, estimated=count < scored.passes))
-    own = Evaluation(finder.name, from_scores(cosines, found.owner), finder.parameter_count())
+    own = Evaluation(finder.name, from_scores(cosines, found.truth), finder.parameter_count())
     threads = torch.get_num_threads()
     return Reranked(own, judge.name, tuple(stages), watch.seconds, threads, clean.quarantine, blend)
 
@@ -225,12 +227,12 @@ class _Places:
         """(I, T) bool: the pairs among the first k of either direction."""
         return (self.texts < k) | (self.images < k)
 
-    def recall(self, cosines: Tensor, scores: Tensor, owner: Tensor, k: int) -> Retrieval:
+    def recall(self, cosines: Tensor, scores: Tensor, truth: Truth, k: int) -> Retrieval:
         """Recall where the first k are in the order of `scores`, the others in their own."""
         texts, images = self.texts < k, self.images < k
-        i2t = from_scores(_merged(cosines, scores, texts), owner).i2t
-        t2i = from_scores(_merged(cosines.T, scores.T, images.T).T, owner).t2i
-        return Retrieval(i2t, t2i, images=len(cosines), captions=len(owner))
+        i2t = from_scores(_merged(cosines, scores, texts), truth).i2t
+        t2i = from_scores(_merged(cosines.T, scores.T, images.T).T, truth).t2i
+        return Retrieval(i2t, t2i, len(cosines), len(truth.owner), truth.shared)
 
 
 def _merged(cosines: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:

@@ -24,6 +24,13 @@ def markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, rule, *body])
 
 
+def aligned(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up as text; all but the first are numbers."""
+    widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(_line(cells, widths) for cells in [heads, rule, *body])
+
+
 def latex(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A LaTeX tabular (booktabs)."""
     first, *rows = (" & ".join(map(_tex, cells)) + r" \\" for cells in [heads, *body])
@@ -43,3 +50,11 @@ def latex(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> st
 
 def _tex(text: str) -> str:
     return "".join(_SIGNS.get(sign, sign) for sign in text)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "| " + " | ".join([first, *rest]) + " |"

@@ -203,7 +203,7 @@ def _measure(
     """A student's features of the plain photos of a split, and its recall."""
     encoded = CachedSplit(cache, split, student, frozen)
     seen = encoded.features(student)
-    recall = retrieval(*seen, encoded.owner)
+    recall = retrieval(*seen, encoded.truth)
     return seen, Evaluation(student.name, recall, student.parameter_count())
 
 

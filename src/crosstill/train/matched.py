@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crosstill.cache import ScoreCache, Split
 from crosstill.evaluate.bootstrap import Answers
+from crosstill.evaluate.encode import cached_truth
 from crosstill.evaluate.recall import DEPTHS, Retrieval, chances_of_scores, from_scores
 from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig
@@ -28,13 +29,15 @@ class Listed:
         image: (P,) of each pair's image, ascending.
         text: (P,) of its caption.
         owner: (T,) int64, the image of each caption.
+        truth: which images and captions belong together.
     """
 
     def __init__(self, cache: ScoreCache, split: Split) -> None:
         inside = np.isin(cache.pair_images, split.images)
         self.image = np.searchsorted(split.images, cache.pair_images[inside])
         self.text = np.searchsorted(split.captions, cache.pair_captions[inside])
-        self.owner = torch.from_numpy(split.owner)
+        self.truth = cached_truth(cache, split)
+        self.owner = self.truth.owner
         self._told = None if cache.scores is None else cache.scores[torch.from_numpy(inside)]
 
     def matrix(self, scores: Tensor) -> Tensor:
@@ -45,7 +48,7 @@ class Listed:
 
     def teacher_recall(self) -> Retrieval | None:
         """The recall of the teacher's scores, where the cache has them."""
-        return None if self._told is None else from_scores(self.matrix(self._told), self.owner)
+        return None if self._told is None else from_scores(self.matrix(self._told), self.truth)
 
     @property
     def said(self) -> str:
@@ -76,12 +79,12 @@ class MatchedSplit:
 
     def recall(self, model: Matcher) -> Retrieval:
         """The model's recall among the listed candidates."""
-        return from_scores(self._matrix(model), self._listed.owner)
+        return from_scores(self._matrix(model), self._listed.truth)
 
     def answers(self, model: Matcher) -> Answers:
         """How each query fared among its listed candidates."""
-        owner = self._listed.owner
-        return Answers(*chances_of_scores(self._matrix(model), owner), owner)
+        truth = self._listed.truth
+        return Answers(*chances_of_scores(self._matrix(model), truth), truth.owner)
 
     def teacher_recall(self) -> Retrieval | None:
         """As `recall`, of the teacher's scores, where the cache has them."""
