@@ -3,15 +3,32 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    MPNetConfig,
+    MPNetModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from crosstill import files, students
 from crosstill.errors import ConfigError, CorruptError, MismatchError, ModelError
+from crosstill.students import towers, vocabulary
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
 
 DIM = 24
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 
 
 @pytest.fixture
@@ -225,6 +242,52 @@ def test_towers_that_cannot_be(
     text = TextTowerConfig(**{**pretrained.text.model_dump(), **changes})
     with pytest.raises((ConfigError, ModelError), match=message):
         students.build(pretrained.model_copy(update={"text": text}), DIM, captions)
+
+
+def test_captions_longer_than_the_tower_reads(
+    pretrained: StudentConfig, captions: list[str]
+) -> None:
+    longest = pretrained.model_copy(update={"max_length": 512})
+    assert students.build(longest, DIM, captions).config.max_length == 512
+    longer = pretrained.model_copy(update={"max_length": 513})
+    with pytest.raises(ConfigError, match="max_length = 513: this BertModel has fewer positions"):
+        students.build(longer, DIM, captions)
+
+
+def test_photos_of_another_size_than_the_towers(tmp_path: Path, captions: list[str]) -> None:
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **SMALL)).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 40, "width": 40}).save_pretrained(tmp_path)
+    told = {
+        "image": {"source": str(tmp_path)},
+        "text": {"config": {"model_type": "bert", **SMALL}},
+    }
+    with pytest.raises(ConfigError, match=r"photos of \(40, 40\) pixels do not fit ViTModel"):
+        students.build(StudentConfig.model_validate(told), DIM, captions)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "modernbert", "clip_text_model"])
+def test_a_new_text_tower_knows_its_tokens(kind: str, captions: list[str]) -> None:
+    told = {
+        "image": {"config": {"model_type": "vit", "image_size": 16, "patch_size": 8, **SMALL}},
+        "text": {"config": {"model_type": kind, **SMALL}},
+    }
+    student = students.build(StudentConfig.model_validate(told), DIM, captions)
+    config, tokenizer = student.text_tower.config, student.tokenizer
+    assert config.pad_token_id == tokenizer.pad_token_id
+    assert config.eos_token_id == tokenizer.sep_token_id
+    assert config.bos_token_id == tokenizer.cls_token_id
+
+
+def test_a_trim_that_would_change_what_is_said(tmp_path: Path) -> None:
+    """MPNet counts positions from token 1 on, wherever that is after trimming."""
+    captions = ["a red cube", "a blue ball"]
+    tokenizer = vocabulary.train(captions, 60)
+    torch.manual_seed(0)
+    config = MPNetConfig(vocab_size=len(tokenizer), initializer_range=0.2, **SMALL)
+    tower = MPNetModel(config).eval()
+    rows = [0, *range(2, len(tokenizer))]
+    with pytest.raises(ModelError, match="would change what this mpnet says; set vocabulary"):
+        towers._with_rows(tower, "mean", tokenizer, rows)
 
 
 def test_layers_of_a_cnn(pretrained: StudentConfig, captions: list[str]) -> None:

@@ -36,6 +36,7 @@ def test_the_presets_parse_and_say_what_they_are() -> None:
         "mobile-hf",
         "tiny",
         "tiny-hf",
+        "tiny-nested",
         "tiny-teacher",
         "half",
     }

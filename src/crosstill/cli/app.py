@@ -21,6 +21,7 @@ from crosstill.cli import (
     export,
     index,
     inspect,
+    join,
     report,
     search,
     serve,
@@ -38,6 +39,7 @@ app = typer.Typer(
 
 GOES_ON = {
     "cache": "; the same command goes on where it was",
+    "join": "; the same command goes on where it was",
     "train": "; the same command with --resume goes on where it was",
     "ablate": "; the same command goes on where it was",
     "index": "; the same command goes on where it was",
@@ -67,6 +69,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 VERBS = (
     cache,
+    join,
     train,
     evaluate,
     ablate,

@@ -28,6 +28,7 @@ from crosstill.errors import ConfigError
 from crosstill.export import processor
 from crosstill.export.folder import aside
 from crosstill.export.parity import Parity, measure
+from crosstill.students import narrow
 from crosstill.students.student import Student
 from crosstill.teachers.hugging_face import quiet
 from crosstill.teachers.towers import describe, restore
@@ -145,7 +146,7 @@ def _weights(student: Student) -> dict[str, Tensor]:
     return {
         f"{theirs}.{name}": value
         for ours, theirs in {**_TOWERS, **_HEADS}.items()
-        for name, value in getattr(student, ours).state_dict().items()
+        for name, value in narrow.whole(getattr(student, ours)).state_dict().items()
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from crosstill.preprocess import Preprocess
+from crosstill.students import narrow
 from crosstill.students.student import Student
 
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
@@ -61,7 +61,7 @@ def tokenizer(student: Student) -> PreTrainedTokenizerFast:
 
 def tower(module: nn.Module) -> Any:
     """A copy of a tower, as other libraries want it: saving one writes into its configuration."""
-    again: Any = copy.deepcopy(module)
+    again = narrow.whole(module)
     return again.to("cpu", torch.float32).to(memory_format=torch.contiguous_format).eval()
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crosstill import __version__, files
+from crosstill import __version__, files, students
 from crosstill.cache import Listing
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
 from crosstill.evaluate import open_live
 from crosstill.evaluate.encode import teacher_recall
+from crosstill.evaluate.models import split_width
 from crosstill.evaluate.recall import Retrieval
 from crosstill.evaluate.report import six
 from crosstill.export.facts import Facts, Origin, Score
@@ -102,20 +103,23 @@ def find(
         folder = Path(source.source).parent if source.source else None
         student, run = source, folder if folder and runs.is_run(folder) else None
     else:
-        folder = source.folder if isinstance(source, Run) else Path(source)
-        student = _student(folder)
-        run = next((place for place in (folder, folder.parent) if runs.is_run(place)), None)
+        place = source.folder if isinstance(source, Run) else source
+        folder, _ = split_width(place)
+        student = _student(folder, place)
+        run = next((held for held in (folder, folder.parent) if runs.is_run(held)), None)
     student = student.to("cpu").eval()
+    if student.config.widths:  # turned, so that whoever opens it may cut its rows
+        student = students.shorten(student, student.dim)
     origin = Provenance(student, student.name, pairs, split)
     return origin if run is None else _of_run(origin, run)
 
 
-def _student(folder: Path) -> Student:
+def _student(folder: Path, place: str | Path) -> Student:
     if runs.is_run(folder) and not (folder / "metrics.json").is_file():
         raise InputError(
             f"{folder}: the run is not finished; finish it with `crosstill train … --resume`"
         )
-    found = open_live(folder)
+    found = open_live(place)
     if isinstance(found, Student):
         return found
     raise ModelError(

@@ -26,6 +26,7 @@ class Objective(nn.Module):
     reads: Literal["features", "masked", "hidden"] = "features"
     layers: tuple[str, ...] = ()
     ratio: float = 0.0
+    share: float = 1.0  # of a balancer's weight; less for each of several teachers
 
     # `hardest` negatives of each list are asked of a score cache, by a loss that has `rank`
     ranks: bool = False

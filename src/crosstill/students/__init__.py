@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from crosstill.students.student import Student
     from crosstill.teachers.matcher import Matcher
 
-__all__ = ["build", "fuse", "load", "load_config"]
+__all__ = ["build", "fuse", "load", "load_config", "shorten"]
 
 ALONE = 256  # embedding width where neither a teacher nor the configuration says one
 
@@ -58,6 +58,11 @@ def build(
             f"student {config.name}: embedding width {config.dim} does not fit the teacher's "
             f"{dim}; leave dim out of the student, or choose another teacher"
         )
+    if config.widths and config.widths[-1] > width:
+        raise ConfigError(
+            f"student {config.name}: widths up to {config.widths[-1]} do not fit embeddings "
+            f"of {width}; give smaller ones"
+        )
     return building.build(config.model_copy(update={"dim": width}), captions, seed)
 
 
@@ -93,3 +98,10 @@ def load(folder: str | Path) -> Student:
     from crosstill.students.student import Student
 
     return Student.load(Path(folder))
+
+
+def shorten(student: Student, width: int) -> Student:
+    """Cut a student's embeddings: see `crosstill.students.matryoshka.shorten`."""
+    from crosstill.students import matryoshka
+
+    return matryoshka.shorten(student, width)

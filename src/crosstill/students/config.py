@@ -54,10 +54,12 @@ class TextTowerConfig(TowerConfig):
         pooling: "mean" by default, because the pooler of a trimmed tower starts almost constant.
         vocabulary: "trim" keeps the tokens that the training captions use, and enough to encode
             any other text.
+        narrow: r, to keep the token table (V, W) as two of (V, r) and (r, W): see `narrow`.
     """
 
     pooling: Pooling = "mean"
     vocabulary: Literal["full", "trim"] = "full"
+    narrow: int | None = Field(default=None, ge=1)
 
 
 class StudentConfig(_Frozen):
@@ -67,6 +69,7 @@ class StudentConfig(_Frozen):
         image: the image tower.
         text: the text tower.
         dim: D, the width of the joint space; None takes that of the teacher.
+        widths: smaller widths to train as well: see `crosstill.students.matryoshka`.
         bias: whether the heads have one.
         max_length: tokens of a caption, special ones included; the rest is cut off.
         batch_norm: whether batch statistics follow the data ("train") or stay as they came
@@ -77,10 +80,19 @@ class StudentConfig(_Frozen):
     image: ImageTowerConfig
     text: TextTowerConfig
     dim: int | None = Field(default=None, ge=1)
+    widths: tuple[int, ...] = ()
     bias: bool = False
     max_length: int = Field(default=30, ge=3)
     batch_norm: Literal["auto", "frozen", "train"] = "auto"
     name: str = "student"
+
+    @model_validator(mode="after")
+    def _widths_ascend(self) -> StudentConfig:
+        if list(self.widths) != sorted({width for width in self.widths if width > 0}):
+            raise ValueError("widths ascend from at least 1, such as [32, 64, 128]")
+        if self.dim is not None and self.widths and self.widths[-1] > self.dim:
+            raise ValueError(f"widths: {self.widths[-1]} is more than dim = {self.dim}")
+        return self
 
     @property
     def freezes_batch_norm(self) -> bool:

@@ -13,7 +13,7 @@ from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProce
 
 from crosstill import teachers
 from crosstill.errors import ConfigError, ModelError, unknown
-from crosstill.students import vocabulary
+from crosstill.students import narrow, vocabulary
 from crosstill.students.config import FusionConfig
 from crosstill.students.student import RECORD, Student
 from crosstill.teachers import hugging_face
@@ -80,7 +80,7 @@ def _on_towers(config: FusionConfig) -> Meter:
 def _parts(dual: Student | DualEncoder, max_length: int) -> Parts:
     """The towers of a dual encoder, pooled as it pools them."""
     if isinstance(dual, Student):
-        towers: tuple[Any, Any] = dual.image_tower, dual.text_tower
+        towers: tuple[Any, Any] = dual.image_tower, narrow.whole(dual.text_tower)
         pooling, limit = (
             (dual.config.image.pooling, dual.config.text.pooling),
             dual.config.max_length,

@@ -7,6 +7,7 @@ mobile        MobileNetV2 and three MiniLM layers over a trimmed vocabulary; abo
 mobile-hf     as mobile, but its texts by the pooler: it exports as plain transformers
 tiny          a small ResNet and a small BERT from scratch, for 64 x 64 pixels; 0.7 M
 tiny-hf       as tiny, by the text's pooler, and a FocalNet, for the same export; 0.9 M
+tiny-nested   as tiny, of embeddings of 128 and more that may be cut to 64 or 32
 tiny-teacher  the same kind, five times as large: the teacher of the demonstration
 half          a score cache's fusion teacher with half of its fusion layers: DCD's student
 """
@@ -110,6 +111,12 @@ PRESETS: dict[str, StudentConfig | FusionConfig] = {
         name="tiny-teacher",
         image=ImageTowerConfig(config=_resnet(64, [64, 128, 256])),
         text=TextTowerConfig(config=_bert(256, 4)),
+    ),
+    "tiny-nested": StudentConfig(
+        name="tiny-nested",
+        image=ImageTowerConfig(config=_resnet(16, [32, 64, 128])),
+        text=TextTowerConfig(config=_bert(128, 2)),
+        widths=(32, 64, 128),
     ),
     "half": FusionConfig(fusion="cut", name="half"),
 }

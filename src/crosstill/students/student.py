@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerFast
 
 from crosstill import files
-from crosstill.errors import CorruptError
+from crosstill.errors import ConfigError, CorruptError
 from crosstill.images import Preprocess, normalise
-from crosstill.students import towers
+from crosstill.students import narrow, towers
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, parse
 from crosstill.students.vocabulary import plain
 from crosstill.teachers import storage
@@ -58,9 +58,11 @@ class Student(nn.Module):
         preprocess: how it wants its images.
         tokenizer: already set to truncate at `config.max_length`.
         licences: of the pretrained towers, by "image" and "text".
+        axes: (D, D), columns, of a student with several widths: see `matryoshka`.
     """
 
     modalities = frozenset({"image", "text"})
+    axes: Tensor
 
     def __init__(
         self, config: StudentConfig, image: towers.ImagePart, text: towers.TextPart
@@ -75,6 +77,8 @@ class Student(nn.Module):
         self.tokenizer.backend_tokenizer.enable_truncation(config.max_length)
         self.source: str | None = None
         self.licences = {"image": image.licence, "text": text.licence}
+        if config.widths:
+            self.register_buffer("axes", torch.eye(config.dim))
         self._norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
         self.image_head = nn.Linear(self._image_width(), config.dim, config.bias)
         self.text_head = nn.Linear(self._text_width(), config.dim, config.bias)
@@ -94,6 +98,11 @@ class Student(nn.Module):
     @property
     def dim(self) -> int:
         return self.image_head.out_features
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that it learns, in ascending order; the last is `dim`."""
+        return tuple(sorted({*self.config.widths, self.dim}))
 
     @property
     def licence(self) -> str | None:
@@ -242,6 +251,8 @@ class Student(nn.Module):
             assemble(restore(part.config or {}), part.pooling)
             for part in (config.image, config.text)
         )
+        if config.text.narrow is not None:
+            narrow.put(text, config.text.narrow)
         with torch.random.fork_rng():
             student = cls(
                 config,
@@ -277,18 +288,36 @@ class Student(nn.Module):
         return self.config.model_copy(
             update={
                 "image": ImageTowerConfig(config=described[0], pooling=image.pooling),
-                "text": TextTowerConfig(config=described[1], pooling=text.pooling),
+                "text": TextTowerConfig(
+                    config=described[1], pooling=text.pooling, narrow=text.narrow
+                ),
                 "batch_norm": "frozen" if self.config.freezes_batch_norm else "train",
             }
         )
 
     def _image_width(self) -> int:
+        """The width of the image tower's rows, and whether it takes such photos at all."""
+        size = self.preprocess.size
         with self._frozen():
-            return self.pool_image(torch.zeros(1, 3, *self.preprocess.size)).shape[1]
+            try:
+                return self.pool_image(torch.zeros(1, 3, *size)).shape[1]
+            except (RuntimeError, ValueError) as error:
+                kind, line = type(self.image_tower).__name__, " ".join(str(error).split())[:120]
+                raise ConfigError(f"photos of {size} pixels do not fit {kind} ({line})") from None
 
     def _text_width(self) -> int:
+        """The width of the text tower's rows, and whether it takes texts of `max_length`."""
+        ids, most = self.tokenize(["a"])[0], self.config.max_length
         with self._frozen():
-            return self.pool_text(*self.pad(self.tokenize(["a"]))).shape[1]
+            width = self.pool_text(*self.pad([ids])).shape[1]
+            try:
+                self.pool_text(*self.pad([(ids * most)[:most]]))
+            except (IndexError, RuntimeError, ValueError):
+                kind = type(self.text_tower).__name__
+                raise ConfigError(
+                    f"max_length = {most}: this {kind} has fewer positions; give less"
+                ) from None
+        return width
 
     def _encodings(self, texts: Sequence[str]) -> Any:
         return self.tokenizer.backend_tokenizer.encode_batch([encodable(text) for text in texts])

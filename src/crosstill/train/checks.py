@@ -8,7 +8,7 @@ from crosstill import balance, objectives
 from crosstill.balance import Rule
 from crosstill.cache import Listing, ScoreCache
 from crosstill.errors import ConfigError, MismatchError
-from crosstill.train import inside, work
+from crosstill.train import inside, targets, work
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.sampler import Sampler
@@ -21,14 +21,14 @@ def prepare(config: TrainConfig, cache: Listing, group: Group) -> tuple[nn.Modul
     group.check(config.batch_size)
     cache.split(config.val_split)
     Sampler(cache.split(config.train_split), config.batch_size, config.captions_per_image, 0)
-    if config.init_heads == "ridge" and cache.modalities != {"image", "text"}:
+    if config.init_heads == "ridge" and "image" not in cache.modalities:
         raise MismatchError(
-            f"init_heads = ridge needs the teacher's image and text features, and {cache.folder} "
-            "lacks some; use init_heads=random"
+            f"init_heads = ridge needs the teacher's image features, and {cache.folder} has none; "
+            "use init_heads=random"
         )
     losses = build_losses(config, cache)
     work.check(losses, cache, config, group)
-    options = dict(config.balance)
+    options = targets.spread(config.balance, losses)
     rule = balance.build(options.pop("name", "fixed"), list(losses), **options)
     blind = [*inside.reading(losses, "hidden"), *inside.reading(losses, "masked")]
     if rule.needs_gradients and blind:
@@ -41,13 +41,16 @@ def prepare(config: TrainConfig, cache: Listing, group: Group) -> tuple[nn.Modul
 
 def build_losses(config: TrainConfig, cache: Listing) -> nn.ModuleDict:
     """The losses of a run, each refused by name if the teacher did not leave what it reads."""
-    losses: dict[str, objectives.Objective] = {}
     keys = cache.keys[cache.split(config.train_split).images]
-    for name, options in config.losses.items():
+
+    def make(name: str, dim: int) -> objectives.Objective:
+        return objectives.build(name, dim=dim, seed=config.seed, keys=keys, **config.losses[name])
+
+    if config.targets == "each":
+        losses = targets.build(config, cache, make)
+    else:
         # a width of 1 stands in for that of a cache without features, which is refused next
-        losses[name] = objectives.build(
-            name, dim=cache.dim or 1, seed=config.seed, keys=keys, **options
-        )
+        losses = {name: make(name, cache.dim or 1) for name in config.losses}
     if isinstance(cache, ScoreCache):
         return nn.ModuleDict(losses)  # whose scores are checked with the lists
     starved = [name for name, loss in losses.items() if loss.needs - cache.modalities]

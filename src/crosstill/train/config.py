@@ -42,6 +42,7 @@ class TrainConfig(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0 to lr
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
 
+    targets: Literal["joined", "each"] = "joined"  # of a joined cache, see crosstill.train.targets
     normalise: bool = True  # False: losses see the student's rows before their L2 normalisation
     init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.warm
     freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once

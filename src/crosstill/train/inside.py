@@ -138,7 +138,7 @@ def check(config: TrainConfig, losses: nn.ModuleDict, cache: Cache, world: int) 
     if hidden and config.teacher is None:
         raise MismatchError(
             f"{', '.join(hidden)}: reads intermediate layers, and {cache.folder} holds only what "
-            f"the teacher said at the end; give --set teacher={cache.teacher['source']}"
+            f"the teacher said at the end; give --set teacher={_sources(cache)}"
         )
     in_the_way = {
         "freeze = image (leave it out)": config.freeze == "image",
@@ -206,11 +206,20 @@ def _open(source: str, cache: Cache) -> Teacher:
         raise ModelError(f"teacher = {source}: {error}") from None
     if _image_tower(teacher) is None:
         raise ConfigError(f"teacher = {source}: no image tower to look into; give a dual encoder")
-    if teacher.identity() != cache.teacher["identity"]:
+    if teacher.identity() not in [one["identity"] for one in _teachers(cache)]:
         raise MismatchError(
-            f"teacher = {source} is not what filled {cache.folder}; give {cache.teacher['source']}"
+            f"teacher = {source} is not what filled {cache.folder}; give {_sources(cache)}"
         )
     return teacher
+
+
+def _teachers(cache: Cache) -> list[dict[str, Any]]:
+    """What filled a cache; of a joined one, any of its teachers can be looked into."""
+    return list(cache.teacher.get("parts") or [cache.teacher])
+
+
+def _sources(cache: Cache) -> str:
+    return " or ".join(str(one["source"]) for one in _teachers(cache))
 
 
 def _image_tower(teacher: Any) -> Any:

@@ -16,7 +16,7 @@ from crosstill.cache import Cache, Listing
 from crosstill.errors import ConfigError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
-from crosstill.train import checkpoint, checks, distributed, folder, optim, warm, work
+from crosstill.train import checkpoint, checks, distributed, folder, optim, targets, warm, work
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Learner, Run
@@ -280,7 +280,8 @@ class Session:
             self.restore(state)
         elif self.config.init_heads == "ridge":
             assert isinstance(self.cache, Cache) and isinstance(self.student, Student)
-            warm.ridge_heads(self.student, self.cache, self.stream.split)
+            several = targets.of(self.losses)
+            warm.ridge_heads(self.student, self.cache, self.stream.split, several)
 
     def _bar(self, total: int) -> Any:
         done = self.position["total"]

@@ -125,7 +125,8 @@ class Step:
         found: dict[str, tuple[Any, Any]] = {"features": (features, batch.teacher)}
         if self.inside is not None:
             found["hidden"] = self.inside.take(batch.picked, batch.views)
-        for loss in reading(self.losses, "masked").values():
+        # all losses that read masked photos see the same ones
+        for loss in list(reading(self.losses, "masked").values())[:1]:
             photos = blank(
                 batch.images,
                 patch_size(self._student) or 1,
@@ -152,6 +153,8 @@ class Step:
         if self.balance.needs_gradients and features is not None:
             self.balance.watch({name: _norm(loss, features) for name, loss in losses.items()})
         weights = self.balance.weights({name: loss.detach() for name, loss in losses.items()})
+        shares = {name: loss.share for name, loss in self._objectives().items()}
+        weights = {name: shares[name] * weight for name, weight in weights.items()}
         total = sum((weights[name] * losses[name] for name in losses), self.balance.penalty())
         _check_finite({**losses, "total": total})
         detached = {name: loss.detach() for name, loss in losses.items()}

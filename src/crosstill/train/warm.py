@@ -10,7 +10,7 @@ pooled states X to the teacher's features Y, with the penalty in units of X's me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,17 +19,41 @@ from torch import Tensor, nn
 from crosstill import files
 from crosstill.cache import Cache, Split, derived, pixels
 from crosstill.evaluate import pool_images, pool_texts
+from crosstill.students import matryoshka
 from crosstill.students.student import Student
+from crosstill.train.targets import Target
 
 PENALTY = 1e-3
 MOST = 20_000  # rows a side: far more than a head has columns
 
 
 @torch.no_grad()
-def ridge_heads(student: Student, cache: Cache, split: Split) -> None:
-    """Set both heads of a student from the plain views of a split."""
-    _put(student.image_head, _kept(student, cache, split, "image", _of_images))
-    _put(student.text_head, _kept(student, cache, split, "text", _of_texts))
+def ridge_heads(
+    student: Student, cache: Cache, split: Split, targets: Sequence[Target] = ()
+) -> None:
+    """Set both heads of a student from the plain views of a split.
+
+    With a target for each teacher of a joined cache, the student begins at the first principal
+    coordinates of the joined rows, and each map at what these say of its teacher's.
+    """
+    image = _kept(student, cache, split, "image", _of_images)
+    text = _kept(student, cache, split, "text", _of_texts)
+    if targets:
+        basis = principal(cache, split, student.dim)
+        image, text = image @ basis, text @ basis
+        for target in targets:
+            target.begin(basis)
+    _put(student.image_head, image)
+    _put(student.text_head, text)
+
+
+def principal(cache: Cache, split: Split, width: int) -> Tensor:
+    """The first principal axes of a cache's rows, as columns (D, width); those beyond D are 0."""
+    sides = [cache.image_features(split.images[:MOST])]
+    if "text" in cache.modalities:
+        sides.append(cache.text_features(_spread(split)))
+    found = matryoshka.axes(sides)[:, :width]
+    return nn.functional.pad(found, (0, width - found.shape[1])).double()
 
 
 Side = Callable[[Student, Cache, Split], tuple[Tensor, Tensor]]
@@ -52,12 +76,18 @@ def _of_images(student: Student, cache: Cache, split: Split) -> tuple[Tensor, Te
 
 
 def _of_texts(student: Student, cache: Cache, split: Split) -> tuple[Tensor, Tensor]:
-    """The tower's and the teacher's rows of the captions."""
-    # evenly spread, because neighbouring captions describe the same image
-    rows = split.captions[np.linspace(0, len(split.captions) - 1, MOST).astype(int)]
-    rows = split.captions if len(split.captions) <= MOST else rows
+    """The tower's and the teacher's rows of the captions, or of their photos for lack of those."""
+    rows = _spread(split)
     texts = pool_texts(student, student.tokenize([cache.texts[row] for row in rows]))
-    return texts, cache.text_features(rows)
+    if "text" in cache.modalities:
+        return texts, cache.text_features(rows)
+    return texts, cache.image_features(cache.owner[rows])
+
+
+def _spread(split: Split) -> np.ndarray:
+    """Rows of captions, evenly spread, because neighbouring ones describe the same image."""
+    rows = split.captions[np.linspace(0, len(split.captions) - 1, MOST).astype(int)]
+    return split.captions if len(split.captions) <= MOST else rows
 
 
 def solve(x: Tensor, y: Tensor, penalty: float = PENALTY) -> Tensor:

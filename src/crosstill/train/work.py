@@ -13,7 +13,7 @@ from crosstill.evaluate.recall import Retrieval
 from crosstill.students.config import FusionConfig, StudentConfig
 from crosstill.students.student import Student
 from crosstill.teachers.matcher import Matcher
-from crosstill.train import inside, list_checks
+from crosstill.train import inside, list_checks, nested, targets
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Learner
@@ -43,7 +43,9 @@ def make(student: StudentConfig | FusionConfig, cache: Listing, config: TrainCon
     """
     captions = cache.captions(config.train_split)
     if isinstance(student, StudentConfig):
-        return students.build(student, dim=cache.dim, captions=captions, seed=config.seed)
+        # each of several teachers has a map of its own, so that the width is the student's
+        dim = cache.dim if config.targets == "joined" else None
+        return students.build(student, dim=dim, captions=captions, seed=config.seed)
     if not isinstance(cache, ScoreCache):
         raise _no_lists(student.name, cache)
     return students.fuse(student, captions, config.seed, cache.teacher["source"])
@@ -71,12 +73,17 @@ def fit(
     Raises:
         ConfigError, MismatchError, ModelError: it is of the wrong kind, width or towers.
     """
+    if isinstance(student, Student):
+        nested.fit(student, losses, cache, config)
     if isinstance(cache, ScoreCache):
         return list_checks.fit(student, losses, config)
     if isinstance(student, Matcher):
         raise _no_lists(student.name, cache)
     assert isinstance(cache, Cache)
-    check_width(student, cache)
+    if config.targets == "each":
+        targets.meet(losses, student.dim)
+    else:
+        check_width(student, cache)
     return inside.look(student, losses, config, cache)
 
 

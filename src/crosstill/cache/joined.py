@@ -1,0 +1,264 @@
+"""Caches of several teachers over one dataset, made one: their rows side by side, weighted.
+
+    row = [sqrt(w_1) r_1, sqrt(w_2) r_2, ...] / sqrt(w_1 + w_2 + ...)
+
+Each r is a unit row of one teacher, so the joined row is unit too, and the cosine of two joined
+rows is the weighted mean of the teachers' cosines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from crosstill import files, progress
+from crosstill.cache import sources, store, work
+from crosstill.cache.build import DTYPES
+from crosstill.data import Pairs
+from crosstill.errors import ConfigError, ImageError, MismatchError
+from crosstill.types import Example
+
+log = logging.getLogger(__name__)
+
+# of a cache's key; whatever else is in it has to be the same in all
+_MAY_DIFFER = frozenset({"teacher", "modalities", "data", "dtype"})
+_OWN_FILES = frozenset({store.IMAGES, store.CAPTIONS, store.QUARANTINE})
+
+
+class Part(NamedTuple):
+    """One teacher of a joined cache."""
+
+    name: str  # unlike those of the others, and without dots
+    columns: slice  # where its rows are in the joined ones
+    share: float  # its weight over the sum of all
+
+    @property
+    def dim(self) -> int:
+        return int(self.columns.stop - self.columns.start)
+
+
+def parts(cache: store.Listing) -> tuple[Part, ...]:
+    """The teachers of a joined cache; none of a cache of one teacher's own."""
+    found: list[Part] = []
+    told = cache.teacher.get("parts", ())
+    total, start = sum(part["weight"] for part in told), 0
+    for part in told:
+        columns = slice(start, start + part["dim"])
+        name = _unlike(_short(part), [other.name for other in found])
+        found.append(Part(name, columns, part["weight"] / total))
+        start = columns.stop
+    return tuple(found)
+
+
+def join(
+    caches: Sequence[str | Path | store.Cache],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+) -> store.Cache:
+    """Make one feature cache of several, or finish it, or find it already there.
+
+    It has the sides, image and text, that all of them have, and is as precise as the most precise.
+
+    Args:
+        caches: feature caches of the same images, captions, splits and views.
+        out: the folder of the joined one.
+        weights: of the teachers, above 0; None is the same for all.
+
+    Raises:
+        ConfigError: no caches, or weights that do not fit.
+        MismatchError: a score cache, one without features, or of other data or views; a folder
+            that holds another cache.
+        LockedError: another process is writing to the folder.
+    """
+    if not caches:
+        raise ConfigError("join: give at least one cache")
+    chosen = _checked(weights, len(caches))
+    opened = [c if isinstance(c, store.Cache) else store.Cache(c) for c in caches]
+    for cache in opened:
+        _check_alike(opened[0], cache)
+    return _Join(opened, chosen, out).make()
+
+
+class _Join(work.Work[store.Cache]):
+    """One joining: what a build does, with other caches' rows in place of a teacher."""
+
+    opened = store.Cache
+    kinds = ("image", "text")
+    words: ClassVar = {"data": "dataset", "modalities": "teacher", "views": "number of views"}
+
+    def __init__(
+        self, caches: list[store.Cache], weights: Sequence[float], folder: str | Path
+    ) -> None:
+        first, self.caches, self.weights = caches[0], caches, weights
+        about = _describe(caches, weights)
+        own = {"teacher": about["identity"], "modalities": about["modalities"]}
+        own["dtype"] = max((c.header["key"]["dtype"] for c in caches), key=list(DTYPES).index)
+        super().__init__(_pairs(first), folder, about, first.header["key"] | own, work.Reading())
+
+    def _source(self) -> sources.Pixels:
+        return sources.Nothing()  # no photo is looked at
+
+    def _image_shards(self) -> None:
+        for kind in self.about["modalities"]:
+            rows = self.caches[0].header["rows"][kind]
+            first = len(self.journal.shards[kind]) * work.SHARD_ROWS
+            with progress.bar(f"{kind} rows", rows, first) as bar:
+                for start in range(first, rows, work.SHARD_ROWS):
+                    block = np.arange(start, min(start + work.SHARD_ROWS, rows))
+                    self.journal.commit(kind, self._rows(kind, block), quarantined=[])
+                    bar.advance(len(block))
+
+    def _rows(self, kind: str, block: np.ndarray) -> np.ndarray:
+        """The joined rows of a block, as they are stored."""
+        views, sides = self.caches[0].views, []
+        for cache, weight in zip(self.caches, self.weights, strict=True):
+            rows = (
+                cache.image_features(block // views, block % views)
+                if kind == "image"
+                else cache.text_features(block)
+            )
+            sides.append(normalize(rows, dim=1) * (weight / sum(self.weights)) ** 0.5)
+        return torch.cat(sides, dim=1).numpy().astype(DTYPES[self.key["dtype"]])
+
+    def _fill(self, readable: list[Example]) -> dict[str, Any]:
+        first, kinds = self.caches[0], self.about["modalities"]
+        others = {n: d for n, d in first.header["files"].items() if n not in _OWN_FILES}
+        for name in others:
+            files.write_atomic(self.folder / name, partial(shutil.copyfile, first.folder / name))
+        return {
+            "shards": {kind: self.journal.stored(kind) for kind in kinds},
+            "rows": {kind: first.header["rows"][kind] for kind in kinds},
+            "files": others,
+        }
+
+
+def _describe(caches: Sequence[store.Cache], weights: Sequence[float]) -> dict[str, Any]:
+    """The joined teacher as the header tells of it, its parts included."""
+    keep = ("name", "source", "dim", "licence", "parameters", "identity")
+    told = [
+        {**{name: cache.teacher[name] for name in keep}, "weight": weight}
+        for cache, weight in zip(caches, weights, strict=True)
+    ]
+    counts = [part["parameters"] for part in told]
+    kinds = frozenset.intersection(*(cache.modalities for cache in caches))
+    for cache in caches:
+        if cache.modalities - kinds:
+            lost = " and ".join(sorted(cache.modalities - kinds))
+            log.info("%s: its %s features are left out, others have none", cache.folder, lost)
+    return {
+        "name": " + ".join(_short(part) for part in told),
+        "source": None,
+        "parameters": None if None in counts else sum(counts),
+        "dim": sum(part["dim"] for part in told),
+        "licence": _licence([part["licence"] for part in told]),
+        "identity": {
+            "family": "joined",
+            "parts": files.digest_json([[part["identity"], part["weight"]] for part in told]),
+        },
+        "modalities": sorted(kinds),
+        "parts": told,
+    }
+
+
+def _licence(told: Sequence[str | None]) -> str | None:
+    """All that there are; one that nobody said is "not known", which a free one does not hide."""
+    known = sorted({licence for licence in told if licence})
+    return " and ".join([*known, *(["not known"] if None in told and known else [])]) or None
+
+
+def _pairs(cache: store.Cache) -> Pairs:
+    """The dataset of a cache, all splits, as it was found."""
+    by_split = [cache.pairs(name) for name in sorted(set(cache.splits))]
+    pairs = replace(
+        by_split[0],
+        examples=tuple(example for some in by_split for example in some.examples),
+        licence=cache.header["data"].get("licence"),
+    )
+    for line in (cache.folder / store.QUARANTINE).read_text().splitlines():
+        row = json.loads(line)
+        pairs.quarantine.add(ImageError(row["path"], row["reason"]), row["bytes"])
+    return pairs
+
+
+def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ConfigError(f"weights: {len(weights)} for {count} caches; give one for each")
+    for weight in weights:
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"weights: {weight} is not above 0; leave that cache out instead")
+    return [float(weight) for weight in weights]
+
+
+def _check_alike(first: store.Cache, other: store.Cache) -> None:
+    """Refuse what cannot stand beside the first, row by row."""
+    if not other.modalities:
+        raise MismatchError(f"{other.folder}: made without a teacher, it has no features; leave it")
+    mine, theirs = first.header["key"], other.header["key"]
+    for name in sorted({*mine, *theirs} - _MAY_DIFFER, reverse=True):  # views before augment
+        if mine.get(name) != theirs.get(name):
+            raise MismatchError(
+                f"{other.folder} has {name} = {theirs.get(name)} and {first.folder} has "
+                f"{mine.get(name)}; teachers are joined on the same views, so make one of the "
+                "caches again"
+            )
+    for what, odd in _differences(first, other):
+        if odd:
+            raise MismatchError(
+                f"{other.folder} is of another dataset than {first.folder}: {len(odd)} of their "
+                f"images {what}, {odd[0]} among them; cache both teachers over the same data"
+            )
+
+
+def _differences(first: store.Cache, other: store.Cache) -> list[tuple[str, list[str]]]:
+    """Paths of the images that two caches do not share, or tell another split or captions of."""
+    mine, theirs = _told(first), _told(other)
+    both = mine.keys() & theirs.keys()
+    return [
+        (
+            "are in one alone",
+            sorted((mine | theirs)[key][0] for key in mine.keys() ^ theirs.keys()),
+        ),
+        (
+            "are of other splits",
+            sorted(mine[key][0] for key in both if mine[key][1] != theirs[key][1]),
+        ),
+        (
+            "have other captions",
+            sorted(mine[key][0] for key in both if mine[key][2] != theirs[key][2]),
+        ),
+    ]
+
+
+def _told(cache: store.Cache) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """By image id: path, split, captions."""
+    return {
+        example.image_id: (example.path, example.split, example.captions)
+        for example in _pairs(cache).examples
+    }
+
+
+def _short(teacher: dict[str, Any]) -> str:
+    return Path(str(teacher["name"])).name
+
+
+def _unlike(name: str, taken: Sequence[str]) -> str:
+    """The name without dots, and with a number where another teacher has it already."""
+    plain = name.replace(".", "-")
+    number = next(n for n in range(1, len(taken) + 2) if _numbered(plain, n) not in taken)
+    return _numbered(plain, number)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
