@@ -201,9 +201,9 @@ def test_losses_that_read_what_the_teacher_did_not_leave_refuse_by_name(
         train(student, cache, settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # what the message says to do
-    advice = ["losses=info_nce", 'losses.feature.side="image"', "balance=fixed", "epochs=1"]
+    advice = ["losses=info_nce", 'losses.instance.side="image"', "balance=fixed", "epochs=1"]
     run = train(student, cache, settings.changed(advice), tmp_path / "run")
-    assert events(run.folder, "step")[0]["losses"].keys() == {"info_nce", "feature"}
+    assert events(run.folder, "step")[0]["losses"].keys() == {"info_nce", "instance"}
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ def _row(
     """A row of the record, after what it would refuse has been tried."""
     _check_row(setting.name, config, cache)
     described = students.load_config(student).model_dump(mode="json")
-    _check_width(student, described.get("dim"), cache)
+    if config.targets == "joined":
+        _check_width(student, described.get("dim"), cache)
     identity = [described, cache.digest]
     return {
         "name": setting.name,

@@ -12,6 +12,7 @@ from crosstill.report import curves, gather, page, sheet, space
 from crosstill.report.gather import Gathered
 from crosstill.report.page import Command, Pictures, Queries, Section, Sheet, Text
 from crosstill.train import folder as runs
+from crosstill.types import Features
 
 ORDER = ("teacher", "student", "untrained")
 
@@ -24,7 +25,7 @@ def is_run(folder: Path) -> bool:
 def write(folder: Path, out: Path, latency: bool) -> Path:
     """See `crosstill.report.write`."""
     found = gather.run(folder, latency)
-    shown = space.fit(found.seen) if found.seen else None
+    shown = space.fit(_as_wide(found.seen)) if found.seen else None
     finds = [_finds(found)] if found.seen else []  # first, since it may refuse
     sections = [
         _recall(found),
@@ -92,6 +93,12 @@ def _curves(found: Gathered) -> list[Section]:
     said = f"What the balancer {balance!r} multiplies each loss with, at the same steps."
     weights = Pictures(curves.over_steps(log.weights, "weight"), said)
     return [*sections, Section("Losses", [losses]), Section("Weights", [weights])]
+
+
+def _as_wide(seen: dict[str, Features]) -> dict[str, Features]:
+    """Those in the student's own space; a joined teacher may be wider."""
+    width = seen["student"].image.shape[1]
+    return {name: rows for name, rows in seen.items() if rows.image.shape[1] == width}
 
 
 def _space(found: Gathered, shown: space.Space) -> Section:

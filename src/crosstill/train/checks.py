@@ -69,4 +69,4 @@ def _without(has: frozenset[str]) -> str:
     if not has:
         return "use --recipe info_nce"
     (side,) = has
-    return f"""use --recipe info_nce --set 'losses.feature.side="{side}"'"""
+    return f"""use --recipe info_nce --set 'losses.instance.side="{side}"'"""

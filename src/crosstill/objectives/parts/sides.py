@@ -12,7 +12,7 @@ SIDES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
 
 
 class OneSided(Objective):
-    """Base of `feature` and `similarity`.
+    """Base of `feature`, `similarity` and `instance`.
 
     Args:
         side: "both", or "image" or "text" alone, for a teacher that left only that.
