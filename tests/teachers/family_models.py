@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
-from fusion_models import lively
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from crosstill.students import vocabulary
+from teachers.fusion_models import lively
 
 TEXTS = ["a red cube", "a blue ball left of a red cube and far from it", "two cones", "ünüsual 🎈"]
 SMALL = {

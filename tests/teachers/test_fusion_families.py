@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fusion_models
 import pytest
 import torch
-from fusion_models import TEXTS
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -29,6 +27,8 @@ from crosstill.teachers.dual import DualEncoder
 from crosstill.teachers.matcher import FusionTeacher
 from crosstill.teachers.pretrained import Pretrained
 from crosstill.teachers.vilt import Vilt
+from teachers import fusion_models
+from teachers.fusion_models import TEXTS
 
 CLASSES: dict[str, type[Pretrained]] = {
     "vilt": Vilt,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fusion_models import TEXTS, save
 
 from crosstill import evaluate, teachers
 from crosstill.errors import ConfigError, ModelError
@@ -11,6 +10,7 @@ from crosstill.teachers.blip import BlipDual
 from crosstill.teachers.bridgetower import BridgeTowerDual
 from crosstill.teachers.matcher import Reader, half, joined, score_pairs
 from crosstill.types import States
+from teachers.fusion_models import TEXTS, save
 
 
 @pytest.fixture(scope="module")
