@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -70,6 +72,55 @@ class Teacher(Protocol):
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than it can read."""
         ...
+
+
+class TwoTowers(ABC):
+    """What frozen dual encoders share, whatever library their towers come from.
+
+    Attributes:
+        name: what to call it in tables.
+        dim: D, the width of its embeddings.
+        device: where it computes.
+    """
+
+    modalities = frozenset({"image", "text"})
+    name: str
+    dim: int
+    device: torch.device
+
+    @abstractmethod
+    def _identify(self) -> dict[str, str]:
+        """All that decides its output; asked once."""
+
+    @abstractmethod
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) on the device → (B, D) of any length."""
+
+    @abstractmethod
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        """B texts → (B, D) of any length."""
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        return self._identify()
+
+    def identity(self) -> dict[str, str]:
+        """As `Teacher.identity`."""
+        return dict(self._identity)
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """As `Teacher.embed_images`."""
+        if not len(pixels):
+            return torch.empty(0, self.dim)
+        return unit(embed_pixels(pixels, self._encode_images, self.device), self.name)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """As `Teacher.embed_texts`."""
+        if not texts:
+            return torch.empty(0, self.dim)
+        return unit(embed_by_length(texts, self._encode_texts, TEXTS), self.name)
 
 
 def unit(rows: Tensor, owner: str) -> Tensor:

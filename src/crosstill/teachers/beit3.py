@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from crosstill import files
 from crosstill.data.base import read_licence
 from crosstill.errors import CorruptError
 from crosstill.images import Preprocess, normalise
-from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, tensors_digest, unit
+from crosstill.teachers.base import TwoTowers, tensors_digest
 from crosstill.teachers.beit3_network import Network, Shape
 from crosstill.teachers.beit3_tokenizer import Tokenizer
 from crosstill.teachers.storage import WEIGHTS
@@ -31,7 +30,7 @@ LENGTH = 64  # ids of a caption in the released retrieval settings
 _FORMAT = 1
 
 
-class Beit3:
+class Beit3(TwoTowers):
     """A frozen BEiT-3; see `Teacher` for what it offers.
 
     Args:
@@ -46,7 +45,6 @@ class Beit3:
         ModelError: the pieces are no SentencePiece model, or another model's.
     """
 
-    modalities = frozenset({"image", "text"})
     family = "beit3"
 
     def __init__(
@@ -67,8 +65,7 @@ class Beit3:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = network.requires_grad_(False).to(self.device).eval()
 
-    @cached_property
-    def _identity(self) -> dict[str, str]:
+    def _identify(self) -> dict[str, str]:
         pieces = hashlib.sha256(self.tokenizer.data).hexdigest()
         return {
             "weights": tensors_digest(self.network.state_dict()),
@@ -78,23 +75,8 @@ class Beit3:
             "family": self.family,
         }
 
-    def identity(self) -> dict[str, str]:
-        return dict(self._identity)
-
     def parameter_count(self) -> int:
         return self.network.parameters_by_part()["total"]
-
-    @torch.inference_mode()
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        if not len(pixels):
-            return torch.empty(0, self.dim)
-        return unit(embed_pixels(pixels, self._encode_images, self.device), self.name)
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        if not texts:
-            return torch.empty(0, self.dim)
-        return unit(embed_by_length(texts, self._encode_texts, TEXTS), self.name)
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the model can read."""

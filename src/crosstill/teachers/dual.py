@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from crosstill.data.base import read_licence
 from crosstill.errors import ModelError
 from crosstill.images import normalise
 from crosstill.teachers import hugging_face
-from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, encodable, unit
+from crosstill.teachers.base import TwoTowers, encodable
 
 FAMILIES = (
     "align",
@@ -34,7 +33,7 @@ FAMILIES = (
 _PADDED = frozenset({"siglip"})
 
 
-class DualEncoder:
+class DualEncoder(TwoTowers):
     """A frozen pair of towers with one joint space; see `Teacher` for what it offers.
 
     Args:
@@ -51,8 +50,6 @@ class DualEncoder:
     Raises:
         ModelError: it is no dual encoder, or the folder lacks one of those parts.
     """
-
-    modalities = frozenset({"image", "text"})
 
     def __init__(self, folder: Path, name: str, device: torch.device | None = None) -> None:
         config = hugging_face.read_config(folder)
@@ -100,8 +97,7 @@ class DualEncoder:
             )
         return texts.shape[1]
 
-    @cached_property
-    def _identity(self) -> dict[str, str]:
+    def _identify(self) -> dict[str, str]:
         config = self.model.config
         towers = (config.vision_config, config.text_config)
         rules = {**self._tokenizer_rules, "max_length": self.max_length}
@@ -112,21 +108,6 @@ class DualEncoder:
             "activation": "/".join(str(getattr(t, "hidden_act", "none")) for t in towers),
             "family": self.family,
         }
-
-    def identity(self) -> dict[str, str]:
-        return dict(self._identity)
-
-    @torch.inference_mode()
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        if not len(pixels):
-            return torch.empty(0, self.dim)
-        return unit(embed_pixels(pixels, self._encode_images, self.device), self.name)
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        if not texts:
-            return torch.empty(0, self.dim)
-        return unit(embed_by_length(texts, self._encode_texts, TEXTS), self.name)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())

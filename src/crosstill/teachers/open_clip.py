@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from crosstill.data.base import read_licence
 from crosstill.errors import ConfigError, ModelError
 from crosstill.images import Preprocess, normalise
 from crosstill.teachers import dual, hugging_face
-from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, encodable, unit
+from crosstill.teachers.base import TwoTowers, encodable
 
 PREFIX = "open_clip:"
 CONFIG = "open_clip_config.json"
@@ -46,7 +45,7 @@ def is_open_clip(source: str | Path) -> bool:
     return own or str(source).startswith(PREFIX)
 
 
-class OpenClip:
+class OpenClip(TwoTowers):
     """A model of OpenCLIP with its own tokenizer; see `Teacher` for what it offers.
 
     Of images whose longer side is an odd number of pixels too long, the library cuts a centre
@@ -66,8 +65,6 @@ class OpenClip:
         ModelError: no such model or weights, pickled ones, or images wanted in a way that
             `Preprocess` cannot say.
     """
-
-    modalities = frozenset({"image", "text"})
 
     def __init__(
         self, source: str | Path, name: str | None = None, device: torch.device | None = None
@@ -98,8 +95,7 @@ class OpenClip:
             self.dim = self.embed_texts(["a"]).shape[1]
             self.embed_images(black)
 
-    @cached_property
-    def _identity(self) -> dict[str, str]:
+    def _identify(self) -> dict[str, str]:
         return {
             "weights": files.digest_file(self._weights),
             "preprocess": self.preprocess.digest(),
@@ -108,21 +104,6 @@ class OpenClip:
             "activation": files.digest_json(self._config),
             "family": "open_clip",
         }
-
-    def identity(self) -> dict[str, str]:
-        return dict(self._identity)
-
-    @torch.inference_mode()
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        if not len(pixels):
-            return torch.empty(0, self.dim)
-        return unit(embed_pixels(pixels, self._encode_images, self.device), self.name)
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        if not texts:
-            return torch.empty(0, self.dim)
-        return unit(embed_by_length(texts, self._encode_texts, TEXTS), self.name)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
