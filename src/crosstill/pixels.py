@@ -66,6 +66,7 @@ _CLASSES = {
     "cannot be read (No such file": "missing",
     "no caption": "no-caption",
     "no vector": "no-vector",
+    "no image": "empty",
 }
 CLASSES = tuple(dict.fromkeys([*_CLASSES.values(), "unsupported-format", "unreadable"]))
 

@@ -116,7 +116,8 @@ def test_the_header_tells_of_every_part(two, tmp_path):
 
 
 def test_teachers_of_one_name_are_told_apart(two, tmp_path):
-    parts = joined.parts(join([two[0], two[0], two[0]], tmp_path / "c"))
+    again = [shutil.copytree(two[0].folder, tmp_path / name) for name in "ab"]
+    parts = joined.parts(join([two[0], *again], tmp_path / "c"))
     assert [part.name for part in parts] == ["small", "small-2", "small-3"]
     assert [part.columns.start for part in parts] == [0, 16, 32]
 
@@ -155,7 +156,8 @@ def test_only_the_sides_that_all_have_are_joined(pairs, two, tmp_path, caplog):
         made = join([two[0], photos], tmp_path / "c")
     assert made.modalities == {"image"} and made.dim == 24
     assert f"{two[0].folder}: its text features are left out" in caplog.text
-    alone = join([photos, photos], tmp_path / "d")
+    again = shutil.copytree(photos.folder, tmp_path / "again")
+    alone = join([photos, again], tmp_path / "d")
     assert alone.modalities == {"image"}
     assert alone.teacher["parameters"] is None
 
@@ -308,3 +310,8 @@ def test_the_verb_refuses_in_one_line(pairs, two, tmp_path):
     shutil.copytree(folders[0], tmp_path / "damaged")
     (tmp_path / "damaged/text-00000.npy").write_bytes(b"")
     crosstill("join", folders[0], tmp_path / "damaged", *out, code=1)
+
+
+def test_a_cache_named_twice_is_refused(two, tmp_path):
+    with pytest.raises(ConfigError, match="named twice.*weight of 2"):
+        join([two[0], two[1], two[0].folder], tmp_path / "c")

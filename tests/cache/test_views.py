@@ -128,6 +128,8 @@ def test_the_verb_takes_views_and_augmentations(tmp_path):
     wrong = ("cache", "none", "scenes:20", "--views", 2, "--out", tmp_path / "d")
     assert "no augmentation named 'hue'" in refusal(*wrong, "--augment", "hue")
     assert "no augmentation named ''" in refusal(*wrong, "--augment", "crop,,flip")
+    alone = refusal("cache", "none", "scenes:20", "--augment", "crop", "--out", tmp_path / "d")
+    assert "give --views 2 or more" in alone
 
 
 def test_a_student_sees_the_view_of_the_row_that_it_learns_from(scenes, tmp_path):

@@ -7,6 +7,8 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from crosstill.data import scenes as scenery
@@ -210,6 +212,28 @@ def test_mend_of_a_sound_listing_is_refused(home):
     options = (home / "all.json", "--images", home / "photos", "--mend", home / "m.json")
     assert "no file that" in refusal("doctor", *options)
     assert not (home / "m.json").exists()
+
+
+def test_mend_replaces_nothing(home):
+    kept = home / "kept.csv"
+    kept.write_text("filepath,caption\nphotos/000000.png,a scene\n")
+    before = kept.read_bytes()
+    assert "a name in .json" in refusal("doctor", kept, "--mend", kept)
+    there = home / "all.json"
+    whole = there.read_bytes()
+    assert "is there already" in refusal("doctor", there, "--mend", there)
+    assert (kept.read_bytes(), there.read_bytes()) == (before, whole)
+
+
+def test_a_table_of_paths_gets_the_folder_that_works(home):
+    """Parquet whose rows name their images is a listing like any other."""
+    names = sorted(path.name for path in (home / "photos").glob("*.png"))[:6]
+    rows = {"image": [f"photos/{name}" for name in names], "caption": ["a scene"] * 6}
+    pq.write_table(pa.table(rows), home / "paths.parquet")
+    done = crosstill("doctor", home / "paths.parquet", "--images", home / "photos", code=2)
+    after = shlex.split(re.findall(r"→ crosstill (.*)", done.stdout)[-1])
+    assert "--mend" not in after
+    assert sum(examined(*after[1:])["data"]["splits"].values()) == 6
 
 
 def test_a_huge_tree_is_looked_at_in_part(home, monkeypatch):

@@ -75,7 +75,7 @@ def join(
         weights: of the teachers, above 0; None is the same for all.
 
     Raises:
-        ConfigError: no caches, or weights that do not fit.
+        ConfigError: no caches, one of them twice, or weights that do not fit.
         MismatchError: a score cache, one without features, or of other data or views; a folder
             that holds another cache.
         LockedError: another process is writing to the folder.
@@ -84,8 +84,13 @@ def join(
         raise ConfigError("join: give at least one cache")
     chosen = _checked(weights, len(caches))
     opened = [c if isinstance(c, store.Cache) else store.Cache(c) for c in caches]
-    for cache in opened:
+    for place, cache in enumerate(opened):
         _check_alike(opened[0], cache)
+        if cache.folder.resolve() in [other.folder.resolve() for other in opened[:place]]:
+            raise ConfigError(
+                f"join: {cache.folder} is named twice; to count a teacher twice, give it a weight "
+                "of 2"
+            )
     return _Join(opened, chosen, out).make()
 
 

@@ -101,6 +101,8 @@ def command(
     given = {"views": views, "augment": kinds, "dtype": dtype, "batch_size": batch_size}
     given |= {"false": false, "false_images": false_images, "find": find}
     given = {name: value for name, value in given.items() if value is not None}
+    if kinds is not None and views in (None, 1):
+        raise ConfigError("--augment: makes the views behind the first; give --views 2 or more")
     pairs = sources.open(data, images=images, strict=strict, licence=licence, splits=splits)
     for line in pairs.notes:
         common.note(line)

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from crosstill.data.containers import ArrowFile, Finder, ParquetFile
-from crosstill.data.gather import Entry
+from crosstill.data.gather import Entry, Folder, Source
 from crosstill.data.given import Given, Listing
 from crosstill.data.packed import Packed, image_bytes, row_path, slice_path
 from crosstill.data.rows import CAPTION, FILE, captions_of, first, label_of, split_of
@@ -65,6 +65,7 @@ class _Rows:
 
     def listing(self) -> Listing:
         given, megabytes = self._given, self._slow >> 20
+        source, entries = self._sourced()
         note = (
             f"compressed row groups of up to {megabytes} MB, slow to read at random; "
             "write the image column without compression"
@@ -72,11 +73,22 @@ class _Rows:
         return Listing(
             given.name,
             given.origin,
-            self._source,
-            list(self._entries.values()),
+            source,
+            entries,
             (note,) if self._slow >= LARGE else (),
             tuple(self._bad),
         )
+
+    def _sourced(self) -> tuple[Source, list[Entry]]:
+        """What holds the images: these files, or, where they hold none, a folder of files."""
+        root, entries = self._images or self._given.base, list(self._entries.values())
+        if not self._source.found:
+            return Folder(root), entries
+        alone = (entry.path not in self._source.found for entry in entries)
+        return self._source, [
+            entry._replace(path=str(root / entry.path)) if by_name else entry
+            for entry, by_name in zip(entries, alone, strict=True)
+        ]
 
     def add_file(self, file: str) -> None:
         path, number = self._given.base / file, 0
@@ -116,8 +128,7 @@ class _Rows:
         captions = captions_of(value, where)
         split = split_of(row, where) or self._splits.get(file) or self._given.split(file)
         if data is None:
-            path = str((self._images or self._given.base / Path(file).parent) / name)
-            identity = path
+            path = identity = name if self._images else str(Path(file).parent / name)
         else:
             path = self._path(file, data, name.lstrip("/") or str(number), at)
             identity = self._source.note(path, data)

@@ -112,7 +112,7 @@ _PATTERNS = (
     ("*.parquet",),
     ("*.jsonl",),
 )
-_BELOW = {*SPLIT_NAMES, "data"}  # subfolders in which they may lie
+_BELOW = {*SPLIT_NAMES, "data", "annotations"}  # subfolders in which they may lie
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -82,11 +82,13 @@ def examine(
 
     Raises:
         DataError: no dataset; one whose files are missing is diagnosed instead.
-        ConfigError: `mend`, and no file is missing or none was found.
+        ConfigError: `mend` is there already, or no file is missing, or none was found.
     """
     report = Report()
     if source is None:
         return report
+    if mend is not None:
+        paths.refuse_mend(mend)
     try:
         pairs = _open(source, folder, splits)
     except MissingError as error:
@@ -132,6 +134,7 @@ def _summary(dataset: dict[str, Any]) -> list[str]:
     return [
         f"{'dataset':16} {dataset['name']}",
         f"{'images':16} {_counts(dataset['splits'])}",
+        *([f"{'usable':16} {dataset['usable']:,} of them"] if dataset["unreadable"] else []),
         f"{'captions':16} {dataset['captions']:,}, an image has {per['least']} to {per['most']}",
         f"{'truncated':16} {cut['count']:,} captions ({cut['rule']})",
         f"{'unreadable':16} {len(dataset['unreadable']):,} images",
@@ -161,9 +164,11 @@ def _environment() -> dict[str, str]:
 def _described(pairs: Pairs, bad: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
     captions = [caption for example in pairs.examples for caption in example.captions]
     counts = [len(example.captions) for example in pairs.examples] or [0]
+    listed = {example.path for example in pairs.examples}
     return {
         "name": pairs.name,
         "splits": pairs.splits,
+        "usable": len(pairs) - sum(row["path"] in listed for row in bad),
         "captions": len(captions),
         "captions_per_image": {
             "least": min(counts),

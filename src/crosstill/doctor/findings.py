@@ -106,8 +106,8 @@ def _copies(copies: Sequence[Copy]) -> Iterable[Finding]:
     yield Finding(
         "leak",
         len(leaks),
-        "copies of an image of another split, left out",
-        "take them out of the listing; recall on them would have measured what was trained on",
+        "copies of an image of another split, left out here with their captions",
+        "take them out of the listing, for others who read it; the first one listed stays",
         leaks,
         _copy,
     )

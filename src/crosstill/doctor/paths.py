@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstill import files
-from crosstill.errors import DataError, MissingError, printable
+from crosstill.errors import ConfigError, DataError, MissingError, printable
 
 MOST = 300_000  # files that are looked at
 SHOWN = 3  # paths of a kind that the text shows; JSON has all
@@ -253,3 +253,15 @@ def _clean(path: str | Path) -> str:
 
 def _quoted(path: str) -> str:
     return shlex.quote(printable(path))
+
+
+def refuse_mend(out: Path) -> None:
+    """Refuse a name under which a mended listing cannot be written, before any work.
+
+    Raises:
+        ConfigError: there is such a file, or it is called otherwise than a JSON.
+    """
+    if out.suffix.lower() != ".json":
+        raise ConfigError(f"--mend {out}: a listing in Karpathy's layout; give a name in .json")
+    if out.exists():
+        raise ConfigError(f"--mend {out}: is there already, and stays; give a new name")

@@ -169,6 +169,9 @@ def opened(
     """
     if not paths:
         return lambda examples: ()
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check --truth")
     if annotations is None or annotations.suffix.lower() != ".json":
         raise ConfigError(
             "--truth speaks COCO's ids of captions; give --annotations captions_val2014.json "
