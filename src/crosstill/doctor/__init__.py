@@ -26,6 +26,19 @@ from crosstill.errors import ConfigError, DataError, ImageError, MissingError
 from crosstill.evaluate import open_encoder
 from crosstill.types import Example
 
+# what the extras bring, by the name that Python imports
+_OPTIONAL = (
+    "datasets",
+    "faiss",
+    "fastapi",
+    "matplotlib",
+    "onnxruntime",
+    "open_clip",
+    "pymilvus",
+    "sentence_transformers",
+    "sentencepiece",
+    "tensorboard",
+)
 LONG = 28  # words: with a start and an end token these fill the default 30 of a student
 
 
@@ -150,7 +163,7 @@ def _environment() -> dict[str, str]:
     libraries = ("torch", "transformers", "numpy", "pillow", "simplejpeg")
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    optional = [name for name in ("tensorboard",) if importlib.util.find_spec(name)]
+    optional = [name for name in _OPTIONAL if importlib.util.find_spec(name)]
     return {
         "crosstill": version("crosstill"),
         "python": platform.python_version(),
