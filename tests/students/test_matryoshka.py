@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -229,7 +230,8 @@ def test_a_width_that_is_the_dim_changes_nothing(cached: Cache) -> None:
 def test_several_targets_have_no_common_widths(cached: Cache, tmp_path: Path) -> None:
     from crosstill.cache import joined
 
-    both = joined.join([cached, cached], tmp_path / "both")
+    again = shutil.copytree(cached.folder, tmp_path / "again")
+    both = joined.join([cached, again], tmp_path / "both")
     changes = (*FAST, "targets=each")
     student = students.build(
         small_config().model_copy(update={"widths": WIDTHS, "dim": 16}), None, both.texts
