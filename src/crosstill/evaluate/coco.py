@@ -7,14 +7,13 @@ Karpathy's `dataset_coco.json` (`sentences[].sentid`, the same numbers).
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from crosstill.data.base import read_text
+from crosstill.data.json_files import parse
 from crosstill.errors import DataError
 from crosstill.types import Example
 
@@ -34,7 +33,7 @@ def read_captions(path: Path) -> Captions:
     Raises:
         DataError: it cannot be read, or has neither layout.
     """
-    value = read_json(path)
+    value = parse(path)
     try:
         return _collect(_coco(value) if "annotations" in value else _karpathy(value))
     except (KeyError, TypeError, ValueError):
@@ -42,18 +41,6 @@ def read_captions(path: Path) -> Captions:
             f"{path}: no ids of COCO's captions in it; give captions_val2014.json or "
             "dataset_coco.json after --annotations"
         ) from None
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        DataError: it cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
-        raise DataError(f"{path}: bad JSON; download it again") from None
 
 
 def rows(known: Captions, examples: Sequence[Example]) -> Rows:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from crosstill.data.base import read_text
+from crosstill.data.json_files import parse
 from crosstill.errors import ConfigError, DataError
 from crosstill.evaluate import coco
 from crosstill.evaluate.recall import DEPTHS, Rivals, chance
@@ -247,7 +248,7 @@ def _queries(truth: Ids, asked: Mapping[int, int], found: Mapping[int, int]) -> 
 
 
 def _read_ids(path: Path) -> Ids:
-    value = coco.read_json(path)
+    value = parse(path)
     try:
         found = {int(key): frozenset(map(int, items)) for key, items in value.items()}
     except (AttributeError, TypeError, ValueError):
