@@ -22,6 +22,23 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_what_a_killed_library_wrote_beside_its_path_is_swept(tmp_path):
+    """safetensors writes to `.tmpXXXXXX` beside the path that it is given, then renames."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from crosstill import files\n"
+        "def write(path):\n"
+        " (path.parent / '.tmpAbCdEf').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "files.write_atomic(Path(sys.argv[1]) / 'weights', write)"
+    )
+    (tmp_path / "other").touch()
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    files.sweep(tmp_path, "weigh")  # of another file
+    assert len(list(tmp_path.iterdir())) == 2
+    files.sweep(tmp_path, "weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
 def test_sealed_json_notices_any_change_and_newer_formats(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, files.sealed({"format": 1, "rows": 12}))

@@ -1,6 +1,6 @@
 """Files that survive a kill: atomic writes, checksums, locks.
 
-A write is complete or absent: it goes to a temporary name beside the target, is flushed to
+A write is complete or absent: it goes to a temporary folder beside the target, is flushed to
 disk, renamed, and the folder entry is flushed too. Temporary names start with `TEMPORARY`, so
 that whoever opens a folder can sweep away what a killed process left there.
 """
@@ -8,11 +8,13 @@ that whoever opens a folder can sweep away what a killed process left there.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,16 +28,17 @@ os.umask(_MASK)
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path, then put what it wrote in place of `path`."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
+    """Call `write` with a temporary path, then put what it wrote in place of `path`.
+
+    The temporary file has a folder of its own, because libraries write beside the path that they
+    are given (safetensors to `.tmpXXXXXX`), and a kill leaves that too.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent) as aside:
+        temporary = Path(aside) / path.name
         write(temporary)
         as_others(temporary)
         flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     flush(path.parent)
 
 
@@ -122,9 +125,14 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written. Call it only while holding the lock."""
-    for path in folder.glob(f"{TEMPORARY}*"):
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what a killed process left half written. Call it only while holding the lock.
+
+    Args:
+        folder: where to look.
+        name: of the one file whose leftovers go, where others may be writing the other files.
+    """
+    for path in folder.glob(f"{TEMPORARY}{glob.escape(name)}{'-' if name else ''}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -35,8 +35,7 @@ def kept(cache: Listing, name: str, write: Callable[[Path], object]) -> Path:
     # one lock a name, because computing one array may ask for another
     with files.locked(folder, wait=True, name=f".{name}.lock"):
         if not _usable(path):
-            for torn in folder.glob(f"{files.TEMPORARY}*-{path.name}"):
-                torn.unlink()
+            files.sweep(folder, path.name)
             files.write_atomic(path, write)
             record = {"format": FORMAT, "sha256_of_data": files.digest_file(path)}
             files.write_json(path.with_suffix(".json"), files.sealed(record))
