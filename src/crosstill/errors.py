@@ -11,6 +11,7 @@
     │   └── LockedError         a folder that another process is using
     └── RunError                the work failed: the command line exits with 1
         ├── CorruptError        a file whose checksum or format is wrong
+        ├── DiskFullError       no room for what was to be written
         ├── ExportError         an export that is not what the student is
         └── NonFiniteError      a loss became NaN or infinite
 
@@ -19,6 +20,7 @@ Every message is one line that says what was wrong, where, and what to do about 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -96,6 +98,18 @@ class RunError(CrosstillError):
 
 class CorruptError(RunError):
     """A file whose checksum, size or format is not what was written."""
+
+
+class DiskFullError(RunError):
+    """No room for what was to be written; `crosstill.files.writing` raises it.
+
+    Attributes:
+        code: ENOSPC, EDQUOT or EFBIG of `errno`.
+    """
+
+    def __init__(self, message: str, code: int = errno.ENOSPC) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ExportError(RunError):

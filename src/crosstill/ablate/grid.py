@@ -23,7 +23,7 @@ from crosstill import cache as caches
 from crosstill import files, progress, students
 from crosstill.ablate.plan import Job, Plan
 from crosstill.cache import Listing, ScoreCache
-from crosstill.errors import ConfigError, CrosstillError, RunError
+from crosstill.errors import ConfigError, CrosstillError, DiskFullError, RunError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.recall import chances
@@ -133,6 +133,8 @@ def _tried(job: Job, cache: Listing, out: Path) -> float | Exception:
     """One run; what it raises on purpose is handed back, so that the others go on."""
     try:
         return _one(job, cache, out / "runs" / job.key)
+    except DiskFullError:  # there is no room for the others either
+        raise
     except CrosstillError as error:
         return error
 

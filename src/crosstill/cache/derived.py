@@ -46,8 +46,7 @@ def rows(cache: Listing, name: str, compute: Callable[[], Tensor]) -> Tensor:
     """As `kept`, for a tensor that fits into memory: on the CPU, in its own type."""
 
     def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, compute().cpu().numpy())
+        files.save_array(path, compute().cpu().numpy())
 
     return torch.from_numpy(np.load(kept(cache, name, write), allow_pickle=False))
 
@@ -58,7 +57,7 @@ def new_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> np.
         described = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, described)
         offset = file.tell()
-        file.truncate(offset + math.prod(shape) * np.dtype(kind).itemsize)
+        files.allocate(file, offset + math.prod(shape) * np.dtype(kind).itemsize)
     return np.memmap(path, dtype=kind, mode="r+", offset=offset, shape=shape)
 
 

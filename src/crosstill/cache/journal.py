@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Journal:
         entry: dict[str, Any] = {"file": None, "rows": 0, **record}
         if array is not None:
             path = self._folder / (name or f"{kind}-{len(shards):05d}.npy")
-            files.write_atomic(path, lambda temporary: save_array(temporary, array))
+            files.write_atomic(path, partial(files.save_array, array=array), array.nbytes)
             entry |= {"file": path.name, "rows": len(array), "sha256": files.digest_file(path)}
         shards.append(entry)
         self.save()
@@ -85,9 +86,3 @@ class Journal:
                 log.warning("%s; computing it again", error)
                 return shards[:position]
         return shards
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write one .npy file under exactly this name."""
-    with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)

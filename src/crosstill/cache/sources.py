@@ -78,8 +78,8 @@ def ahead(
 ) -> Iterator[list[Any]]:
     """Loaded batches; the next one is being loaded while the caller works on this one."""
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    pending = [pool.submit(load, row) for row in batches[0]] if batches else []
-    for following in [*batches[1:], []]:
+    pending = [pool.submit(load, row) for batch in batches[:1] for row in batch]
+    for following in [*batches[1:], []][: len(batches)]:
         ready, pending = pending, [pool.submit(load, row) for row in following]
         yield [future.result() for future in ready]
 

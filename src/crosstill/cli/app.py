@@ -7,10 +7,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from crosstill import files
 from crosstill.cli import (
     ablate,
     cache,
@@ -51,8 +53,10 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(**options: Any) -> None:
+        place = Path(options.get("out") or options.get("mend") or ".")
         try:
-            verb(**options)
+            with files.writing(place):  # what writes by a path of its own tells that itself
+                verb(**options)
         except CrosstillError as error:
             common.note(f"error: {error}")
             raise typer.Exit(error.exit_code) from None

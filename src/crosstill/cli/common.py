@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from crosstill.errors import printable
+from crosstill import files
+from crosstill.errors import DiskFullError, printable
 
 # control codes but for tabs and new lines, marks that turn the writing round, stray bytes
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -34,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 def say(text: str) -> None:
     """A result, on stdout."""
-    typer.echo(_harmless(text))
+    _print(_harmless(text))
 
 
 def note(text: str) -> None:
@@ -49,7 +51,17 @@ def _harmless(text: str) -> str:
 
 def dump(value: Any) -> None:
     """A result as JSON, on stdout."""
-    typer.echo(json.dumps(value, indent=1))
+    _print(json.dumps(value, indent=1))
+
+
+def _print(text: str) -> None:
+    try:
+        with files.writing(Path("standard output")):
+            typer.echo(text)
+    except DiskFullError:
+        # Python would try the rest of its buffer again at the end, and complain by itself
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def hush() -> None:

@@ -87,7 +87,7 @@ def write(student: Student, folder: Path, card: str) -> Parity:
         ExportError: the rows differ; the message has the figures.
     """
     require(student)
-    with aside(folder) as new:
+    with aside(folder, 4 * student.parameter_count()) as new:
         _save(student, new)
         (new / "README.md").write_text(card, encoding="utf-8")
         parity = check(student, new)

@@ -7,7 +7,6 @@ else; whoever exports to the same place next sweeps it away.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import re
 import shutil
@@ -25,21 +24,26 @@ _HERE = -100  # AT_FDCWD
 
 
 @contextmanager
-def aside(folder: Path) -> Iterator[Path]:
+def aside(folder: Path, needed: int | None = None) -> Iterator[Path]:
     """Give a new, empty folder to fill; when the block ends well, it takes the place of `folder`.
 
     An earlier export is replaced in one step: at every moment the place holds the old one or the
     new one, whole. When the block raises, all is as it was.
 
+    Args:
+        folder: the place.
+        needed: bytes that the export will hold at least, where that is known.
+
     Raises:
         ConfigError: the place holds something that no export wrote.
         InputError: the place cannot be written to.
         LockedError: another process is exporting to it.
+        DiskFullError: the disk is full.
     """
     folder = folder.resolve()
     check_place(folder)
     files.writable_folder(folder.parent)
-    with _made(folder) as new:
+    with files.writing(folder, needed, whole=True), _made(folder) as new:
         yield new
         _seal(new)
         check_place(folder)  # much may have happened meanwhile
@@ -72,13 +76,13 @@ def _made(folder: Path) -> Iterator[Path]:
     """The folder aside, held while the block runs, and gone when it ends."""
     new = folder.with_name(f"{files.TEMPORARY}{os.getpid()}-{folder.name}")
     # The parent is held for a moment, so that nobody takes the new folder for a leftover.
-    with _holding(folder.parent, wait=True):
+    with _holding(folder.parent, folder, wait=True):
         pattern = re.compile(rf"{re.escape(files.TEMPORARY)}\d+-(old-)?{re.escape(folder.name)}")
         for leftover in filter(lambda path: pattern.fullmatch(path.name), folder.parent.iterdir()):
             _sweep(leftover, folder)
         new.mkdir()
         handle = os.open(new, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        files.hold(handle, folder, wait=True)
     try:
         yield new
     finally:
@@ -89,22 +93,21 @@ def _made(folder: Path) -> Iterator[Path]:
 def _sweep(leftover: Path, folder: Path) -> None:
     if not leftover.is_dir():
         return
-    try:
-        with _holding(leftover, wait=False):
-            shutil.rmtree(leftover)
-    except BlockingIOError:
-        raise LockedError(
-            f"{folder}: another process is exporting to it; wait for it, or choose another folder"
-        ) from None
+    with _holding(leftover, folder, wait=False) as held:
+        if not held:
+            raise LockedError(
+                f"{folder}: another process is exporting to it; wait for it, or choose another "
+                "folder"
+            )
+        shutil.rmtree(leftover)
 
 
 @contextmanager
-def _holding(folder: Path, wait: bool) -> Iterator[None]:
+def _holding(folder: Path, place: Path, wait: bool) -> Iterator[bool]:
     """Lock a folder itself, without a file in it; the kernel lets go of it even after kill -9."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        yield files.hold(handle, place, wait)
     finally:
         os.close(handle)
 

@@ -140,13 +140,14 @@ def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Pat
                 verbose=False,
             )
             assert program is not None
-            program.save(path)
     except Exception as error:  # the exporter has no common base for its own
         line = " ".join(str(error).split())[:200]
         raise ExportError(
             f"{path.name}: this tower does not export to ONNX ({line}); "
             "use --to sentence-transformers"
         ) from None
+    with _quiet():
+        program.save(path)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ A list to encode holds texts or photos (PIL images, paths, addresses), not both.
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def write(student: Student, folder: Path, card: str) -> Parity:
     """
     _library()
     require(student)
-    with aside(folder) as new:
+    with aside(folder, 4 * student.parameter_count()) as new:
         with quiet(), torch.random.fork_rng():
             _save(student, new)
         (new / "README.md").write_text(card, encoding="utf-8")
@@ -113,10 +112,10 @@ def _library() -> Any:
 def _save(student: Student, folder: Path) -> None:
     from sentence_transformers.sentence_transformer.modules import Router
 
-    with tempfile.TemporaryDirectory() as towers:
-        texts = _route(student, "text", processor.tokenizer(student), Path(towers, "text"))
+    with files.scratch(folder, "towers") as towers:
+        texts = _route(student, "text", processor.tokenizer(student), towers / "text")
         photos = _route(
-            student, "image", processor.image_processor(student.preprocess), Path(towers, "image")
+            student, "image", processor.image_processor(student.preprocess), towers / "image"
         )
         router = Router({"text": texts, "image": photos}, default_route="text")
     model = _library().SentenceTransformer(

@@ -24,7 +24,7 @@ def write(source: str | Path | Run | Student, form: str, out: Path, options: Opt
     known = provenance.find(source, options.pairs, options.split if options.pairs else "")
     facts = known.facts(options.command, options.teacher_licence, options.data_licence)
     if form == bundling.FORM:
-        with folder.aside(out) as new:
+        with folder.aside(out, 4 * known.student.parameter_count()) as new:
             lines = bundling.write(known, new, facts, options.int8, options.max_loss)
     else:
         (dual_encoder if form == dual_encoder.FORM else sentence).require(known.student)

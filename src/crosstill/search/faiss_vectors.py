@@ -269,8 +269,7 @@ def _write(faiss: Any, index: Any, path: Path) -> None:
 
 
 def _write_ids(ids: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, ids)
+    files.save_array(path, ids)
 
 
 def _read(faiss: Any, path: Path) -> Any:

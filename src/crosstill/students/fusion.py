@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProcessorPil
 
-from crosstill import teachers
+from crosstill import files, teachers
 from crosstill.errors import ConfigError, ModelError, unknown
 from crosstill.students import narrow, vocabulary
 from crosstill.students.config import FusionConfig
@@ -163,7 +163,12 @@ def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:
         raise ConfigError(f"student {config.name}: config: {line}") from None
     side = model_config.image_size
     processor = ViTImageProcessorPil(size={"height": side, "width": side}, resample=3)
-    with tempfile.TemporaryDirectory() as place, hugging_face.quiet():
+    size = 4 * model.num_parameters()
+    with (
+        files.writing(Path(tempfile.gettempdir()), size),
+        tempfile.TemporaryDirectory() as place,
+        hugging_face.quiet(),
+    ):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         processor.save_pretrained(place)

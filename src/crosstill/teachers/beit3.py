@@ -97,7 +97,8 @@ class Beit3(TwoTowers):
         """
         files.writable_folder(folder)
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
-        files.write_atomic(folder / WEIGHTS, lambda path: save_file(state, path))
+        size = sum(value.nbytes for value in state.values())
+        files.write_atomic(folder / WEIGHTS, lambda path: save_file(state, path), size)
         files.write_bytes(folder / PIECES, self.tokenizer.data)
         record = {
             "format": _FORMAT,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -60,7 +61,8 @@ def locate(source: str | Path) -> Path:
     wanted = [n for n in names if "/" not in n and n.endswith(_WANTED)]
     if any(_WEIGHTS.fullmatch(n) for n in wanted):  # OpenCLIP's copy may lie beside them
         wanted = [n for n in wanted if not n.endswith(".safetensors") or _WEIGHTS.fullmatch(n)]
-    return Path(snapshot_download(name, revision=found.sha, allow_patterns=wanted))
+    with files.writing(Path(HF_HUB_CACHE)):
+        return Path(snapshot_download(name, revision=found.sha, allow_patterns=wanted))
 
 
 def _from_hub_cache(name: str, revision: str) -> Path:

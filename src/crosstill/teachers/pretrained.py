@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -80,11 +79,12 @@ class Pretrained(Matcher):
             beside["README.md"] = f"---\nlicense: {self.licence}\n---\n\n# {self.name}\n".encode()
         for name, data in beside.items():
             files.write_bytes(folder / name, data)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=files.TEMPORARY) as new:
+        size = sum(value.nbytes for value in self.model.state_dict().values())
+        with files.writing(folder, size), files.scratch(folder, "model") as new:
             with hugging_face.quiet():
                 self.model.save_pretrained(new)
             # the config comes last: a folder with one is complete
-            for path in sorted(Path(new).iterdir(), key=lambda path: path.name == "config.json"):
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
                 files.write_atomic(folder / path.name, path.rename)
 
 

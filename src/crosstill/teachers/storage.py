@@ -9,7 +9,6 @@ tokenizer_config.json
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,13 @@ def write(
     """
     files.writable_folder(folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    files.write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    names = [WEIGHTS, *_write_tokenizer(folder, tokenizer)]
-    digests = {name: files.digest_file(folder / name) for name in names}
-    sealed = files.sealed({**record, "format": _FORMAT, "files": digests})
-    files.write_json(folder / name, sealed)
+    size = sum(value.nbytes for value in tensors.values())
+    with files.writing(folder, size):
+        files.write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path), size)
+        names = [WEIGHTS, *_write_tokenizer(folder, tokenizer)]
+        digests = {name: files.digest_file(folder / name) for name in names}
+        sealed = files.sealed({**record, "format": _FORMAT, "files": digests})
+        files.write_json(folder / name, sealed)
 
 
 def read(
@@ -73,9 +74,9 @@ def read(
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Save beside, then move file by file: transformers does not write atomically."""
-    with tempfile.TemporaryDirectory() as beside, quiet():
+    with files.scratch(folder, "tokenizer") as beside, quiet():
         tokenizer.save_pretrained(beside)
-        written = sorted(Path(beside).iterdir())
+        written = sorted(beside.iterdir())
         for path in written:
             files.write_bytes(folder / path.name, path.read_bytes())
     return [path.name for path in written]

@@ -49,7 +49,8 @@ def save(folder: Path, step: int, state: State, keep: int) -> None:
     tree = _pack(state, "", tensors)
     path = folder / f"step-{step:09d}.safetensors"
     metadata = {"state": json.dumps(tree)}
-    files.write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+    size = sum(value.nbytes for value in tensors.values())
+    files.write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata), size)
     record = {"format": FORMAT, "file": path.name, "data_sha256": files.digest_file(path)}
     files.write_json(path.with_suffix(".json"), files.sealed(record))
     for old in sorted(folder.glob("step-*.json"))[:-keep]:

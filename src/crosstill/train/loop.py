@@ -57,7 +57,7 @@ def train(
         folder.check_resumable(path, config, cache)
     else:
         folder.check_new(path)
-    with distributed.group() as group, ExitStack() as stack:
+    with files.writing(path), distributed.group() as group, ExitStack() as stack:
         losses, rule = checks.prepare(config, cache, group)
         # before the folder is touched, because it may refuse
         beside = work.fit(student, cache, losses, config) if student else None
