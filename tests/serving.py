@@ -1,5 +1,7 @@
 """`crosstill serve` as its users run it, and a client that can also misbehave."""
 
+import http.client
+import http.server
 import json
 import os
 import re
@@ -45,7 +47,7 @@ class Server:
 
     def ask(self, target: str, method: str = "GET", body: bytes = b"", **headers: str) -> Reply:
         """One well-formed request; `content_type=...` becomes a header's name."""
-        lines = [f"{method} {target} HTTP/1.1", "Host: test", "Connection: close"]
+        lines = [f"{method} {target} HTTP/1.1", "Host: localhost", "Connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         if body:
             lines.append(f"Content-Length: {len(body)}")
@@ -114,6 +116,42 @@ def serving(
         finally:
             process.kill()
             process.stdout.close()
+
+
+@contextmanager
+def proxied(server: Server, prefix: str = "/photos") -> Iterator[str]:
+    """A small proxy that serves the server under a path; its address, which ends in that path."""
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not self.path.startswith(prefix + "/"):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=QUICK)
+            kind = {"Content-Type": self.headers["content-type"]} if body else {}
+            line.request(self.command, self.path[len(prefix) :], body or None, kind)
+            answer = line.getresponse()
+            data = answer.read()
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Content-Security-Policy"):
+                self.send_header(name, answer.headers.get(name, ""))
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            line.close()
+
+        do_POST = do_GET
+
+        def log_message(self, *told: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_port}{prefix}/"
+        finally:
+            proxy.shutdown()
 
 
 def free_port() -> int:

@@ -11,6 +11,14 @@ from crosstill.cli import common
 from crosstill.errors import ConfigError
 
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")]
+AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        metavar="NAME",
+        help="Answer requests for this host too, as a proxy passes them on; may be repeated.",
+    ),
+]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")]
 Threads = Annotated[int, typer.Option(help="Of one pass through a tower.", min=1)]
 Workers = Annotated[int, typer.Option(help="Threads that search, each several queries.", min=1)]
@@ -36,6 +44,7 @@ def command(
     index: Annotated[Path, typer.Argument(help="The folder that `crosstill index` made.")],
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    allowed_host: AllowedHost = None,
     threads: Threads = 1,
     workers: Workers = 1,
     bundle: OtherBundle = None,
@@ -51,6 +60,7 @@ def command(
     """
     try:
         from crosstill.search.searcher import MAX_TOP
+        from crosstill.search.serve.hosts import names
         from crosstill.search.serve.run import run
         from crosstill.search.serve.settings import MIB, Settings
     except ImportError as error:
@@ -67,6 +77,7 @@ def command(
         timeout=timeout,
         queue=queue,
         workers=workers,
+        hosts=names(allowed_host or ()),
     )
     run(index, host, port, bundle, threads, settings, lambda at: common.say(f"listening on {at}"))
 

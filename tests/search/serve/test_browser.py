@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from serving import proxied
+
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"
 )
@@ -141,6 +143,25 @@ def test_words_find_photos(visit, searcher):
     expect(first).to_contain_text(f"Score {hit.score:.3f}")
     assert loaded(first.get_by_role("img")) > 0
     assert "photo=" not in page.url and "image=" not in page.url
+
+
+def test_under_a_path_of_a_proxy(browser, server, photo):
+    with proxied(server) as base:
+        visited = Visit(browser, base)
+        page = visited.page
+        page.goto(base)
+        search(page, "a red circle")
+        expect(results(page)).to_have_count(24)
+        assert loaded(results(page).first.get_by_role("img")) > 0
+        results(page).first.get_by_role("link", name="More like this").click()
+        assert loaded(page.get_by_role("img", name="The photo asked for")) > 0
+        page.get_by_label("Search by a photo").set_input_files(chosen(photo))
+        expect(heading(page)).to_have_text("Photos like yours")
+        page.get_by_role("link", name="crosstill").click()
+        assert page.url == base
+        visited.context.close()
+        assert [url for url in visited.elsewhere() if not url.startswith("blob:")] == []
+        assert visited.said == []
 
 
 def test_more_are_shown(visit, searcher):

@@ -33,7 +33,7 @@ def exchange(app, pieces=(), pause=0.0, settings=FAST):
     async def send(message):
         sent.append(message)
 
-    headers = [(b"transfer-encoding", b"chunked")] if pieces else []
+    headers = [(b"host", b"localhost"), *([(b"transfer-encoding", b"chunked")] if pieces else [])]
     scope = {"type": "http", "method": "POST", "headers": headers, "query_string": b""}
     guard = Guard(app, settings, Metrics(Searcher()))
     asyncio.run(guard(scope, receive, send))

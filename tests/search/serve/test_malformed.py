@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from serving import form
+from serving import form, last_words
 
 QUICK = 5.0  # seconds; on an idle machine it is milliseconds
 PNG = b"\x89PNG\r\n\x1a\n"
-GET = "GET {} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{}\r\n"
-POST = "POST /search HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{}\r\n"
+GET = "GET {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{}\r\n"
+POST = "POST /search HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{}\r\n"
 
 
 def get(target: str, headers: str = "") -> bytes:
@@ -67,16 +67,16 @@ MALFORMED = {
     "half a photo": posted(form(PNG + b"\0" * 50)),
     "an SVG": posted(form(b'<svg xmlns="http://www.w3.org/2000/svg"/>', kind="image/svg+xml")),
     "the wrong kind of body": post("text/html", b"<p>photo"),
-    "no kind of body": b"POST /search HTTP/1.1\r\nHost: test\r\nContent-Length: 3\r\n\r\nabc",
+    "no kind of body": b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc",
     "no boundary": post("multipart/form-data", b"--x\r\n\r\n--x--"),
     "a boundary that does not come": post("multipart/form-data; boundary=x", b"photo" * 100),
     "a codec that decodes nothing": encoded("undefined"),
     "a codec for names of hosts": encoded("punycode"),
     "2,000 parts": many_parts(2000),
     "a part of 10 MB that is no file": posted(form(PNG, q="a" * 10_000_000)),
-    "two lengths": b"POST /search HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+    "two lengths": b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
     b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
-    "a length that is no number": b"POST /search HTTP/1.1\r\nHost: test\r\n"
+    "a length that is no number": b"POST /search HTTP/1.1\r\nHost: localhost\r\n"
     b"Content-Length: many\r\n\r\nabc",
     "text that is not UTF-8": get("/search?q=%ff%fe%fd"),
     "a null character": get("/search?q=dog%00cat"),
@@ -86,10 +86,10 @@ MALFORMED = {
     "an id that is none": get("/search?like=../../etc/passwd"),
     "a path with ..%2f": get("/images/..%2f..%2f..%2fetc%2fpasswd"),
     "an absolute path": get("/images//etc/passwd"),
-    "OPTIONS": b"OPTIONS * HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n",
-    "TRACE": b"TRACE /search HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n",
-    "CONNECT": b"CONNECT example.com:80 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n",
-    "HEAD without a question": b"HEAD /search HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n",
+    "OPTIONS": b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "TRACE": b"TRACE /search HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "CONNECT": b"CONNECT example.com:80 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "HEAD without a question": get("/search").replace(b"GET", b"HEAD"),
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 200 + b"\r\n\r\n",
     "no Host": b"GET /search?q=a HTTP/1.1\r\n\r\n",
     "a chunk of no length": POST.format(
@@ -100,6 +100,38 @@ MALFORMED = {
     "one header of 1 MB": get("/search?q=a", f"X-Long: {'v' * 2**20}\r\n"),
     "a header with a null": get("/search?q=a", "X-Null: a\0b\r\n"),
 }
+
+
+SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+HEAD = b"POST /healthz HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+AMBIGUOUS = {
+    "a length and chunks": HEAD + b"Content-Length: 4\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
+    "chunks and a length": HEAD + CHUNKED + b"Content-Length: 4\r\n\r\n0\r\n\r\n",
+    "two lengths": HEAD + b"Content-Length: 0\r\nContent-Length: 4\r\n\r\n",
+    "two lengths in one": HEAD + b"Content-Length: 0, 4\r\n\r\n",
+    "a length with a sign": HEAD + b"Content-Length: +0\r\n\r\n",
+    "a space before the colon": HEAD + b"Content-Length : 0\r\n\r\n",
+    "a bare CR": HEAD + b"X: a\rContent-Length: 0\r\n\r\n",
+    "chunks twice": HEAD + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n",
+    "an unknown encoding": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "an encoding that is none": HEAD + b"Transfer-Encoding: identity\r\n\r\n",
+    "a folded encoding": HEAD
+    + b"Content-Length: 0\r\nTransfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+    "a chunk that ends late": HEAD + CHUNKED + b"\r\n1\r\naXX0\r\n\r\n",
+    "a bare LF behind an extension": HEAD + CHUNKED + b"\r\n1;a\nb\r\na\r\n0\r\n\r\n",
+    "two hosts": HEAD + b"Host: localhost\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_bodies_of_two_readings_are_refused_and_nothing_behind_them_is_read(server, name):
+    """Where a proxy and the server disagree on a body's end, one hides a request in the other's."""
+    with server.connect() as line:
+        line.sendall(AMBIGUOUS[name] + SMUGGLED)
+        said = last_words(line, QUICK)
+    assert said is not None and said.startswith(b"HTTP/1.1 400 "), said
+    assert said.count(b"HTTP/1.1 ") == 1 and b"alive" not in said
 
 
 def check_refusal(found, seconds):

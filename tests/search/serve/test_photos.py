@@ -147,7 +147,9 @@ def test_what_a_browser_has_is_not_sent_again(odd):
 @pytest.mark.parametrize("target", TRAVERSALS)
 def test_no_path_leads_to_a_file(odd, target):
     server, _ = odd
-    found = server.raw(f"GET {target} HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n".encode())
+    found = server.raw(
+        f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    )
     assert found.status == 404, found
     assert b"root:" not in found.body and b"sha256" not in found.body
 

@@ -24,8 +24,8 @@ def test_words_find_what_the_searcher_finds(server, searcher):
     first = found["results"][0]
     assert first["score"] == pytest.approx(hit.score, abs=1e-5)
     assert (first["path"], first["caption"]) == (hit.path, hit.caption)
-    assert first["image"] == f"/images/{hit.id}"
-    assert first["thumbnail"] == f"/thumbnails/{hit.id}"
+    assert first["image"] == f"images/{hit.id}"
+    assert first["thumbnail"] == f"thumbnails/{hit.id}"
     assert found["query"] == "a blue square" and found["took_ms"] > 0
     assert found["generation"] == searcher.generation
     assert found["threshold"] is None and found["nothing_relevant"] is False
@@ -151,7 +151,7 @@ def test_other_methods_are_refused(server, method):
 
 
 def test_connections_are_kept(server):
-    request = b"GET /search?q=a HTTP/1.1\r\nHost: test\r\n\r\n"
+    request = b"GET /search?q=a HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with server.connect() as line:
         for _ in range(3):
             line.sendall(request)

@@ -16,6 +16,8 @@ from crosstill.search import building
 from serving import QUICK, free_port, serving
 from verbs import crosstill, refusal
 
+LOCAL = "http://localhost"
+
 
 def timed(server, words):
     began = time.monotonic()
@@ -102,7 +104,7 @@ def test_a_damaged_index_is_named(index_folder, tmp_path):
 
 def test_sigterm_lets_requests_under_way_end_and_leaves_with_0(index_folder, tmp_path, photo):
     with serving(index_folder, tmp_path) as server, server.connect() as line:
-        head = b"POST /search HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+        head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
         head += b"Content-Length: %d\r\n\r\n" % len(photo)
         line.sendall(head + photo[:100])
         wait_for(lambda: server.metric("crosstill_received_bytes_total") > len(head))
@@ -116,7 +118,7 @@ def test_sigterm_lets_requests_under_way_end_and_leaves_with_0(index_folder, tmp
 
 def test_ctrl_c_leaves_with_130(index_folder, tmp_path):
     with serving(index_folder, tmp_path) as server, server.connect() as kept:
-        kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+        kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert kept.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
         began = time.monotonic()
         server.process.send_signal(signal.SIGINT)
@@ -154,7 +156,7 @@ def test_searches_before_it_is_ready_are_told_to_wait(searcher, monkeypatch):
     from crosstill.search.serve.settings import Settings
 
     app = create(searcher, Settings())
-    with TestClient(app) as client:
+    with TestClient(app, LOCAL) as client:
         for target in ("/readyz", "/search?q=a", "/search?like=" + "0" * 64):
             found = client.get(target)
             assert found.status_code == 503 and found.headers["retry-after"] == "1", target
@@ -177,7 +179,7 @@ def test_an_error_of_ours_tells_the_asker_nothing(searcher, monkeypatch):
     monkeypatch.setattr(searcher, "encode_texts", broken, raising=False)
     app = create(searcher, Settings())
     app.service.ready = True
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, LOCAL, raise_server_exceptions=False) as client:
         found = client.get("/search?q=a")
         assert found.status_code == 500
         assert found.json() == {"error": "something went wrong here; the server's log says what"}

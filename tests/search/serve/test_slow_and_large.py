@@ -11,7 +11,7 @@ from serving import QUICK, form, last_words, reply, serving
 
 MIB = 2**20
 WITHIN = 15.0  # seconds in which a slow client is cut
-POST = b"POST /search HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+POST = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 
 
 def pour(line: socket.socket, head: bytes, total: int) -> None:
@@ -127,7 +127,7 @@ def hang(server, stack, heads, bodies):
             line.sendall(POST + b"Content-Length: 100000\r\n\r\n")
             continue
         if number % 3 == 0:
-            line.sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+            line.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert reply(line).status == 200
         line.sendall(b"GET /search?q=")
     return lines
@@ -146,7 +146,7 @@ def latencies(server, count):
 def silent(server, stack):
     """A client that keeps its connection and says nothing more."""
     line = stack.enter_context(server.connect())
-    line.sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+    line.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert reply(line).status == 200
     return line
 
@@ -164,7 +164,7 @@ def is_cut(line):
     """Whether a deaf client's next questions meet no one; until then they fill the line."""
     try:
         while True:
-            line.send(b"GET /search?q=a&top=40 HTTP/1.1\r\nHost: test\r\n\r\n" * 10)
+            line.send(b"GET /search?q=a&top=40 HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
     except BlockingIOError:
         return False
     except OSError:
@@ -217,7 +217,7 @@ def test_connections_are_bounded_by_the_files_a_process_may_open(index_folder, t
         assert found.status == 503 and found.headers["retry-after"] == "1"
         assert found.json == {"error": "too many connections; try again soon"}
         assert found.headers["x-content-type-options"] == "nosniff"
-        lines[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")
+        lines[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert reply(lines[0]).status == 200
         for line in lines:
             line.close()

@@ -52,8 +52,8 @@ class Result(BaseModel):
     score: float = Field(description="Cosine with the query.")
     path: str = Field(description="Relative to the folder of the photos.")
     caption: str
-    image: str = Field(description="Address of the photo.")
-    thumbnail: str = Field(description="Address of a small JPEG.")
+    image: str = Field(description="Address of the photo, relative to this answer's.")
+    thumbnail: str = Field(description="Address of a small JPEG, likewise.")
 
 
 class Answer(BaseModel):
@@ -110,6 +110,7 @@ def create(searcher: Searcher, settings: Settings) -> App:
         description="Search a folder of photos by words or by a photo.",
         docs_url=None,  # both load scripts from other hosts
         redoc_url=None,
+        servers=[{"url": "."}],  # beside the description, under whatever path a proxy has put it
         redirect_slashes=False,  # it would repeat the asker's Host header
         default_response_class=Json,
         lifespan=lifespan,
@@ -200,8 +201,8 @@ def _result(hit: Hit) -> dict[str, object]:
         "score": round(hit.score, 6),
         "path": hit.path if hit.path.isprintable() else printable(hit.path),
         "caption": hit.caption,
-        "image": f"/images/{hit.id}",
-        "thumbnail": f"/thumbnails/{hit.id}",
+        "image": f"images/{hit.id}",
+        "thumbnail": f"thumbnails/{hit.id}",
     }
 
 

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from crosstill.search.serve import hosts
 from crosstill.search.serve.batching import Gate
 from crosstill.search.serve.metrics import Metrics
 from crosstill.search.serve.settings import Settings
@@ -35,7 +36,13 @@ HEADERS = {
 }
 
 CLOSE = (b"connection", b"close")
-REJECTED = {408: "slow body", 413: "large body", 431: "large head", 503: "busy"}  # by which limit
+REJECTED = {
+    408: "slow body",
+    413: "large body",
+    431: "large head",
+    421: "other host",
+    503: "busy",
+}  # by which limit
 
 Pairs = list[tuple[bytes, bytes]]
 
@@ -156,7 +163,18 @@ class _Exchange:
             self.clock.reschedule(self.began + allowed)
 
     def _check_head(self) -> None:
-        """Refuse what no route could answer."""
+        """Refuse what no route may answer."""
+        host = hosts.host_of(self.headers.get("host", ""))
+        if not host:
+            raise HTTPException(400, "the Host header is missing or is no name")
+        own = (self.scope.get("server") or ("",))[0]
+        if not hosts.is_answered(host, own, self.settings.hosts):
+            raise HTTPException(
+                421, "this server has another name; --allowed-host NAME adds one to those it has"
+            )
+        # Two lengths of one body: a proxy that believes the other one sees other requests.
+        if {"content-length", "transfer-encoding"} <= {*self.headers.keys()}:
+            raise HTTPException(400, "give Content-Length or Transfer-Encoding, not both")
         size = sum(len(name) + len(value) for name, value in self.scope["headers"])
         size += len(self.scope.get("raw_path", b"")) + len(self.scope["query_string"])
         if size > self.settings.head:

@@ -1,6 +1,7 @@
 """The search page: HTML made here, and the three files that it loads.
 
 Everything works with forms and links alone; `static/page.js` adds drop, paste, preview and keys.
+All addresses are relative, so that the page also works under a path of a proxy.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Asked:
             "relevant": "1" if asked.relevant else "",
             "top": str(asked.top) if asked.top != FIRST else "",
         }
-        return "/?" + urlencode({name: value for name, value in said.items() if value})
+        return "./?" + urlencode({name: value for name, value in said.items() if value})
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Statics:
 
     def address(self, name: str) -> str:
         """Where a file is for as long as it is what it is now."""
-        return f"/static/{name}?v={self._mark(name)}"
+        return f"static/{name}?v={self._mark(name)}"
 
     def answer(self, name: str, mark: str) -> Response:
         """The file; for a year, to who asked for this very content."""

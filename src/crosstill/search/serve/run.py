@@ -55,6 +55,7 @@ def run(
         KeyboardInterrupt: SIGINT.
     """
     settings = settings or Settings()
+    settings = replace(settings, hosts=settings.hosts | {host.lower()})
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a bad form is no news
     signal.signal(signal.SIGTERM, _leave)
     with listen(host, port) as listener:
@@ -157,7 +158,8 @@ def _warn(listener: socket.socket) -> None:
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         log.warning(
             "listening on %s: whoever reaches this machine can search and see the photos; "
-            "put a proxy with TLS and a login before it",
+            "put a proxy with TLS and a login before it. Asked for by another name than this "
+            "machine's addresses, it refuses: see --allowed-host",
             host,
         )
 

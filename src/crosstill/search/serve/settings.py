@@ -38,6 +38,8 @@ class Settings:
         photos: size of all photos that are being sent.
         thumbnail: longer side of a thumbnail, in pixels.
         thumbnails: size of all thumbnails kept in memory.
+        hosts: names and addresses that the Host header may hold, beside loopback ones and the
+            address that the connection came in at.
         refresh_seconds: how often to look for a newer generation of the index.
     """
 
@@ -66,4 +68,5 @@ class Settings:
     photos: int = 256 * MIB
     thumbnail: int = 320
     thumbnails: int = 64 * MIB
+    hosts: frozenset[str] = frozenset()
     refresh_seconds: float = 3.0
