@@ -42,8 +42,10 @@ class Server:
     def log(self) -> str:
         return self._errors.read_text()
 
-    def connect(self, timeout: float = QUICK) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout)
+    def connect(self, timeout: float = QUICK, source: str = "") -> socket.socket:
+        """A connection, from another loopback address where `source` names one."""
+        here = (source, 0) if source else None
+        return socket.create_connection(("127.0.0.1", self.port), timeout, here)
 
     def ask(self, target: str, method: str = "GET", body: bytes = b"", **headers: str) -> Reply:
         """One well-formed request; `content_type=...` becomes a header's name."""

@@ -1,9 +1,11 @@
 """Bodies without end, and clients that never finish: R22 and R23."""
 
+import os
 import select
 import socket
 import time
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
@@ -210,18 +212,124 @@ def test_five_hundred_slow_heads_and_a_hundred_slow_bodies(index_folder, tmp_pat
         check_slow_clients(server, heads=500, bodies=100, queries=500)
 
 
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def healthy(server, source=""):
+    """Whether /healthz is answered on a new connection from this address."""
+    with server.connect(source=source) as line:
+        line.sendall(HEALTH)
+        return reply(line).status
+
+
+def at_work(server, stack, source):
+    """A connection whose request is being read: its client has been told to go on."""
+    line = stack.enter_context(server.connect(source=source))
+    line.sendall(POST + b"Expect: 100-continue\r\nContent-Length: 100000\r\n\r\n")
+    assert line.recv(65536).startswith(b"HTTP/1.1 100 ")
+    return line
+
+
 def test_connections_are_bounded_by_the_files_a_process_may_open(index_folder, tmp_path):
+    """Forty; an address may have half of them, and none that is at work is cut."""
     with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
-        lines = [stack.enter_context(server.connect()) for _ in range(60)]
-        found = reply(lines[-1])
-        assert found.status == 503 and found.headers["retry-after"] == "1"
-        assert found.json == {"error": "too many connections; try again soon"}
-        assert found.headers["x-content-type-options"] == "nosniff"
-        lines[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert reply(lines[0]).status == 200
-        for line in lines:
-            line.close()
+        for source in ("127.0.0.2", "127.0.0.3"):
+            for _ in range(20):
+                at_work(server, stack, source)
+        with server.connect() as line:
+            found = reply(line)
+            assert found.status == 503 and found.headers["retry-after"] == "1"
+            assert found.json == {"error": "too many connections; try again soon"}
+            assert found.headers["x-content-type-options"] == "nosniff"
+        stack.close()
         until = time.monotonic() + QUICK
         while server.ask("/healthz").status == 503:
             assert time.monotonic() < until
-        assert server.metric('crosstill_rejected_total{limit="connections"}') >= 15
+        assert server.metric('crosstill_rejected_total{limit="connections"}') >= 1
+
+
+def test_one_address_cannot_take_all_connections(index_folder, tmp_path):
+    with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
+        lines = [at_work(server, stack, "127.0.0.2") for _ in range(20)]
+        assert healthy(server) == 200
+        with server.connect(source="127.0.0.2") as line:
+            assert reply(line).status == 503
+        for line in lines:
+            assert last_words(line, within=WITHIN).startswith(b"HTTP/1.1 408 ")
+
+
+def test_connections_that_idle_make_room(index_folder, tmp_path):
+    """A thousand, opened again as soon as they are cut, some with half a head."""
+    with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
+        lines = []
+        for number in range(1000):
+            lines.append(stack.enter_context(server.connect(source="127.0.0.2")))
+            if number % 3 == 0:
+                lines[-1].sendall(HEALTH)
+            elif number % 3 == 1:
+                lines[-1].sendall(HEALTH[:9])
+            if number % 10 == 0:
+                assert healthy(server) == 200
+                assert healthy(server, "127.0.0.2") == 200
+            if number >= 100:
+                lines[number - 100].close()
+        assert server.metric('crosstill_rejected_total{limit="idle"}') >= 900
+        assert server.metric('crosstill_rejected_total{limit="connections"}') == 0
+
+
+def cost(server):
+    """Seconds of a processor that the server has used."""
+    text = Path(f"/proc/{server.process.pid}/stat").read_text()
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(
+    "chunk", [b"1\r\na\r\n", b"1;" + b"x" * 4000 + b"\r\na\r\n"], ids=["bare", "extended"]
+)
+def test_chunks_of_one_byte_stop_nobody(server, chunk):
+    """Eight clients with 3 MB of such chunks each: 24 million would take h11 a minute."""
+    pieces, before, rest = chunk * (60_000 // len(chunk)), cost(server), 0.0
+    with ExitStack() as stack:
+        lines = [stack.enter_context(server.connect()) for _ in range(8)]
+        for line in lines:
+            line.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+        for _ in range(100):
+            for line in lines:
+                line.settimeout(0.01)
+                with suppress(OSError):  # cut, or not read any more
+                    line.send(pieces)
+        assert healthy(server) == 200
+        rest = cost(server) - before
+        for line in lines:
+            said = last_words(line, within=WITHIN)
+            assert said == b"" or said.startswith(b"HTTP/1.1 413 "), said
+    assert rest < 2.0  # of a processor
+    assert server.metric('crosstill_rejected_total{limit="small chunks"}') >= 8
+
+
+def test_small_chunks_of_honest_clients_are_read(server, photo):
+    """A photo in the lines of its file, as `requests` sends one, and another byte by byte."""
+    whole = (photo + b"\0\n" * 1000)[: 20 * 1024]
+    rows = [whole[at : at + 150] for at in range(0, len(whole), 150)]
+    rows[-1:] = [bytes([byte]) for byte in rows[-1]] + [b"\n"] * 700
+    body = b"".join(b"%x\r\n%b\r\n" % (len(row), row) for row in rows) + b"0\r\n\r\n"
+    head = POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert server.raw(head + body).status == 200
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_who_says_that_it_is_all_still_gets_the_answers(server, photo, count):
+    """A client that shuts its side down behind its requests, as `nc -N` does."""
+    head = POST + b"Content-Length: %d\r\n\r\n" % len(photo)
+    with server.connect() as line:
+        line.sendall((head + photo) * count)
+        line.shutdown(socket.SHUT_WR)
+        said = last_words(line, QUICK)
+    assert said is not None and said.count(b"HTTP/1.1 200 OK") == count
+    began = time.monotonic()
+    with server.connect() as line:  # who stops within a request is not waited for
+        line.sendall(head + photo[:100])
+        line.shutdown(socket.SHUT_WR)
+        assert last_words(line, QUICK) == b""
+    assert time.monotonic() - began < 5

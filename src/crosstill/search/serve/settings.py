@@ -26,12 +26,13 @@ class Settings:
         bodies: size of all bodies that are held at once.
         body_seconds, body_rate: a body must arrive within these seconds, and one more for
             every `body_rate` bytes that have come.
+        chunks, chunk: a body may come in so many chunks, and in one more for every `chunk` bytes.
         head: size of a request line and its headers.
         head_seconds: time in which they must arrive.
         idle_seconds: how long a connection may wait for its next request.
         stall_seconds: how long a client may read nothing of an answer.
         linger_seconds: how long a connection stays open, unused, behind its last answer.
-        connections: open at once.
+        connections: open at once; a client address may have half of them.
         photo_workers: threads that read photos and make thumbnails.
         photo_queue: photos and thumbnails asked for at once.
         photo_size: a larger photo is not sent; its thumbnail is.
@@ -56,6 +57,8 @@ class Settings:
     bodies: int = 160 * MIB
     body_seconds: float = 10.0
     body_rate: int = 64 * 1024
+    chunks: int = 1000
+    chunk: int = 128
     head: int = 128 * 1024
     head_seconds: float = 10.0
     idle_seconds: int = 5
