@@ -88,5 +88,8 @@ class FakeEncoder:
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([row(int(text)) if text.isdigit() else row(0) for text in texts])
 
+    def notes(self, text: str) -> list[str]:
+        return []
+
     def warm(self) -> None:
         pass

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from crosstill import export
 from crosstill.data import scenes as rendered
@@ -30,6 +31,46 @@ def test_texts_are_the_students(encoder, trained):
     assert np.allclose(rows, trained.embed_texts(many).numpy(), atol=1e-5)
     assert np.allclose(rows[:5], rows[5:10], atol=1e-6)
     assert encoder.count_truncated(TEXTS) == trained.count_truncated(TEXTS) == 1
+
+
+DOG, SNOW = "\u72d7", "\u2744"
+UNKNOWN = ["this model knows none of these words"]
+
+
+def model(kind: str) -> Tokenizer:
+    """A tokenizer that knows "dog" and, of some kinds, any byte."""
+    if kind == "bytes":  # CLIP's: its unknown token is the end token, and never met
+        tokenizer = Tokenizer(models.BPE(unk_token="<end>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet)
+    elif kind == "pieces":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(special_tokens=["<unk>", "<end>"], unk_token="<unk>")
+    else:  # drops what it does not know
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.BpeTrainer(special_tokens=["<end>"])
+    trainer.show_progress = False
+    tokenizer.train_from_iterator(["dog dog dog"] * 9, trainer)
+    end = ("<end>", tokenizer.token_to_id("<end>"))
+    tokenizer.post_processor = processors.TemplateProcessing("$0 <end>", special_tokens=[end])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "notes"), [("bytes", []), ("pieces", UNKNOWN), ("silent", UNKNOWN)]
+)
+def test_queries_without_a_known_word(bundle, tmp_path, kind, notes):
+    model(kind).save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(Bundle(**{**vars(bundle), "folder": tmp_path, "max_length": 12}))
+    for text in (DOG, f"{SNOW} ", f"{DOG} {SNOW}"):
+        assert [note for note in encoder.notes(text) if "none" in note] == notes
+    for text in ("dog", f"dog {SNOW}", "", "\n"):
+        assert [note for note in encoder.notes(text) if "none" in note] == []
+    assert encoder.notes("dog " * 12)[-1:] == ["only the first 11 tokens of this query count"]
+    assert encoder.notes("dog") == []
 
 
 @pytest.mark.parametrize("count", [1, 3, BATCH, BATCH + 1])

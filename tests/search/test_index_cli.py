@@ -10,6 +10,9 @@ import pytest
 from crosstill import files
 from verbs import crosstill, refusal
 
+NONE = "this model knows none of these words"
+CUT = "only the first 28 tokens of this query count"
+
 
 @pytest.fixture
 def own(index_folder, tmp_path) -> Path:
@@ -59,13 +62,35 @@ def test_words_photos_and_both(index_folder, photos):
     assert len(hits("a red circle")) == 10
 
 
+@pytest.mark.parametrize(
+    ("query", "notes"),
+    [
+        ("a red circle", []),
+        ("a red \U0001f436", []),
+        ("\U0001f436", [NONE]),
+        ("\u72d7 \u0441\u043e\u0431\u0430\u043a\u0430", [NONE]),
+        ("x" * 120, [NONE]),
+        ("\u200b", [NONE]),
+        ("a red circle " * 9 + "a", []),
+        ("a red circle " * 9 + "a red", [CUT]),
+        ("\U0001f436 " * 29, [NONE, CUT]),
+    ],
+)
+def test_words_that_count_for_nothing_are_said(index_folder, query, notes):
+    text = crosstill("search", index_folder, query)
+    assert text.stderr.splitlines() == [f"note: {note}" for note in notes]
+    assert len(text.stdout.splitlines()) == 11
+    found = crosstill("search", index_folder, query, "--json")
+    assert json.loads(found.stdout)["notes"] == notes
+
+
 def test_nothing_relevant_is_an_answer(index_folder):
     said = crosstill("search", index_folder, "a red circle", "--threshold", "0.99")
     assert said.stdout == "nothing relevant: no photo scores 0.990 or more\n"
     found = json.loads(
         crosstill("search", index_folder, "a red circle", "--threshold", "1", "--json").stdout
     )
-    assert found == {"threshold": 1.0, "results": []}
+    assert found == {"threshold": 1.0, "notes": [], "results": []}
     auto = json.loads(
         crosstill("search", index_folder, "a circle", "--threshold", "auto", "--json").stdout
     )

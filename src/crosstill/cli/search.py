@@ -56,10 +56,14 @@ def command(
     searcher = Searcher.open(index, bundle)
     least = _threshold(searcher, threshold)
     hits = searcher.find(_vector(searcher, query, image)[None], top, least)[0]
+    notes = searcher.notes(query or "")
     searcher.close()
     if as_json:
-        common.dump({"threshold": least, "results": [vars(hit) for hit in hits]})
+        results = [vars(hit) for hit in hits]
+        common.dump({"threshold": least, "notes": notes, "results": results})
     else:
+        for line in notes:
+            common.note(f"note: {line}")
         common.say(_table(hits, least))
 
 

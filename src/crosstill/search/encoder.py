@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -45,6 +46,14 @@ class Encoder:
     def _tokenizer(self) -> Any:
         return _tokenizer(self.bundle)
 
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id that all unknown words get; None where there is none, as among bytes."""
+        model = json.loads(self._tokenizer.to_str())["model"]
+        if "unk_id" in model:  # Unigram
+            return model["unk_id"]
+        return self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+
     def load(self, data: bytes, path: str) -> np.ndarray:
         """A file's bytes → pixels as the student wants them: uint8 (3, H, W).
 
@@ -71,6 +80,21 @@ class Encoder:
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are cut at the bundle's `max_length`."""
         return sum(bool(e.overflowing) for e in self._tokenizer.encode_batch(_encodable(texts)))
+
+    def notes(self, text: str) -> list[str]:
+        """Say, a sentence each, what of a query the text tower cannot use; of most, nothing."""
+        if not text.strip():
+            return []
+        encoding = self._tokenizer.encode(*_encodable([text]))
+        masked = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
+        words = [(number, token) for number, token, special in masked if not special]
+        notes = []
+        # SentencePiece has a token for the space before a word, which is known before any word
+        if all(number == self._unknown or token == "\u2581" for number, token in words):
+            notes.append("this model knows none of these words")
+        if encoding.overflowing:
+            notes.append(f"only the first {len(words)} tokens of this query count")
+        return notes
 
     def warm(self) -> None:
         """Run both towers once: the first pass is slower than the others."""

@@ -122,6 +122,10 @@ class Searcher:
         """B texts → unit rows float32 (B, D)."""
         return self._encoder.encode_texts(texts)
 
+    def notes(self, text: str) -> list[str]:
+        """Say, a sentence each, what of a query this model cannot use; of most, nothing."""
+        return self._encoder.notes(text)
+
     def encode_image(self, data: bytes, name: str) -> np.ndarray:
         """A photo's bytes → a unit vector float32 (D,).
 
