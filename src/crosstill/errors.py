@@ -6,6 +6,7 @@
     │   ├── DataError           a dataset: which file, which row
     │   │   └── MissingError    listed image files that are not there
     │   ├── ImageError          one image that cannot be read: path and reason
+    │   │   └── ChangedError    an image whose bytes are no longer those that were listed
     │   ├── ModelError          a teacher or student folder that does not load
     │   ├── MismatchError       two artefacts that do not belong together
     │   └── LockedError         a folder that another process is using
@@ -78,6 +79,13 @@ class ImageError(InputError):
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+
+
+class ChangedError(ImageError):
+    """An image whose bytes are no longer those that were hashed when it was listed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "changed since it was listed")
 
 
 class ModelError(InputError):

@@ -62,6 +62,7 @@ _CLASSES = {
     "corrupt": "damaged",
     "missing": "missing",
     "vanished": "missing",
+    "changed": "changed",
     "a link to nothing": "missing",
     "cannot be read (No such file": "missing",
     "no caption": "no-caption",

@@ -117,7 +117,7 @@ def test_an_archive_that_moved_only_moves(form, home, tmp_path):
     shutil.copy(home / f"pairs.{form}", tmp_path / "here")
     cache = build(SmallTeacher(), opened(tmp_path / "here", form), tmp_path / "cache")
     (tmp_path / "here" / f"pairs.{form}").rename(tmp_path / "there" / f"pairs.{form}")
-    with pytest.raises(DataError, match="not where the cache found it"):
+    with pytest.raises(DataError, match="not where the cache .* found it"):
         pixels(cache, cache.split("val"), Preprocess(size=(16, 16)))
     there = opened(tmp_path / "there", form)
     moved = build(SmallTeacher(limit=0), there, tmp_path / "cache")

@@ -17,8 +17,6 @@ from torch import Tensor
 from crosstill import images, progress
 from crosstill.cache import derived
 from crosstill.cache.store import Listing, Split
-from crosstill.errors import DataError, ImageError, MismatchError
-from crosstill.types import Example, image_id
 
 
 class PixelStore:
@@ -64,26 +62,9 @@ def _filler(
 ) -> Callable[[int], None]:
     def fill(position: int) -> None:
         row = int(split.images[position])
-        key, path = cache.image_ids[row], cache.paths[row]
-        data = _read(cache, row)
-        if image_id(data) != key:
-            raise MismatchError(
-                f"{path}: this photo has changed since the teacher saw it; "
-                f"put it back, or build the cache again in another folder"
-            )
+        data = cache.photo(row)
         for view in range(cache.views):
-            seen = images.load(data, path, preprocess, cache.view(row, view))
+            seen = images.load(data, cache.paths[row], preprocess, cache.view(row, view))
             out[position * cache.views + view] = seen.numpy()
 
     return fill
-
-
-def _read(cache: Listing, row: int) -> bytes:
-    path = cache.paths[row]
-    try:
-        return cache.read(Example(cache.image_ids[row], path, (), cache.splits[row]))
-    except ImageError as error:
-        raise DataError(
-            f"{path}: not where the cache found it ({error.reason}); if the photos moved, "
-            f"run `crosstill cache` again with the new --images: it only updates the place"
-        ) from None

@@ -31,7 +31,14 @@ from torch import Tensor
 
 from crosstill import data, files
 from crosstill.cache import views
-from crosstill.errors import CorruptError, DataError, InputError, MismatchError
+from crosstill.errors import (
+    ChangedError,
+    CorruptError,
+    DataError,
+    ImageError,
+    InputError,
+    MismatchError,
+)
 from crosstill.images import Quarantine, View
 from crosstill.types import Example, Features, id_key
 
@@ -171,6 +178,28 @@ class Listing:
         )
         about = self.header["data"]
         return data.Pairs(about["name"], examples, Quarantine(), about["source"], self.read)
+
+    def photo(self, row: int) -> bytes:
+        """Read the photo of an image row: the bytes that the cache was made from.
+
+        Raises:
+            DataError: it is no longer where the cache found it.
+            MismatchError: another photo is there.
+        """
+        path = self.paths[row]
+        try:
+            return self.read(Example(self.image_ids[row], path, (), self.splits[row]))
+        except ChangedError:
+            raise MismatchError(
+                f"{path}: this photo has changed since the cache {self.folder} was made; put it "
+                "back, or build the cache again in another folder"
+            ) from None
+        except ImageError as error:
+            raise DataError(
+                f"{path}: not where the cache {self.folder} found it ({error.reason}); if the "
+                "photos moved, run `crosstill cache` again with the new --images: it only updates "
+                "the place"
+            ) from None
 
     def view(self, image: int, number: int) -> View | None:
         """What the teacher saw as that view of the image in that row; None for the whole photo."""

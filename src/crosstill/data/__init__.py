@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstill.data import folder, gather, scenes
-from crosstill.data.base import SPLITS, Pairs, read_image, read_licence
+from crosstill.data.base import SPLITS, HashedReader, Pairs, read_image, read_licence
 from crosstill.data.given import Listing, files_of
 from crosstill.data.packed import read_packed
 from crosstill.errors import DataError
@@ -111,16 +111,19 @@ def _reader(module: str) -> Any:
     return import_module(f"crosstill.data.{module}")
 
 
-def reader(record: dict[str, Any]) -> Callable[[Example], bytes]:
-    """The function `Pairs.read` again, from the JSON-able record `Pairs.source`; it pickles.
+def reader(record: dict[str, Any]) -> HashedReader:
+    """Make the function `Pairs.read` again, from the JSON-able record `Pairs.source`; it pickles.
 
     Raises:
         DataError: the record is of no form known here.
     """
+    read: Callable[[Example], bytes]
     if record.get("form") == "files":
-        return partial(read_image, Path(record["root"]))
-    if record.get("form") == "packed":
-        return partial(read_packed, Path(record["root"]), record["column"])
-    if record.get("form") == "scenes":
-        return partial(scenes.read_scene, record["seed"])
-    raise DataError(f"images of form {record.get('form')!r} cannot be read; upgrade crosstill")
+        read = partial(read_image, Path(record["root"]))
+    elif record.get("form") == "packed":
+        read = partial(read_packed, Path(record["root"]), record["column"])
+    elif record.get("form") == "scenes":
+        read = partial(scenes.read_scene, record["seed"])
+    else:
+        raise DataError(f"images of form {record.get('form')!r} cannot be read; upgrade crosstill")
+    return HashedReader(read)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosstill import files
-from crosstill.errors import DataError, ImageError
+from crosstill.errors import ChangedError, DataError, ImageError
 from crosstill.images import Quarantine
-from crosstill.types import Example
+from crosstill.types import Example, image_id
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {name: name for name in SPLITS} | {
@@ -45,7 +45,7 @@ class Pairs:
         examples: one an image, in the order of the dataset.
         quarantine: what was listed and cannot be used; decoding adds to it later.
         source: a JSON-able record from which `data.reader` makes `read` again.
-        read: the bytes of an example's file. Raises ImageError when it has gone.
+        read: the bytes of an example's file. Raises ImageError when it has gone or changed.
         root: the folder of the images; None when they are rendered.
         notes: what a person should know: left-out captions, duplicates, drawn splits.
         licence: of photos and captions, as the card beside them says it or as it was given.
@@ -87,6 +87,31 @@ class Pairs:
         """SHA-256 of the content: ids, captions, splits. Order, names and places do not count."""
         rows = [[e.image_id, sorted(e.captions), e.split] for e in self.examples]
         return files.digest_json(sorted(rows))
+
+
+@dataclass(frozen=True)
+class HashedReader:
+    """Reads images by id: files are hashed when they are listed, and again whenever they are read.
+
+    Between the two anything may happen to a file, and features must never get another photo's id.
+
+    Attributes:
+        read: the bytes of an example's file, whatever they are by now.
+    """
+
+    read: Callable[[Example], bytes]
+
+    def __call__(self, example: Example) -> bytes:
+        """Return the bytes whose SHA-256 is the example's id.
+
+        Raises:
+            ChangedError: there are other bytes.
+            ImageError: it has gone, or cannot be read.
+        """
+        data = self.read(example)
+        if image_id(data) != example.image_id:
+            raise ChangedError(example.path)
+        return data
 
 
 def split_name(text: str, where: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from crosstill import files
-from crosstill.data.base import Copy, Pairs, read_image, regular, unreadable
+from crosstill.data.base import Copy, HashedReader, Pairs, read_image, regular, unreadable
 from crosstill.errors import DataError, ImageError, MissingError
 from crosstill.images import Quarantine
 from crosstill.types import Example
@@ -142,7 +142,7 @@ def gather(
         tuple(gathered.examples.values()),
         gathered.quarantine,
         source.record,
-        source.read,
+        HashedReader(source.read),
         source.root,
         tuple(f"{text}: {count}" for text, count in gathered.notes.items() if count),
         copies=tuple(gathered.copies),

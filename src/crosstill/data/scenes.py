@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from crosstill import files
 from crosstill.data import scenery, wording
-from crosstill.data.base import Pairs
+from crosstill.data.base import HashedReader, Pairs
 from crosstill.errors import DataError
 from crosstill.images import Quarantine
 from crosstill.types import Example, image_id
@@ -37,7 +37,7 @@ def read(source: str) -> Pairs:
         examples=tuple(examples),
         quarantine=Quarantine(),
         source={"form": "scenes", "seed": seed, "count": count},
-        read=partial(read_scene, seed),
+        read=HashedReader(partial(read_scene, seed)),
     )
 
 

@@ -28,6 +28,7 @@ FIXES = {
     "truncated": "a download or copy that broke off: fetch these files again",
     "damaged": "fetch it again, or save it anew from a program that still opens it",
     "missing": "it went away while the folder was read: run this again",
+    "changed": "it was written to while the folder was read: run this again",
     "no-caption": "give it a caption, or leave it out of the dataset",
     "no-vector": "compute the vectors of these images too",
     "unsupported-format": "convert it to JPEG or PNG",

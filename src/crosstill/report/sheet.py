@@ -13,8 +13,7 @@ from PIL import Image
 
 from crosstill import images
 from crosstill.cache import Listing, Split
-from crosstill.errors import DataError, ImageError, MismatchError
-from crosstill.types import Example, Features, image_id
+from crosstill.types import Features
 
 QUERIES = 10
 TOP = 5
@@ -89,25 +88,9 @@ class _Photos:
 
 
 def _thumbnail(cache: Listing, row: int) -> str:
-    pixels = images.decode(_read(cache, row), cache.paths[row])
+    pixels = images.decode(cache.photo(row), cache.paths[row])
     picture = Image.fromarray(torch.Tensor.numpy(pixels))
     picture.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def _read(cache: Listing, row: int) -> bytes:
-    key, path = cache.image_ids[row], cache.paths[row]
-    try:
-        data = cache.read(Example(key, path, (), cache.splits[row]))
-    except ImageError as error:
-        raise DataError(
-            f"{path}: not where the cache {cache.folder} found it ({error.reason}); if the photos "
-            "moved, run `crosstill cache` again with the new --images: it only updates the place"
-        ) from None
-    if image_id(data) != key:
-        raise MismatchError(
-            f"{path}: this photo has changed since the cache {cache.folder} was made; put it back"
-        )
-    return data

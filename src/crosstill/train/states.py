@@ -13,7 +13,7 @@ from torch import Tensor
 from crosstill import images
 from crosstill.cache import PixelStore, ScoreCache, Split, derived, pixels
 from crosstill.teachers.matcher import Matcher
-from crosstill.types import Example, States
+from crosstill.types import States
 
 BATCH = 128  # inputs of a tower in one go
 
@@ -57,9 +57,7 @@ class Photos:
 
     def _load(self, position: int) -> Tensor:
         row = int(self._split.images[position])
-        key, path = self._cache.image_ids[row], self._cache.paths[row]
-        data = self._cache.read(Example(key, path, (), self._split.name))
-        return images.load(data, path, self._preprocess)
+        return images.load(self._cache.photo(row), self._cache.paths[row], self._preprocess)
 
 
 class Sides:
