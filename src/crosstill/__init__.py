@@ -1,6 +1,7 @@
 """crosstill: distil a large vision-language teacher into a small, fast dual encoder.
 
     errors      every exception raised on purpose
+    formats     names and texts as people have them: endings, hidden files, UTF-8, lines
     files       atomic writes, checksums, locks
     progress    bars on stderr
     preprocess  how a model wants its images

@@ -73,12 +73,14 @@ class ImageError(InputError):
     Attributes:
         path: where the image came from, as the caller named it.
         reason: a short, stable text such as "truncated" or "not an image".
+        size: of its file in bytes, where that is known without reading it; else 0.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
+    def __init__(self, path: str, reason: str, size: int = 0) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+        self.size = size
 
 
 class ChangedError(ImageError):

@@ -63,12 +63,15 @@ def test_wrong_json(content, message, root):
         ("filepath,caption\n", "no images in it"),
         ("filepath,caption\na.jpg,a cat, a dog\n", "row 2: 3 fields under 2 columns"),
         ("filepath,caption\na.jpg\n", "row 2: 1 fields under 2 columns"),
-        ('filepath,caption\na.jpg,"a cat\nb.jpg,two\n', "row 3: unexpected end of data"),
+        (
+            'filepath,caption\na.jpg,"a cat\nb.jpg,two\n',
+            "row 2: a quote opens there that closes no field up to row 3",
+        ),
         ('filepath,caption\na.jpg,"a" cat\n', "row 2:"),
         ("filepath,caption\na.jpg,\n", "no captions in it"),
         (b"filepath,caption\na.jpg,caf\xe9\n", "line 2: not UTF-8"),
         ("filepath,caption\na.jpg,one\nz.jpg,two\n", "row 3: missing image file"),
-        ("filepath,caption\n,one\n", "row 2: filepath ''"),
+        ("filepath,caption\n,one\n", "row 2: no image in its columns (filepath)"),
         ("filepath,caption,split\na.jpg,one,tst\n", "row 2: unknown split 'tst'"),
         ("filepath,caption,image_id\na.jpg,one,7\nb.jpg,two,7\n", "row 3: filepath 'b.jpg'"),
     ],
@@ -136,9 +139,19 @@ def test_closed_subfolder_is_reported(root, monkeypatch):
     assert rows["closed"] == "cannot be read (Permission denied)"
 
 
-def test_caption_file_that_is_not_text_is_named(root):
+def test_caption_files_that_are_no_utf8_are_all_named_and_the_rest_is_used(root):
     (root / "a.txt").write_bytes(b"fine\n\xff\xfe")
-    with pytest.raises(DataError, match=r"a\.txt, line 2: not UTF-8"):
+    (root / "b.txt").write_bytes(b"caf\xe9")
+    (root / "c.txt").write_text("one")
+    pairs = data.open(root)
+    assert [e.path for e in pairs.examples] == ["c.jpg"]
+    rows = [(row["path"], row["reason"], row["bytes"]) for row in pairs.quarantine.rows]
+    assert [row for row in rows if row[0].endswith(".txt")] == [
+        ("a.txt", "corrupt captions: not UTF-8", 7),
+        ("b.txt", "corrupt captions: not UTF-8", 4),
+    ]
+    (root / "c.txt").unlink()
+    with pytest.raises(DataError, match=r"no captions in it.*; 2 of its files .* a\.txt: corrupt"):
         data.open(root)
 
 
@@ -163,13 +176,13 @@ def test_folder_without_captions(root):
         ('{"file": "a.jpg", "caption": "x", "split": "tst"}\n', "line 1: unknown split 'tst'"),
         ('{"file": "a.jpg", "caption": "x", "split": 1}\n', "line 1: 'split' holds the int 1"),
         ('{"file": "z.jpg", "caption": "x"}\n', "line 1: missing image file"),
-        ('{"file": "", "caption": "x"}\n', "line 1: filepath ''"),
+        ('{"file": "", "caption": "x"}\n', "line 1: no image in its columns"),
         ('{"file": "a.jpg", "caption": null}\n', "no captions in it"),
         ("", "no images in it"),
         ('{"image_path": "a.jpg", "text_segment": {}}\n', "line 1: 'text_segment' is no list of"),
         ('{"image_path": "a.jpg", "text_segment": [1, "a"]}\n', "line 1: 'text_segment' is no li"),
         ('{"image_path": "a.jpg", "text_segment": [5]}\n', "line 1: captions are token ids; put"),
-        ('{"text_segment": ["a"]}\n', "line 1: filepath ''"),
+        ('{"text_segment": ["a"]}\n', "line 1: no image in its columns"),
     ],
 )
 def test_wrong_jsonl(content, message, root):

@@ -5,12 +5,14 @@ import json
 import re
 import shlex
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from crosstill import data
 from crosstill.data import scenes as scenery
 from crosstill.doctor import findings, paths
 from crosstill.pixels import CLASSES
@@ -176,6 +178,39 @@ def test_every_kind_of_wrong_path_is_mended(home):
     assert moved["split"] == before["000006.png"]["split"]
     texts = [sentence["raw"] for sentence in before["000006.png"]["sentences"]]
     assert [sentence["raw"] for sentence in moved["sentences"]] == texts
+
+
+def test_names_as_other_systems_and_lists_write_them_are_mended(home):
+    photos = home / "photos"
+    names = {
+        "Café 1.PNG": "Cafe\u0301 1.png",
+        "한국어.png": unicodedata.normalize("NFD", "한국어.png"),
+        unicodedata.normalize("NFD", "Å.png"): "Å.png",
+        "x%20y.png": "x y.png",
+        "one.jpeg": "one.jpg",
+        "two%20.JPG#0": "two .jpeg",
+        "three.png#0": "three.png",
+        "three.png#1": "three.png",
+    }
+    for number, at in enumerate(dict.fromkeys(names.values())):
+        (photos / f"{number:06d}.png").rename(photos / at)
+    rows = "".join(f"{name},caption {n}\n" for n, name in enumerate(names))
+    (home / "t.csv").write_text(f"file,caption\n{rows}")
+    options = (home / "t.csv", "--images", photos)
+    missing = examined(*options, code=2)["paths"]["missing"]
+    assert {row["path"]: (row["kind"], row["at"]) for row in missing} == {
+        listed: (kind, str(photos / at))
+        for (listed, at), kind in zip(
+            names.items(),
+            ("unicode", "unicode", "unicode", "escapes", "ending", "ending", "number", "number"),
+            strict=True,
+        )
+    }
+    done = crosstill("doctor", *options, "--mend", home / "mended.json")
+    assert "mended.json: 8 of 8 images" in done.stdout
+    pairs = data.open(home / "mended.json", images=photos)
+    assert [e.path for e in pairs.examples] == list(dict.fromkeys(names.values()))
+    assert pairs.examples[-1].captions == ("caption 6", "caption 7")
 
 
 def test_of_several_of_one_name_the_folders_decide(home):

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import unicodedata
 
+from crosstill import formats
 from verbs import crosstill
 
 RAW = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -37,3 +39,35 @@ def test_odd_photos_are_indexed_or_reported(bundle_folder, photos, tmp_path):
     for said in (done, found, verified):
         assert not RAW.search(said.stdout + said.stderr)
     assert r"line\nbreak.png" in found.stdout
+
+
+def test_formats_that_are_not_read_are_listed_with_their_size(bundle_folder, photos, tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    content = (photos / "000000.png").read_bytes()
+    for name in ("a.png", ".hidden.cr2", "._a.png"):
+        (root / name).write_bytes(content)
+    (root / "two.MPO").write_bytes((photos / "000001.png").read_bytes())
+    (root / "__MACOSX").mkdir()
+    (root / "__MACOSX/b.png").write_bytes(content)
+    bad = [f"x{ending}" for ending in formats.UNSUPPORTED]
+    bad += [name.upper() for name in bad]
+    for number, name in enumerate(bad):
+        (root / name).write_bytes(content[: 50 + number])
+    done = crosstill("index", bundle_folder, root, "--out", tmp_path / "index")
+    assert "2 photos" in done.stdout
+    rows = [*map(json.loads, (tmp_path / "index/quarantine.jsonl").read_text().splitlines())]
+    sizes = {row["path"]: row["bytes"] for row in rows}
+    assert sizes == {name: 50 + number for number, name in enumerate(bad)}
+    assert {row["class"] for row in rows} == {"unsupported-format"}
+
+
+def test_captions_are_found_as_datasets_find_them(bundle_folder, photos, tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    (root / f"{nfd}.PNG").write_bytes((photos / "000000.png").read_bytes())
+    (root / f"{nfc}.TXT").write_text("\ufeffthe first")
+    crosstill("index", bundle_folder, root, "--out", tmp_path / "index")
+    found = json.loads(crosstill("search", tmp_path / "index", "a circle", "--json").stdout)
+    assert "'the first'" in str(found)

@@ -34,12 +34,6 @@ def test_photos_are_found_by_their_suffix_in_the_order_of_their_names(root):
     assert scan.problems == {} and scan.closed == []
 
 
-def test_suffixes_are_those_of_the_formats_that_can_be_decoded():
-    found = walk.suffixes()
-    assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"} <= found
-    assert not {".eps", ".pdf", ".svg", ".psd", ".txt", ""} & found
-
-
 def test_hidden_files_and_folders_are_skipped_without_a_word(root):
     put(root, ".a.jpg", ".trash/b.jpg", "c/.d/e.jpg", "f.jpg")
     scan = walk.walk(root)

@@ -57,7 +57,8 @@ def build(
         MismatchError: the folder holds a cache of another teacher, dataset or setting.
         LockedError: another process is building in the folder.
         ConfigError: an option that cannot be, or a folder that holds something else.
-        ModelError: the teacher gives scores, or no image features.
+        ModelError: the teacher gives scores, or no image features, or its vectors are those of
+            other images.
         ImageError: an image is unreadable and `strict` is set.
         DataError: no image is readable.
     """
@@ -69,6 +70,8 @@ def build(
         raise ModelError(
             f"{teacher.name}: a fusion model scores pairs and has no features; make a score cache"
         )
+    if isinstance(teacher, FeaturesTeacher):
+        teacher.refuse_unknown([example.path for example in pairs.examples])
     return _Build(teacher, pairs, folder, settings).make()
 
 

@@ -75,9 +75,9 @@ def open(
         listed = _reader("splits").apply(listed, Path(splits))
     if listed.bad and not listed.entries:
         raise DataError(f"{listed.origin}: nothing in it can be used, first {listed.bad[0]}")
-    found = gather.gather(listed.name, listed.origin, listed.source, listed.entries, strict)
-    for error in listed.bad:
-        found.quarantine.add(error, 0)
+    found = gather.gather(
+        listed.name, listed.origin, listed.source, listed.entries, strict, listed.bad
+    )
     beside = listed.origin if listed.origin.is_dir() else listed.origin.parent
     licence = licence or listed.licence or read_licence(beside)
     return replace(found, licence=licence, notes=found.notes + listed.notes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crosstill import files
+from crosstill import files, formats
 from crosstill.errors import ChangedError, DataError, ImageError
 from crosstill.images import Quarantine
 from crosstill.types import Example, image_id
@@ -122,32 +122,22 @@ def split_name(text: str, where: str) -> str:
     return name
 
 
-def read_text(path: Path, gone: str | None = None) -> str:
-    """The text of a caption file, without a byte-order mark.
-
-    Args:
-        path: of the file.
-        gone: what to return when it is not there, for a file that was there a moment ago.
+def read_text(path: Path) -> str:
+    """Read a listing, without a byte-order mark.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8; the message names the line.
     """
     try:
-        data = regular(path).read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {row}: not UTF-8 text; save the file as UTF-8") from None
+        return formats.decode(regular(path).read_bytes(), str(path))
     except OSError as error:
-        if gone is not None and isinstance(error, FileNotFoundError):
-            return gone
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_licence(folder: Path) -> str | None:
     """The `license` of the model card's front matter, or None."""
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     line = re.search(r"^licen[sc]e:\s*(\S.*?)\s*$", front[1], re.MULTILINE) if front else None
     return line[1].strip("'\"") if line else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,22 +63,19 @@ class _Rows:
         self._entries: dict[tuple[str, str, str | None], Entry] = {}
         self._bad: list[ImageError] = []
         self._slow = 0
+        self._notes: Counter[str] = Counter()
 
     def listing(self) -> Listing:
         given, megabytes = self._given, self._slow >> 20
         source, entries = self._sourced()
-        note = (
-            f"compressed row groups of up to {megabytes} MB, slow to read at random; "
-            "write the image column without compression"
-        )
-        return Listing(
-            given.name,
-            given.origin,
-            source,
-            entries,
-            (note,) if self._slow >= LARGE else (),
-            tuple(self._bad),
-        )
+        notes = [f"{text}: {count}" for text, count in self._notes.items()]
+        if self._slow >= LARGE:
+            notes.append(
+                f"compressed row groups of up to {megabytes} MB, slow to read at random; "
+                "write the image column without compression"
+            )
+        bad = tuple(self._bad)
+        return Listing(given.name, given.origin, source, entries, tuple(notes), bad)
 
     def _sourced(self) -> tuple[Source, list[Entry]]:
         """What holds the images: these files, or, where they hold none, a folder of files."""
@@ -92,7 +90,7 @@ class _Rows:
 
     def add_file(self, file: str) -> None:
         path, number = self._given.base / file, 0
-        opened = ArrowFile(path) if path.suffix == ".arrow" else ParquetFile(path)
+        opened = ArrowFile(path) if path.suffix.lower() == ".arrow" else ParquetFile(path)
         names = _columns(opened.schema, path)
         if self._source.column not in ("", names[0]):
             raise DataError(
@@ -125,7 +123,7 @@ class _Rows:
         value = first(row, CAPTION)
         if value is None:
             value = [row[name] for name in names[1:] if row.get(name) and name not in CAPTION]
-        captions = captions_of(value, where)
+        captions = captions_of(value, where, self._notes)
         split = split_of(row, where) or self._splits.get(file) or self._given.split(file)
         if data is None:
             path = identity = name if self._images else str(Path(file).parent / name)
@@ -143,7 +141,7 @@ class _Rows:
         offset = finder.find(data)
         if offset is not None:
             return slice_path(file, offset, len(data), name)
-        if file.endswith(".arrow"):
+        if file.lower().endswith(".arrow"):
             raise DataError(
                 f"{self._given.base / file}: compressed Arrow; save it without compression, or as "
                 "Parquet"

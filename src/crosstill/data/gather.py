@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from crosstill import files
+from crosstill import files, formats
 from crosstill.data.base import Copy, HashedReader, Pairs, read_image, regular, unreadable
 from crosstill.errors import DataError, ImageError, MissingError
 from crosstill.images import Quarantine
@@ -102,7 +102,12 @@ class _Gathered:
 
 
 def gather(
-    name: str, origin: Path, source: Source, entries: Sequence[Entry], strict: bool
+    name: str,
+    origin: Path,
+    source: Source,
+    entries: Sequence[Entry],
+    strict: bool,
+    bad: Sequence[ImageError] = (),
 ) -> Pairs:
     """Identify the files, set bad ones apart, merge equal ones and draw the splits not given.
 
@@ -112,6 +117,7 @@ def gather(
         source: what holds the images, such as a `Folder`.
         entries: in the order of the dataset.
         strict: raise at the first image that would be quarantined.
+        bad: what the reader of the dataset could not use, for the quarantine.
 
     Raises:
         DataError: nothing is listed, or nothing has a caption.
@@ -125,7 +131,7 @@ def gather(
     if not any(entry.captions for entry in entries):
         raise DataError(
             f"{origin}: no captions in it, the first image without one is {entries[0].path} "
-            f"({entries[0].where}); give every image at least one"
+            f"({entries[0].where}); give every image at least one{_hint(bad)}"
         )
     found = source.identify([entry.path for entry in entries])
     _refuse_missing(origin, source.root, entries, found)
@@ -137,6 +143,8 @@ def gather(
             f"{gathered.quarantine.rows[0]['path']}: {gathered.quarantine.rows[0]['reason']}; "
             "check --images"
         )
+    for error in bad:
+        gathered.quarantine.add(error, error.size)
     return Pairs(
         name,
         tuple(gathered.examples.values()),
@@ -147,6 +155,11 @@ def gather(
         tuple(f"{text}: {count}" for text, count in gathered.notes.items() if count),
         copies=tuple(gathered.copies),
     )
+
+
+def _hint(bad: Sequence[ImageError]) -> str:
+    """Name what a dataset without captions held besides its images."""
+    return f"; {len(bad)} of its files cannot be used, the first is {bad[0]}" if bad else ""
 
 
 def _clean(entry: Entry, notes: Counter[str]) -> Entry:
@@ -182,7 +195,8 @@ def _refuse_missing(
 
 def _add(entry: Entry, file: File, gathered: _Gathered) -> None:
     notes, examples = gathered.notes, gathered.examples
-    reason = file.problem or ("" if entry.captions else "no caption")
+    reason = file.problem or formats.unsupported(entry.path)
+    reason = reason or ("" if entry.captions else "no caption")
     if reason:
         gathered.quarantine.add(ImageError(entry.path, reason), file.size)
         return

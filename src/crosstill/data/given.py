@@ -6,11 +6,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from glob import glob, has_magic
 from itertools import product
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from crosstill import formats
 from crosstill.data.base import SPLIT_NAMES
 from crosstill.data.gather import Entry, Source
 from crosstill.errors import DataError, ImageError
@@ -118,20 +120,28 @@ _BELOW = {*SPLIT_NAMES, "data", "annotations"}  # subfolders in which they may l
 def _inside(folder: Path) -> list[Path]:
     if saved := _arrow_files(folder):
         return saved
-    below = [folder, *(path for path in sorted(folder.iterdir()) if path.name in _BELOW)]
+    below = [folder, *(path for path in sorted(folder.iterdir()) if path.name.lower() in _BELOW)]
     for patterns in _PATTERNS:
         pairs = product(below, patterns)
-        if found := [path for where, pattern in pairs for path in sorted(where.glob(pattern))]:
+        if found := [path for where, pattern in pairs for path in _matching(where, pattern)]:
             break
     else:
         return []
-    stems = {path.name.split(".")[0] for path in found if path.suffix == ".jsonl"}
+    stems = {path.name.split(".")[0] for path in found if formats.ending(path.name) == ".jsonl"}
     if len(stems) > 1:  # BEiT-3 keeps all of its tasks in one folder
         raise DataError(
             f"{folder}: .jsonl files of {', '.join(sorted(stems))}; "
             f"name those of one, such as {folder / min(stems)}.*.jsonl"
         )
     return found
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Return what a folder holds under names of a pattern, in any case, hidden ones aside."""
+    if not folder.is_dir():
+        return []
+    paths = (path for path in sorted(folder.iterdir()) if not formats.hidden(path.name))
+    return [path for path in paths if fnmatchcase(path.name.lower(), pattern)]
 
 
 def _arrow_files(folder: Path) -> list[Path]:

@@ -45,13 +45,14 @@ def read(given: Given, images: Path | None) -> Listing:
         "captions with a token that beit3.spm does not know, each now a '?'": lost,
     }
     told = tuple(f"{text}: {count}" for text, count in notes.items() if count)
-    return rows.listing()._replace(notes=told)
+    listing = rows.listing()
+    return listing._replace(notes=listing.notes + told)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with regular(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate((line for raw in file for line in raw.splitlines()), 1):
                 if line.strip():
                     yield number, _object(line, f"{path}, line {number}")
     except OSError as error:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
+import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from crosstill.errors import DataError
 
 FILE = ("filepath", "file", "image", "file_name", "filename", "image_path")
 CAPTION = ("caption", "captions", "text")
+WRITTEN = "lists of captions written as one text, each read as its captions"  # a note
 
 
 class Rows:
@@ -29,6 +35,7 @@ class Rows:
         # (table, name of the image, split) -> entry
         self._entries: dict[tuple[str, str, str | None], Entry] = {}
         self._paths: dict[tuple[str, str], str] = {}
+        self._notes: Counter[str] = Counter()
 
     def add(self, file: str, place: str, row: Mapping[str, Any]) -> None:
         """Take one row, under whichever of the known names its columns go.
@@ -40,7 +47,10 @@ class Rows:
         path = text_of(first(row, FILE), where, "filepath")
         name = label_of(row) or path
         known = self._paths.setdefault((file, name), path)
-        if path not in ("", known) or not known:
+        if not known:
+            columns = ", ".join(column for column in FILE if column in row)
+            raise DataError(f"{where}: no image in its columns ({columns}); name its file there")
+        if path not in ("", known):
             raise DataError(
                 f"{where}: filepath {path!r} where image {name!r} has "
                 f"{known!r}; give each image one file"
@@ -49,18 +59,28 @@ class Rows:
         full = known if self._images else os.path.join(os.path.dirname(file), known)
         entry = Entry(self._given.where(file, place), full, [], split)
         entry = self._entries.setdefault((file, name, split), entry)
-        entry.captions.extend(captions_of(first(row, CAPTION), where))
+        entry.captions.extend(captions_of(first(row, CAPTION), where, self._notes))
 
     def listing(self) -> Listing:
         """All rows so far as a listing of files."""
         source = Folder(self._images or self._given.base)
         given = self._given
-        return Listing(given.name, given.origin, source, list(self._entries.values()))
+        notes = tuple(f"{text}: {count}" for text, count in self._notes.items())
+        return Listing(given.name, given.origin, source, list(self._entries.values()), notes)
 
 
 def first(row: Mapping[str, Any], names: Collection[str]) -> Any:
-    """The value under the first of the names that the row has, or None."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    """The value under the first of the names that has one; else what is under the first, or None.
+
+    An empty text or list is no value: `filename` counts where `image` is empty.
+    """
+    values = [row[name] for name in names if row.get(name) is not None]
+    filled = (value for value in values if value != [] and not _blank(value))
+    return next(filled, values[0] if values else None)
+
+
+def _blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def text_of(value: Any, where: str, key: str) -> str:
@@ -70,8 +90,11 @@ def text_of(value: Any, where: str, key: str) -> str:
     return value or ""
 
 
-def captions_of(value: Any, where: str) -> list[str]:
-    """One caption or a list of them, or none."""
+def captions_of(value: Any, where: str, notes: Counter[str]) -> list[str]:
+    """One caption or a list of them, or none; `notes` counts lists that are written as a text."""
+    if isinstance(value, str) and (written := _written_list(value)) is not None:
+        notes[WRITTEN] += 1
+        value = written
     several = value if isinstance(value, list) else [] if value is None else [value]
     for text in several:
         if not isinstance(text, str):
@@ -79,6 +102,21 @@ def captions_of(value: Any, where: str) -> list[str]:
                 f"{where}: a caption is {_kind(text)}; a caption is text, several are a list"
             )
     return list(several)
+
+
+def _written_list(text: str) -> list[str] | None:
+    """The texts of a list that Python or JSON wrote, as in Flickr30k's column `raw`; else None."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            with warnings.catch_warnings():  # of backslashes in a caption
+                warnings.simplefilter("ignore")
+                value = parse(text)
+            if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+                return value
+    return None
 
 
 def label_of(row: Mapping[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """WebDataset shards: plain tar files in which an image and its captions share a key.
 
 A sample is KEY.jpg (or .png, .webp, ...) with its captions beside it: KEY.txt or KEY.caption, a
-caption a line, or KEY.json with `caption` or `captions` and, if you like, `split`. The key ends
-at the first dot of the file's name, and the members of a sample stand next to each other, as the
-webdataset library writes and reads them. Nothing is ever unpacked: opening is one pass over the
-shards, and after it every image is one read at its offset.
+caption a line, or KEY.json with `caption` or `captions` and, if you like, `split`. The members of a
+sample stand next to each other, as the webdataset library writes and reads them. Its keys end at
+the first dot; here photo.v2.jpg and photo.v3.jpg are two samples, each with the texts of its own
+name up to the last dot. A text without such a dot (photo.txt) goes to the only image of its key.
+Nothing is ever unpacked: opening is one pass over the shards, and after it every image is one
+read at its offset.
 
 `stream` is that pass. Every sample says where it begins and where the next one does, so another
 process goes on from there at exactly the next sample.
@@ -13,6 +15,7 @@ process goes on from there at exactly the next sample.
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from crosstill import formats
 from crosstill.data.base import regular, unreadable
-from crosstill.data.folder import SUFFIXES
 from crosstill.data.gather import Entry
 from crosstill.data.given import Given, Listing, files_of
 from crosstill.data.packed import Packed, slice_path
@@ -29,6 +32,7 @@ from crosstill.data.rows import CAPTION, captions_of, first, split_of
 from crosstill.errors import DataError, ImageError
 
 TEXTS = (".txt", ".caption", ".json")
+_INSIDE = 1  # headers lie at multiples of 512 bytes, so that this much more is a mark
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
@@ -36,7 +40,7 @@ class Position(NamedTuple):
     """A place between two samples; as JSON it is a list of the two."""
 
     shard: str  # as the pattern names it, relative to the folder of all
-    offset: int  # bytes from the start of the shard
+    offset: int  # bytes from the start of the shard, + _INSIDE behind an image of the same key
 
 
 class Sample(NamedTuple):
@@ -58,8 +62,8 @@ class Faults:
     bad: list[ImageError] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, path: str, reason: str) -> None:
-        self.bad.append(ImageError(path, reason))
+    def add(self, path: str, reason: str, size: int = 0) -> None:
+        self.bad.append(ImageError(path, reason, size))
         if self.strict:
             raise self.bad[-1]
 
@@ -74,12 +78,18 @@ class _Member(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        return "." + self.name.rpartition(".")[2].lower()
+        return formats.ending(self.name)
 
     @property
     def key(self) -> str:
-        folder, slash, name = self.name.rpartition("/")
+        """Its name up to the first dot: members of one key stand next to each other."""
+        folder, slash, name = formats.name_key(self.name).rpartition("/")
         return folder + slash + name.partition(".")[0]
+
+    @property
+    def stem(self) -> str:
+        """Its name up to the last dot: an image and its texts share it."""
+        return os.path.splitext(formats.name_key(self.name))[0]
 
 
 def read(given: Given, images: Path | None) -> Listing:
@@ -122,15 +132,18 @@ def _stream(given: Given, start: Position | None, faults: Faults) -> Iterator[Sa
         if start.shard not in names:
             raise DataError(f"{given.origin}: no shard {start.shard!r} to go on from; check it")
         names, offset = names[names.index(start.shard) :], start.offset
+    inside = offset % 512 == _INSIDE
+    offset -= _INSIDE if inside else 0
     for name in names:
         path = given.base / name
         try:
             with regular(path).open("rb") as file:
                 for group in _groups(_members(file, path, name, offset, faults)):
-                    yield from _sample(file, name, group, faults)
+                    yield from _samples(file, name, group, faults, inside)
+                    inside = False
         except OSError as error:
             faults.add(name, unreadable(error))
-        offset = 0
+        offset, inside = 0, False
 
 
 def _members(
@@ -174,10 +187,10 @@ def _member(info: tarfile.TarInfo, start: int, following: int) -> _Member:
 
 
 def _is_part(member: _Member, info: tarfile.TarInfo, shard: str, faults: Faults) -> bool:
-    hidden = not member.key.rpartition("/")[2]  # .DS_Store, ._dog.jpg
+    known = formats.PHOTOS | formats.UNSUPPORTED.keys() | {*TEXTS}
     if info.isdir():
         return False
-    if hidden or member.suffix not in (*SUFFIXES, *TEXTS):
+    if formats.hidden(member.name) or member.suffix not in known:
         faults.notes["members that are neither images nor captions, not read"] += 1
         return False
     if member.problem:
@@ -208,30 +221,79 @@ def _groups(members: Iterator[_Member]) -> Iterator[list[_Member]]:
         yield group
 
 
-def _sample(file: IO[bytes], shard: str, group: list[_Member], faults: Faults) -> Iterator[Sample]:
-    images = [member for member in group if member.suffix in SUFFIXES]
-    if not images:
-        faults.notes["captions without an image beside them in the shard"] += 1
-        return
-    for member in images[1:]:
-        reason = f"a second image of the sample {member.key}"
-        faults.add(f"{shard}/{member.name}", reason)
-    captions: list[str] = []
-    split = None
-    for suffix in TEXTS:
-        for member in (member for member in group if member.suffix == suffix):
-            texts, told = _texts(_bytes(file, member), member, shard, faults)
-            captions += [text for text in texts if text not in captions or suffix != ".json"]
+def _samples(
+    file: IO[bytes], shard: str, group: list[_Member], faults: Faults, inside: bool
+) -> Iterator[Sample]:
+    """The samples among the members of one key, in the order of their images.
+
+    Args:
+        file: the shard.
+        shard: its name.
+        group: neighbours of one key.
+        faults: collects what is no sample.
+        inside: whether other images of the key stand before the group.
+    """
+    samples = []
+    for members in _by_image(group, faults, inside):
+        images = [member for member in members if member.suffix not in TEXTS]
+        readable = [image for image in images if not formats.unsupported(image.name)]
+        for image in images:
+            reason = formats.unsupported(image.name)
+            if image in readable[1:]:
+                reason = f"a second image of the sample {image.stem}"
+            if reason:
+                faults.add(f"{shard}/{image.name}", reason, image.size)
+        if readable:
+            samples.append((readable[0], [m for m in members if m.suffix in TEXTS], members[0]))
+    starts = [first.start + _INSIDE for _, _, first in samples]
+    starts[:1] = [group[0].start + (_INSIDE if inside else 0)] if samples else []
+    ends = [*starts[1:], group[-1].next]
+    for (image, texts, _), start, end in zip(samples, starts, ends, strict=False):
+        captions: list[str] = []
+        split = None
+        for member in sorted(texts, key=lambda member: TEXTS.index(member.suffix)):
+            found, told = _texts(_bytes(file, member), member, shard, faults)
+            is_json = member.suffix == ".json"
+            captions += [text for text in found if text not in captions or not is_json]
             split = split or told
-    image = images[0]
-    yield Sample(
-        slice_path(shard, image.offset, image.size, image.name),
-        _bytes(file, image),
-        captions,
-        split,
-        Position(shard, group[0].start),
-        Position(shard, group[-1].next),
-    )
+        yield Sample(
+            slice_path(shard, image.offset, image.size, image.name),
+            _bytes(file, image),
+            captions,
+            split,
+            Position(shard, start),
+            Position(shard, end),
+        )
+
+
+def _by_image(group: list[_Member], faults: Faults, inside: bool) -> list[list[_Member]]:
+    """The members that belong to each image (name) of a key, each in the order of the shard.
+
+    A text waits for its image only until the next image: so every sample but the first lies
+    wholly behind the images before it, and a stream can go on at its first member.
+    """
+    stems = {member.stem for member in group if member.suffix not in TEXTS}
+    alone = (
+        stems.pop() if len(stems) == 1 and not inside else ""
+    )  # the only image gets texts named by the key
+    samples: dict[str, list[_Member]] = {}
+    waiting: list[_Member] = []
+    lost = 0
+    for member in group:
+        stem = alone if alone and member.stem in (alone, member.key) else member.stem
+        if stem in samples:
+            samples[stem].append(member)
+        elif member.suffix in TEXTS:
+            waiting.append(member)
+        else:
+            own = [
+                text for text in waiting if text.stem == stem or (alone and text.stem == text.key)
+            ]
+            lost += len(waiting) - len(own)
+            samples[stem], waiting = [*own, member], []
+    if lost + len(waiting):
+        faults.notes["captions without an image beside them in the shard"] += lost + len(waiting)
+    return list(samples.values())
 
 
 def _bytes(file: IO[bytes], member: _Member) -> bytes:
@@ -245,15 +307,15 @@ def _texts(
     """Captions and split that a member tells; one that cannot be read is a fault."""
     where = f"{shard}/{member.name}"
     try:
-        text = data.decode("utf-8-sig")
+        text = formats.decode(data, where)
         if member.suffix != ".json":
-            return [line for line in text.splitlines() if line.strip()], None
+            return formats.captions(text), None
         row: Any = json.loads(text)
-    except UnicodeDecodeError:
-        faults.add(where, "corrupt captions: not UTF-8")
+    except DataError:
+        faults.add(where, formats.BAD_TEXT, len(data))
     except (ValueError, RecursionError):
-        faults.add(where, "corrupt JSON")
+        faults.add(where, "corrupt JSON", len(data))
     else:
         row = row if isinstance(row, dict) else {}
-        return captions_of(first(row, CAPTION), where), split_of(row, where)
+        return captions_of(first(row, CAPTION), where, faults.notes), split_of(row, where)
     return [], None

@@ -6,6 +6,7 @@ import re
 from pathlib import Path, PurePath
 from typing import Any
 
+from crosstill import formats
 from crosstill.data.base import split_name
 from crosstill.data.gather import Entry
 from crosstill.data.given import Listing
@@ -56,14 +57,14 @@ def _splits(path: Path) -> dict[str | int, tuple[int, str]]:
         if not isinstance(name, str) or not isinstance(split, str):
             raise DataError(f"{where}: no text under 'filename' or 'split'; see Karpathy's layout")
         told = number, split_name(split, where)
-        known[name] = told
+        known[formats.name_key(name)] = told
         if type(row.get("cocoid")) is int:
             known[row["cocoid"]] = told
     return known
 
 
 def _keys(entry: Entry) -> tuple[str | int, ...]:
-    name = PurePath(entry.path).name
+    name = formats.name_key(PurePath(entry.path).name)
     digits = re.search(r"(\d{12})\.\w+$", name)
     return (name, int(digits[1])) if digits else (name,)
 

@@ -14,10 +14,14 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from crosstill import formats
 from crosstill.data.base import read_text
 from crosstill.data.given import Given, Listing
 from crosstill.data.rows import CAPTION, FILE, Rows
 from crosstill.errors import DataError
+
+# the note on fields with lines in them: what is meant, or rows that an unpaired quote swallowed
+BROKEN = "rows of a table that run over several lines between quotes"
 
 
 def read(given: Given, images: Path | None) -> Listing:
@@ -26,17 +30,25 @@ def read(given: Given, images: Path | None) -> Listing:
     Raises:
         DataError: a missing column, or a row that does not fit; the message names the row.
     """
-    rows = Rows(given, images)
+    rows, broken = Rows(given, images), []
     for file in given.files:
-        for number, row in _rows(given.base / file):
-            rows.add(file, f"row {number}", row)
-    return rows.listing()
+        for start, end, row in _rows(given.base / file):
+            rows.add(file, f"row {start}", row)
+            if start != end:
+                broken.append(f"lines {start} to {end} of {file}")
+    listing = rows.listing()
+    if not broken:
+        return listing
+    note = f"{BROKEN}, first {broken[0]}: {len(broken)}"
+    return listing._replace(notes=(*listing.notes, note))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows below the header with the number of the line on which each ends."""
+def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """The rows below the header with the lines on which each begins and ends."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = read_text(path)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    start = 1
     try:
         header = [column.strip() for column in next(lines, [])]
         if lacking := [names[0] for names in (FILE, CAPTION) if not {*names} & {*header}]:
@@ -44,16 +56,42 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 f"{path}: no column {', '.join(lacking)} in its header ({', '.join(header)}); "
                 f"name them in the first row"
             )
-        for fields in lines:
+        while True:
+            start = lines.line_num + 1
+            if (fields := next(lines, None)) is None:
+                return
             if not fields:
                 continue
             if len(fields) != len(header):
                 raise DataError(
-                    f"{path}, row {lines.line_num}: {len(fields)} fields under {len(header)} "
+                    f"{path}, row {start}: {len(fields)} fields under {len(header)} "
                     f"columns; put captions in double quotes"
                 )
-            yield lines.line_num, dict(zip(header, fields, strict=True))
+            if start != lines.line_num:
+                _refuse_swallowed(path, text, start, lines.line_num, header, delimiter)
+            yield start, lines.line_num, dict(zip(header, fields, strict=True))
     except csv.Error as error:
+        if lines.line_num == start and "field limit" in str(error):
+            raise DataError(f"{path}, row {start}: {error}; shorten it") from None
         raise DataError(
-            f"{path}, row {lines.line_num}: {error}; double every quote inside a quoted caption"
+            f"{path}, row {start}: a quote opens there that closes no field up to row "
+            f"{lines.line_num} ({error}); double every quote inside a quoted caption, and take "
+            "single ones out"
         ) from None
+
+
+def _refuse_swallowed(
+    path: Path, text: str, start: int, end: int, header: list[str], delimiter: str
+) -> None:
+    """Refuse a field over several lines when one of these is a row itself: it names an image."""
+    places = [place for place, column in enumerate(header) if column in FILE]
+    known = formats.PHOTOS | formats.UNSUPPORTED.keys()
+    for number, line in enumerate(formats.lines(text)[start:end], start + 1):
+        fields = line.split(delimiter)
+        named = [fields[place] for place in places if place < len(fields)]
+        if len(fields) >= len(header) and any(formats.ending(n.strip()) in known for n in named):
+            raise DataError(
+                f"{path}, row {start}: a quote opens there and closes in row {end}, and row "
+                f"{number} between them is one of its own ({named[0]:.60}); double that quote, or "
+                "take it out"
+            )

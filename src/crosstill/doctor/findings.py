@@ -26,7 +26,8 @@ FIXES = {
     "not-an-image": "often a web page saved in place of a photo: fetch it again, or leave it out",
     "too-large": "make it smaller with any image program, if it is what it claims to be",
     "truncated": "a download or copy that broke off: fetch these files again",
-    "damaged": "fetch it again, or save it anew from a program that still opens it",
+    "damaged": "fetch it again, or save it anew from a program that still opens it; "
+    "a text as UTF-8",
     "missing": "it went away while the folder was read: run this again",
     "changed": "it was written to while the folder was read: run this again",
     "no-caption": "give it a caption, or leave it out of the dataset",
@@ -43,8 +44,12 @@ _NOTES = {
     "images without a split": "nothing: the same images always get the same split",
     "text files without an image": "name each text file like its image",
     "captions rebuilt from tokens": "nothing; Karpathy's JSON has the originals",
-    "captions without an image beside": "put a sample's members together: tar --sort=name",
+    "captions without an image beside": (
+        "name texts like their image and put them beside it: tar --sort=name"
+    ),
     "members that are neither": "nothing",
+    "lists of captions written": "nothing, if they are lists; write a caption a row otherwise",
+    "rows of a table that run": "nothing, if captions have lines; else double that quote",
     "compressed row groups": "write the image column without compression",
 }
 

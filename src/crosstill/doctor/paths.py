@@ -1,7 +1,9 @@
 """Where the image files are that a listing names and that are not where it says.
 
 The folders at hand are walked once. A file is taken for the listed one when its name is the same,
-capitals aside, and of several of that name the one whose folders agree furthest.
+capitals and Unicode forms aside, and of several of that name the one whose folders agree furthest.
+Where there is none, the number of a caption behind the name (a.jpg#0, as in Flickr8k.token), the
+escapes of a URL (%20) and another ending of JPEG (.jpeg for .jpg) are set right, in this order.
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from crosstill import files
+from crosstill import files, formats
 from crosstill.errors import ConfigError, DataError, MissingError, printable
 
 MOST = 300_000  # files that are looked at
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 SHOWN = 3  # paths of a kind that the text shows; JSON has all
 
 _KINDS = {
     "folder": "lie in another folder",
     "case": "are written with other capitals",
+    "unicode": "are written in another Unicode form, as macOS writes accents",
+    "number": "are listed with the number of a caption, as a.jpg#0",
+    "escapes": "are listed as in a URL, with %20 and the like",
+    "ending": "have another ending, .jpg, .jpeg, .jpe or .jfif",
     "backslash": "are listed with backslashes, as Windows writes them",
     "absolute": "are listed with the path of another machine",
     "ambiguous": "are one of several files of that name",
@@ -121,15 +129,16 @@ class Diagnosis:
         if not present:
             raise DataError(f"{self.source}: none of its files was found; give their --images")
         root = os.path.commonpath([os.path.dirname(path) for path in present.values()])
-        rows = []
-        for entry in self.error.listed:
-            if entry.path in present:
-                row = {"filename": os.path.relpath(present[entry.path], root)}
-                row |= {"split": entry.split} if entry.split else {}
-                rows.append(row | {"sentences": [{"raw": text} for text in entry.captions]})
-        files.write_json(out, {"dataset": Path(self.source).stem, "images": rows})
+        rows: dict[tuple[str, str | None], dict[str, Any]] = {}  # by file and split
+        listed = [entry for entry in self.error.listed if entry.path in present]
+        for entry in listed:
+            row: dict[str, Any] = {"filename": os.path.relpath(present[entry.path], root)}
+            row |= {"split": entry.split} if entry.split else {}
+            row = rows.setdefault((row["filename"], entry.split), row | {"sentences": []})
+            row["sentences"] += [{"raw": text} for text in entry.captions]
+        files.write_json(out, {"dataset": Path(self.source).stem, "images": list(rows.values())})
         return (
-            f"{out}: {len(rows):,} of {len(self.error.listed):,} images\n"
+            f"{out}: {len(listed):,} of {len(self.error.listed):,} images\n"
             f"  → crosstill doctor {_quoted(str(out))} --images {_quoted(root)}"
         )
 
@@ -168,13 +177,13 @@ def diagnose(error: MissingError, source: str, places: Iterable[Path]) -> Diagno
 def _named(
     place: Path, paths: Sequence[str], seen: set[tuple[int, int]], most: int
 ) -> tuple[dict[str, list[str]], int]:
-    """Files below a folder by their names in small letters, of the names wanted; files seen."""
-    wanted = {parts[-1].casefold() for path in paths if (parts := _parts(path))}
+    """Files below a folder by the keys of their names, of the names wanted; files seen."""
+    wanted = {_key(_parts(form)[-1]) for path in paths for form in _forms(path)}
     tree: defaultdict[str, list[str]] = defaultdict(list)
     count = 0
     for folder, names in _walk(place, seen):
         for name in names[: most - count]:
-            if (key := name.casefold()) in wanted:
+            if (key := _key(name)) in wanted:
                 tree[key].append(os.path.join(folder, name))
         count += len(names)
         if count >= most:
@@ -205,10 +214,11 @@ def _parts(path: str) -> list[str]:
 
 
 def _find(path: str, tree: dict[str, list[str]]) -> Lost:
-    parts = _parts(path)
-    candidates = tree.get(parts[-1].casefold(), []) if parts else []
-    if not candidates:
-        return Lost(path, "nowhere")
+    forms = ((_parts(form), kind) for form, kind in _forms(path).items())
+    parts, kind = next((one for one in forms if _key(one[0][-1]) in tree), ([], "nowhere"))
+    if not parts:
+        return Lost(path, kind)
+    candidates = tree[_key(parts[-1])]
     rated = sorted((_agreement(parts, _parts(at)), at) for at in candidates)
     best, at = rated[-1]
     if len(rated) > 1 and rated[-2][0] == best:
@@ -217,15 +227,39 @@ def _find(path: str, tree: dict[str, list[str]]) -> Lost:
         return Lost(path, "backslash", at)
     if path.startswith("/"):
         return Lost(path, "absolute", at)
-    same = at.endswith(f"/{'/'.join(parts)}") or os.path.basename(at) == parts[-1]
-    return Lost(path, "folder" if same else "case", at)
+    if kind != "folder":
+        return Lost(path, kind, at)
+    name, listed = os.path.basename(at), parts[-1]
+    if name == listed:
+        return Lost(path, "folder", at)
+    return Lost(path, "case" if name.casefold() == listed.casefold() else "unicode", at)
+
+
+def _forms(path: str) -> dict[str, str]:
+    """The ways to read a listed path, the plain one first, and the kind of each."""
+    if not _parts(path):
+        return {}
+    forms = {path: "folder"}
+    plain = re.sub(r"#\d+$", "", path)
+    forms.setdefault(plain, "number")
+    forms.setdefault(unquote(plain), "escapes")
+    stem, end = os.path.splitext(unquote(plain))
+    if end.lower() in _JPEG:
+        for other in _JPEG:
+            forms.setdefault(stem + other, "ending")
+    return {form: kind for form, kind in forms.items() if _parts(form)}
+
+
+def _key(name: str) -> str:
+    """A name, capitals and Unicode forms aside."""
+    return formats.name_key(name.casefold())
 
 
 def _agreement(wanted: list[str], found: list[str]) -> tuple[int, int]:
-    """How many names agree from the end, capitals aside, and how many of them to the letter."""
+    """How many names agree from the end, by their keys, and how many of them to the letter."""
     alike = exact = 0
     for one, other in zip(reversed(wanted), reversed(found), strict=False):
-        if one.casefold() != other.casefold():
+        if _key(one) != _key(other):
             break
         alike, exact = alike + 1, exact + (one == other)
     return alike, exact

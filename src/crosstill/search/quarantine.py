@@ -22,7 +22,9 @@ def write(index: Path, scan: Scan, memory: Work) -> int:
     The memory learns the list's SHA-256 first, beside that of the one before, so that a damaged
     list is known from one that a kill left behind.
     """
-    bad = [quarantine_row(path, why, 0) for path, why in scan.problems.items()]
+    bad = [
+        quarantine_row(path, why, scan.sizes.get(path, 0)) for path, why in scan.problems.items()
+    ]
     for name, stamp in scan.photos.items():
         reason = memory.known[name].reason
         bad += [quarantine_row(name, reason, stamp.size)] if reason else []

@@ -11,14 +11,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from PIL import Image
-
+from crosstill import formats
 from crosstill.errors import DataError, ImageError
-from crosstill.pixels import FORMATS
 
 MAX_BYTES = 2**29  # of one photo's file: what a worker is ready to hold
 CAPTION = 10_000  # characters of a caption that are kept
@@ -54,16 +51,20 @@ class Scan:
     Attributes:
         photos: by name relative to the folder.
         problems: why something was passed over, by its relative name.
+        sizes: in bytes, of those of `problems` where it is known.
         closed: relative names of folders that could not be listed: what they hold is unknown.
     """
 
     photos: dict[str, Stamp] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
 
 
 def walk(root: Path, skip: Path | None = None) -> Scan:
     """Find all photos below a folder, hidden ones aside, in the order of their names.
+
+    What a name means is as in datasets: see `formats`.
 
     Links to files are followed where they stay inside the folder, links to folders never.
 
@@ -79,7 +80,7 @@ def walk(root: Path, skip: Path | None = None) -> Scan:
         folder = waiting.pop()
         try:
             with os.scandir(root / folder) as listing:
-                entries = [entry for entry in listing if not entry.name.startswith(".")]
+                entries = [entry for entry in listing if not formats.hidden(entry.name)]
         except OSError as error:
             if not folder:
                 raise DataError(f"{root}: {error.strerror}; give a folder of photos") from None
@@ -115,50 +116,39 @@ def read(root: Path, name: str) -> bytes:
 
 def read_caption(root: Path, name: str) -> str:
     """The first `CAPTION` characters of the text file beside a photo; "" where it is unreadable."""
-    try:
-        with _open(root / sidecar(name)) as file:
-            data = file.read(4 * CAPTION + 3)
-    except OSError:
-        return ""
-    return data.decode("utf-8-sig", "replace")[:CAPTION].strip()
-
-
-def sidecar(name: str) -> str:
-    """Where the caption of a photo would be."""
-    return os.path.splitext(name)[0] + ".txt"
-
-
-# photos that cameras and browsers make and that are not read here: said, not passed over
-UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw"})
-
-
-@lru_cache(1)
-def suffixes() -> frozenset[str]:
-    """Which endings of a name make it a photo's, in lower case."""
-    known = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in known.items() if kind in FORMATS)
+    for text in formats.sidecars(name):
+        try:
+            with _open(root / text) as file:
+                data = file.read(4 * CAPTION + 3)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return ""
+        return data.decode("utf-8-sig", "replace")[:CAPTION].strip()
+    return ""
 
 
 def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) -> Iterator[str]:
     """Note the photos among the entries of a folder; give the folders to enter."""
-    texts = {entry.name: entry for entry in entries if entry.name.endswith(".txt")}
+    texts = {e.name: e for e in entries if formats.ending(e.name) == ".txt"}
     for entry in entries:
         name = os.path.join(folder, entry.name)
         if _is_folder(entry, follow_links=False):
             yield name
             continue
         link_to_folder = _is_folder(entry, follow_links=True)
-        ending = os.path.splitext(entry.name)[1].lower()
-        if not link_to_folder and ending in UNREAD:
-            scan.problems[name] = f"{ending[1:].upper()} is not read; convert it to JPEG or PNG"
-            continue
-        if not link_to_folder and ending not in suffixes():
+        unsupported = formats.unsupported(entry.name)
+        known = unsupported or formats.ending(entry.name) in formats.PHOTOS
+        if not link_to_folder and not known:
             continue
         found = "a link to a folder, not entered" if link_to_folder else _look(root, entry)
         if isinstance(found, str):
             scan.problems[name] = found
             continue
-        caption = texts.get(sidecar(entry.name))
+        if unsupported:
+            scan.problems[name], scan.sizes[name] = unsupported, found.st_size
+            continue
+        caption = next(filter(None, map(texts.get, formats.sidecars(entry.name))), None)
         text = _look(root, caption) if caption else None
         beside = (text.st_size, text.st_mtime_ns) if isinstance(text, os.stat_result) else ()
         scan.photos[name] = Stamp(found.st_size, found.st_mtime_ns, *beside)

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from crosstill import files
-from crosstill.data.base import read_licence
+from crosstill import files, formats
+from crosstill.data.base import read_licence, read_text
 from crosstill.errors import ModelError
 from crosstill.teachers.base import unit
 
@@ -31,7 +31,7 @@ _BLOCK = 65_536  # rows checked at a time: a memory-mapped file never comes in w
 
 def is_features(folder: Path) -> bool:
     """Whether a folder holds precomputed vectors rather than a model."""
-    vectors = (folder / _NAMES["image"]).is_file() or any(folder.glob("*.npy"))
+    vectors = (folder / _NAMES["image"]).is_file() or any(_files(folder, ".npy"))
     return vectors and not (folder / "config.json").exists()
 
 
@@ -44,6 +44,7 @@ class FeaturesTeacher:
 
     Raises:
         ModelError: files that are missing or of the wrong shape, NaN or zero rows, repeated names.
+        DataError: filenames.txt or captions.txt is not UTF-8.
     """
 
     preprocess = None
@@ -61,7 +62,8 @@ class FeaturesTeacher:
         self.filenames, self.captions = names["image"], names.get("text", [])
         for kind, rows in self._rows.items():
             _check(folder, kind, rows, (len(names[kind]), self.dim))
-        self._by_path = _unique(folder / _NAMES["image"], self.filenames)
+        keys = [formats.name_key(name) for name in self.filenames]
+        self._by_path = _unique(folder / _NAMES["image"], keys)
         # Images often share a caption; its rows are alike, so the first one serves.
         self._by_text: dict[str, int] = {}
         for row, text in enumerate(self.captions):
@@ -71,14 +73,14 @@ class FeaturesTeacher:
     def _by_name(self) -> dict[str, int]:
         """Rows by base name; a name that several folders share decides nothing and is left out."""
         rows: dict[str, list[int]] = {}
-        for row, path in enumerate(self.filenames):
+        for row, path in enumerate(map(formats.name_key, self.filenames)):
             rows.setdefault(_base(path), []).append(row)
         return {name: found[0] for name, found in rows.items() if len(found) == 1}
 
     @cached_property
     def _identity(self) -> dict[str, str]:
-        paths = [p for p in self.folder.iterdir() if p.suffix in (".npy", ".safetensors")]
-        weights = {p.name: files.digest_file(p) for p in sorted(paths)}
+        paths = _files(self.folder, ".npy", ".safetensors")
+        weights = {p.name: files.digest_file(p) for p in paths}
         names = {k: files.digest_file(self.folder / _NAMES[k]) for k in sorted(self._rows)}
         return {
             "weights": files.digest_json([weights, names]),
@@ -92,13 +94,27 @@ class FeaturesTeacher:
         return dict(self._identity)
 
     def lookup_images(self, paths: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Vectors of images, by their path and else by their base name.
+        """Vectors of images, by their path and else by their base name, in any Unicode form.
 
         Returns:
             (n, D) unit rows of the paths that were found, in the order given, and the others.
         """
-        found = [self._by_path.get(path, self._by_name.get(_base(path))) for path in paths]
+        keys = map(formats.name_key, paths)
+        found = [self._by_path.get(key, self._by_name.get(_base(key))) for key in keys]
         return self._take("image", found), _lacking(paths, found)
+
+    def refuse_unknown(self, paths: Sequence[str]) -> None:
+        """Refuse a dataset of which no image has a vector: its names are written otherwise.
+
+        Raises:
+            ModelError: no path is among the file names.
+        """
+        if len(self.lookup_images(paths)[1]) == len(paths):
+            raise ModelError(
+                f"none of the {len(self.filenames)} names in {self.folder / _NAMES['image']} is a "
+                f"file name of the dataset; the first is {self.filenames[0]!r}, and the dataset's "
+                f"{paths[0]!r}"
+            )
 
     def lookup_texts(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """Vectors of texts, by the very text; returned as by `lookup_images`.
@@ -129,6 +145,14 @@ def _base(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
+def _files(folder: Path, *endings: str) -> list[Path]:
+    """The files of a folder with one of the endings, hidden ones aside."""
+    if not folder.is_dir():
+        return []
+    paths = (path for path in folder.iterdir() if not formats.hidden(path.name))
+    return sorted(path for path in paths if formats.ending(path.name) in endings)
+
+
 def _lacking(names: Sequence[str], found: list[int | None]) -> list[str]:
     return [name for name, row in zip(names, found, strict=True) if row is None]
 
@@ -136,7 +160,7 @@ def _lacking(names: Sequence[str], found: list[int | None]) -> list[str]:
 def _read_rows(folder: Path) -> dict[str, np.ndarray]:
     """The arrays by "image" and "text"."""
     rows: dict[str, np.ndarray] = {}
-    for path in sorted([*folder.glob("*.npy"), *folder.glob("*.safetensors")]):
+    for path in _files(folder, ".npy", ".safetensors"):
         for kind, array in _read_file(path).items():
             if kind in rows:
                 raise ModelError(f"{path}: a second file of {kind} vectors; keep one of them")
@@ -146,7 +170,7 @@ def _read_rows(folder: Path) -> dict[str, np.ndarray]:
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
     try:
-        if path.suffix == ".npy":
+        if formats.ending(path.name) == ".npy":
             kind = "text" if "text" in path.stem.lower() else "image"
             return {kind: np.load(path, mmap_mode="r", allow_pickle=False)}
         return {k: v for k, v in load_file(path).items() if k in _NAMES}
@@ -157,7 +181,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
 def _read_names(path: Path) -> list[str]:
     if not path.is_file():
         raise ModelError(f"{path}: missing; write there what each row of the vectors belongs to")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line.strip() for line in formats.lines(read_text(path))]
 
 
 def _unique(path: Path, names: list[str]) -> dict[str, int]:
