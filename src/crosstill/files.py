@@ -51,7 +51,7 @@ def writing(place: Path, needed: int | None = None, whole: bool = False) -> Iter
     """Raise `DiskFullError` in place of whatever a library raises where a disk is full.
 
     Args:
-        place: the file or folder that the block writes, as the user knows it.
+        place: the file, folder or stream that the block writes, as the user knows it.
         needed: bytes that it writes; None where that is not known beforehand.
         whole: whether `place` is also named for files within it, which the user does not know.
 

@@ -18,7 +18,9 @@ from crosstill.cache.store import FORMAT, Listing
 from crosstill.errors import CorruptError
 
 
-def kept(cache: Listing, name: str, write: Callable[[Path], object]) -> Path:
+def kept(
+    cache: Listing, name: str, write: Callable[[Path], object], needed: int | None = None
+) -> Path:
     """The `.npy` file of that name, written if it is not there whole.
 
     A second process that wants the same array waits for the first.
@@ -27,6 +29,10 @@ def kept(cache: Listing, name: str, write: Callable[[Path], object]) -> Path:
         cache: what the array is derived from.
         name: names all that decides the content.
         write: puts the array into the path that it is given.
+        needed: bytes of the array, where that is known.
+
+    Raises:
+        DiskFullError: the disk of the cache has no room for it.
     """
     folder = files.writable_folder(cache.folder / "pixels")
     path = folder / f"{name}.npy"
@@ -36,7 +42,7 @@ def kept(cache: Listing, name: str, write: Callable[[Path], object]) -> Path:
     with files.locked(folder, wait=True, name=f".{name}.lock"):
         if not _usable(path):
             files.sweep(folder, path.name)
-            files.write_atomic(path, write)
+            files.write_atomic(path, write, needed)
             record = {"format": FORMAT, "sha256_of_data": files.digest_file(path)}
             files.write_json(path.with_suffix(".json"), files.sealed(record))
     return path

@@ -6,6 +6,7 @@ image, each is stored as the teacher saw it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,10 +40,12 @@ def pixels(cache: Listing, split: Split, preprocess: images.Preprocess) -> Pixel
 
     Raises:
         DataError: a photo is no longer where the cache found it.
+        DiskFullError: the disk of the cache has no room for the pixels.
         MismatchError: a photo's bytes are not those that the teacher saw.
     """
     name = f"{preprocess.digest()[:16]}-{split.name}"
-    path = derived.kept(cache, name, lambda new: _decode(new, cache, split, preprocess))
+    size = math.prod((len(split.images), cache.views, 3, *preprocess.size))
+    path = derived.kept(cache, name, lambda new: _decode(new, cache, split, preprocess), size)
     return PixelStore(np.load(path, mmap_mode="r", allow_pickle=False), cache.views)
 
 

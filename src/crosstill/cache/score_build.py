@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,7 +102,6 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         options: ScoreOptions,
     ) -> None:
         self.teacher, self.options = teacher, options
-        self.reader: Reader | None = None
         about = _describe(teacher)
         key = {
             "teacher": about["identity"],
@@ -197,6 +197,10 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         bounds = indptr[np.r_[: len(readable) : SHARD_IMAGES, len(readable)]]
         image = np.repeat(np.arange(len(readable)) % SHARD_IMAGES, np.diff(indptr))
         left = readable[first * SHARD_IMAGES :]
+        reader = Reader(self.teacher, texts) if isinstance(self.teacher, Matcher) else None
+        if reader is not None and left:
+            for part in _calls(bounds[: first + 1]):  # an earlier process scored these
+                reader.keep(np.unique(names[part]).tolist())
         with (
             ThreadPoolExecutor(max_workers=4) as pool,
             progress.bar("pairs", len(names), int(bounds[first])) as bar,
@@ -205,9 +209,8 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
                 sources.ahead(left, SHARD_IMAGES, pool, self._photo), start=first
             ):
                 parts = []
-                score = self._scorer(photos, texts)
-                for start in range(bounds[shard], bounds[shard + 1], CALL):
-                    part = slice(start, min(start + CALL, bounds[shard + 1]))
+                score = self._scorer(photos, texts, reader)
+                for part in _calls(bounds[shard : shard + 2]):
                     parts.append(score(image[part], names[part]))
                     bar.advance(len(parts[-1]))
                 self.journal.commit("score", np.concatenate(parts))
@@ -216,19 +219,19 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         assert self.teacher is not None
         return images.load(self.pairs.read(example), example.path, self.teacher.preprocess)
 
-    def _scorer(self, photos: Sequence[Tensor], texts: Sequence[str]) -> Scorer:
+    def _scorer(
+        self, photos: Sequence[Tensor], texts: Sequence[str], reader: Reader | None
+    ) -> Scorer:
         """Scores some pairs of these photos, (P,) rows of photos and of texts, as float32 (P,)."""
         teacher = self.teacher
         assert teacher is not None
-        if isinstance(teacher, Matcher):
-            self.reader = self.reader or Reader(teacher, texts)
-            seen, read = teacher.image_states(photos), self.reader.states
+        seen = None if reader is None else reader.model.image_states(photos)
 
         def score(image: np.ndarray, name: np.ndarray) -> np.ndarray:
             said, place = np.unique(name, return_inverse=True)
             pairs = torch.from_numpy(np.stack([image, place], axis=1))
-            if isinstance(teacher, Matcher):
-                found = teacher.match_pairs(seen, read(said.tolist()), pairs)
+            if reader is not None and seen is not None:
+                found = reader.model.match_pairs(seen, reader.states(said.tolist()), pairs)
             else:
                 found = score_pairs(teacher, photos, [texts[i] for i in said], pairs)
             if not found.isfinite().all():
@@ -236,6 +239,13 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
             return found.float().cpu().numpy()
 
         return score
+
+
+def _calls(bounds: np.ndarray) -> Iterator[slice]:
+    """The pairs of each call of the teacher, for shards between these bounds (S + 1,)."""
+    for first, last in pairwise(bounds.tolist()):
+        for start in range(first, last, CALL):
+            yield slice(start, min(start + CALL, last))
 
 
 def _describe(teacher: FusionTeacher | None) -> dict[str, Any]:

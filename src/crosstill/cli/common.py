@@ -56,7 +56,7 @@ def dump(value: Any) -> None:
 
 def _print(text: str) -> None:
     try:
-        with files.writing(Path("standard output")):
+        with files.writing(Path("/dev/stdout")):
             typer.echo(text)
     except DiskFullError:
         # Python would try the rest of its buffer again at the end, and complain by itself

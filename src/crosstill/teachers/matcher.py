@@ -269,35 +269,50 @@ class Matcher(nn.Module, ABC):
 class Reader:
     """Many texts' states, each computed once while they fit into memory.
 
+    The last bits of a text's states depend on the texts that share its pass, and so on what was
+    asked before. Whoever goes on with a work that was stopped repeats its questions with `keep`.
+
     Args:
         model: what reads.
         texts: all texts.
-        room: bytes of states to keep; what does not fit is read again when it is asked for.
+        room: bytes of states to keep, those of the first texts that are asked for; what does not
+            fit is read again when it is asked for.
     """
 
     def __init__(self, model: Matcher, texts: Sequence[str], room: int = 2**31) -> None:
-        self._model, self._texts, self._room = model, texts, room
+        self.model, self._texts, self._room = model, texts, room
         self._kept: dict[int, Tensor] = {}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep what `states` of these rows would keep, without computing more."""
+        for part in self._passes(rows):
+            if self._room <= 0:
+                return
+            self._read(part)
 
     def states(self, rows: Sequence[int]) -> States:
         """Entered states of some of the texts, padded to the longest of them."""
-        new = [row for row in rows if row not in self._kept]
-        order = sorted(new, key=lambda row: len(self._texts[row]))
-        fresh = [self._read(order[i : i + PAIRS]) for i in range(0, len(order), PAIRS)]
+        fresh = [self._read(part) for part in self._passes(rows)]
         found = {**self._kept, **{row: states for part in fresh for row, states in part.items()}}
         hidden = nn.utils.rnn.pad_sequence([found[row] for row in rows], batch_first=True)
         lengths = torch.tensor([len(found[row]) for row in rows], device=hidden.device)
         mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return States(hidden, mask.long())
 
+    def _passes(self, rows: Sequence[int]) -> list[list[int]]:
+        """The rows that are not kept, in passes of texts of similar length."""
+        new = [row for row in rows if row not in self._kept]
+        order = sorted(new, key=lambda row: len(self._texts[row]))
+        return [order[i : i + PAIRS] for i in range(0, len(order), PAIRS)]
+
     def _read(self, rows: list[int]) -> dict[int, Tensor]:
-        hidden, mask = self._model.text_states([self._texts[row] for row in rows])
+        hidden, mask = self.model.text_states([self._texts[row] for row in rows])
         lengths = mask.sum(1).tolist()
         parts = zip(rows, hidden, lengths, strict=True)
         found = {row: states[:length].clone() for row, states, length in parts}
         size = sum(states.nbytes for states in found.values())
-        if size <= self._room:
-            self._room -= size
+        self._room -= size
+        if self._room >= 0:
             self._kept |= found
         return found
 
