@@ -5,15 +5,18 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
 from crosstill import files
+from crosstill.errors import CorruptError
 from crosstill.search import building
-from serving import QUICK, free_port, serving
+from serving import QUICK, free_port, last_words, serving
 from verbs import crosstill, refusal
 
 LOCAL = "http://localhost"
@@ -116,6 +119,33 @@ def test_sigterm_lets_requests_under_way_end_and_leaves_with_0(index_folder, tmp
         assert server.log() == ""
 
 
+def slow_bitmap(side):
+    """A BMP of a few KiB whose empty lines Pillow fills byte by byte: 9,999 take half a minute."""
+    rows = b"\x01\x00\x00\x00" * side + b"\x00\x01"
+    size = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    palette, start = bytes(4 * 256), 14 + 40 + 4 * 256
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + size + palette + rows
+
+
+def test_sigterm_does_not_wait_for_what_is_slow(index_folder, tmp_path):
+    """Photos that take minutes to decode: their clients are told, and the process ends."""
+    photo = slow_bitmap(9999)
+    head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/bmp\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % len(photo) + photo
+    with serving(index_folder, tmp_path) as server, ExitStack() as stack:
+        lines = [stack.enter_context(server.connect()) for _ in range(3)]
+        for line in lines:
+            line.sendall(request)
+        wait_for(lambda: server.metric("crosstill_queue") == 3)
+        server.process.terminate()
+        began = time.monotonic()
+        for line in lines:
+            assert last_words(line, within=15).startswith((b"HTTP/1.1 503 ", b"HTTP/1.1 400 "))
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - began < 15
+        assert "Traceback" not in server.log()
+
+
 def test_ctrl_c_leaves_with_130(index_folder, tmp_path):
     with serving(index_folder, tmp_path) as server, server.connect() as kept:
         kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -165,6 +195,72 @@ def test_searches_before_it_is_ready_are_told_to_wait(searcher, monkeypatch):
         app.service.ready = True
         assert client.get("/readyz").status_code == 200
         assert client.get("/search?q=a").status_code == 200
+
+
+class Panic(BaseException):
+    """As what tokenizers' Rust raises."""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "reason"),
+    [
+        ("encode_texts", Panic("in /home/secret"), "a worker failed: Panic"),
+        ("find", RuntimeError("in /home/secret"), "RuntimeError; the server's log says more"),
+        ("find", CorruptError("{index}/g-1/photos.sqlite: malformed"), "INDEX/g-1/photos.sqlite"),
+    ],
+)
+def test_it_is_not_ready_while_searches_fail(searcher, monkeypatch, name, error, reason):
+    """Until they succeed again, with the same workers."""
+    from starlette.testclient import TestClient
+
+    from crosstill.search.serve.app import create
+    from crosstill.search.serve.settings import Settings
+
+    if isinstance(error, CorruptError):
+        error = CorruptError(str(error).format(index=searcher.index))
+
+    def broken(*given):
+        raise error
+
+    app = create(searcher, Settings())
+    app.service.ready = True
+    with TestClient(app, LOCAL, raise_server_exceptions=False) as client:
+        assert client.get("/readyz").status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(searcher, name, broken)
+            for _ in range(3):
+                assert client.get("/search?q=a").status_code == 500
+                found = client.get("/readyz")
+                assert found.status_code == 503 and found.headers["retry-after"] == "1"
+                assert reason in found.json()["error"] and "secret" not in found.text
+            assert client.get("/healthz").status_code == 200
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/search?q=a").status_code == 200
+
+
+def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
+    bundle_folder, photos, tmp_path
+):
+    folder, index = tmp_path / "photos", tmp_path / "index"
+    shutil.copytree(photos, folder)
+    for photo in list(folder.rglob("*.png")):  # captions of 3 MB: SQLite keeps two in memory
+        other = photo.with_stem(f"{photo.stem}-other")
+        other.write_bytes(photo.read_bytes() + b"\0")
+        for named in (photo, other):
+            named.with_suffix(".txt").write_text("🐕" * 10_000, encoding="utf-8")
+    building.build(bundle_folder, folder, index)
+    with serving(index, tmp_path) as server:
+        assert server.ask("/readyz").status == 200
+        catalogue = next(index.glob("g-*/photos.sqlite"))
+        with catalogue.open("r+b") as file:  # in place: the server has it open
+            file.write(b"\0" * catalogue.stat().st_size)
+        found = server.ask("/readyz")
+        assert found.status == 503 and catalogue.name in found.json["error"], found
+        assert "crosstill index" in found.json["error"] and str(tmp_path) not in str(found.json)
+        building.build(bundle_folder, folder, index)
+        wait_for(lambda: server.ask("/readyz").status == 200)
+        assert server.search(q="a circle")["results"]
+        assert "not ready: " in server.log()
 
 
 def test_an_error_of_ours_tells_the_asker_nothing(searcher, monkeypatch):

@@ -171,9 +171,9 @@ def _add_health(app: App) -> None:
 
     @app.get("/readyz", tags=["health"])
     async def readyz() -> Response:
-        """200 once both towers are warm, 503 before."""
-        if not service.ready:
-            raise Overloaded("the models are still being loaded; try again soon")
+        """200 once both towers are warm and while a search succeeds; else 503, which says why."""
+        if fault := await service.fault():
+            raise Overloaded(fault)
         return Json({"status": "ready", "generation": service.searcher.generation})
 
     @app.get("/metrics", response_class=Response, tags=["health"])

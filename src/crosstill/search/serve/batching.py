@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -12,14 +13,19 @@ from typing import Any, Generic, TypeVar
 
 from crosstill.errors import RunError
 
+log = logging.getLogger(__name__)
+
 Q = TypeVar("Q")
 A = TypeVar("A")
-_PATIENCE = 5.0  # seconds to wait for a batch when the server stops
 _Job = tuple[asyncio.AbstractEventLoop, dict[asyncio.Future[Any], Any]]
 
 
 class Overloaded(RunError):
     """The server has as much to do as it may hold; the asker may try again soon."""
+
+
+class WorkerError(RunError):
+    """A worker was torn out of its work by what is no ordinary error, such as a panic in Rust."""
 
 
 class Gate:
@@ -73,9 +79,9 @@ class Batcher(Generic[Q, A]):
         self._waiting: dict[asyncio.Future[A], Q] = {}
         # Threads of its own: a hop through an executor and its futures takes twice as long.
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._threads = [Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for thread in self._threads:
-            thread.start()
+        self._workers = workers
+        for _ in range(workers):
+            Thread(target=self._work, daemon=True).start()
 
     async def __call__(self, query: Q) -> A:
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
@@ -87,14 +93,15 @@ class Batcher(Generic[Q, A]):
             self._waiting.pop(answer, None)
 
     def close(self) -> None:
-        """Let the threads end what they have begun; what waits never begins."""
+        """End the threads when they have done what they have begun; what waits never begins.
+
+        Nobody waits for them, not even the process when it ends: they are daemons.
+        """
         for answer in [*self._waiting]:
             answer.cancel()
         self._waiting.clear()
-        for _ in self._threads:
+        for _ in range(self._workers):
             self._jobs.put(None)
-        for thread in self._threads:
-            thread.join(_PATIENCE)
 
     def _begin(self) -> None:
         while self._idle and self._waiting:
@@ -114,6 +121,9 @@ class Batcher(Generic[Q, A]):
                 found = self._compute([*batch.values()])
             except Exception as error:
                 found = [error] * len(batch)
+            except BaseException as error:  # the next batch finds this thread as it was
+                log.exception("a worker failed")
+                found = [WorkerError(f"a worker failed: {type(error).__name__}")] * len(batch)
             with suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(self._give, [*batch], found)
 
@@ -127,3 +137,8 @@ class Batcher(Generic[Q, A]):
                 answer.set_exception(value)
             else:
                 answer.set_result(value)
+
+
+def jobs(workers: int) -> Batcher[Callable[[], Any], Any]:
+    """Threads that call what they are given, one function at a time."""
+    return Batcher(lambda batch: [job() for job in batch], workers, most=1)

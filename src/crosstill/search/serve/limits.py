@@ -143,6 +143,9 @@ class _Exchange:
                     if self.status:
                         raise
                     await self._refuse(error.status_code, error.detail)
+        except asyncio.CancelledError:  # the server stops and cannot wait any longer
+            if not self.status:
+                await self._refuse(503, "the server is stopping")
         except TimeoutError:
             if self.status or not self.clock.expired():
                 raise

@@ -6,14 +6,13 @@ so that whatever lies at the photo's path by now, nothing else gets out.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
@@ -24,7 +23,7 @@ from crosstill import pixels
 from crosstill.errors import ImageError
 from crosstill.search import walk
 from crosstill.search.searcher import Searcher
-from crosstill.search.serve.batching import Gate
+from crosstill.search.serve.batching import Gate, jobs
 from crosstill.search.serve.settings import Settings
 
 TYPES = {
@@ -57,7 +56,7 @@ class Store:
         self.searcher, self.settings = searcher, settings
         self.sending = Gate(settings.photos)
         self._gate = Gate(settings.photo_queue)
-        self._workers = ThreadPoolExecutor(settings.photo_workers, "photos-")
+        self._workers = jobs(settings.photo_workers)
         self._kept: OrderedDict[str, Picture] = OrderedDict()
         self._size = 0
 
@@ -77,11 +76,11 @@ class Store:
 
     def close(self) -> None:
         """Let go of the threads."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
 
     async def _work(self, job: Callable[[str], Picture | None], photo_id: str) -> Picture | None:
         with self._gate.enter():
-            return await asyncio.get_running_loop().run_in_executor(self._workers, job, photo_id)
+            return await self._workers(partial(job, photo_id))
 
     def _keep(self, photo_id: str, picture: Picture) -> None:
         self._kept[photo_id] = picture

@@ -19,6 +19,7 @@ import uvicorn
 from crosstill.errors import ConfigError
 from crosstill.search.searcher import Searcher
 from crosstill.search.serve.app import App, create
+from crosstill.search.serve.batching import jobs
 from crosstill.search.serve.service import AUTO
 from crosstill.search.serve.settings import Settings
 from crosstill.search.serve.wire import protocol
@@ -132,13 +133,13 @@ async def _serve(app: App, listener: socket.socket, ready: Callable[[], object])
 
 
 async def _follow(app: App, ready: Callable[[], object]) -> None:
-    searcher, settings = app.service.searcher, app.service.settings
-    await asyncio.to_thread(searcher.warm)
+    searcher, settings, beside = app.service.searcher, app.service.settings, jobs(1)
+    await beside(searcher.warm)
     app.service.ready = True
     ready()
     while True:
         await asyncio.sleep(settings.refresh_seconds)
-        if await asyncio.to_thread(searcher.refresh):
+        if await beside(searcher.refresh):
             log.info("generation %d: %d photos", searcher.generation, len(searcher))
 
 

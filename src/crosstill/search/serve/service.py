@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-from crosstill.errors import ConfigError
+from crosstill.errors import ConfigError, CrosstillError
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
-from crosstill.search.serve.batching import Batcher, Gate, Overloaded
+from crosstill.search.serve.batching import Batcher, Gate, Overloaded, jobs
 from crosstill.search.serve.compute import NoSuchPhotoError, Query, answer
 from crosstill.search.serve.metrics import Metrics
 from crosstill.search.serve.settings import Settings
 
+log = logging.getLogger(__name__)
+
 __all__ = ["AUTO", "Found", "NoSuchPhotoError", "Service"]
 
 AUTO = "auto"  # the threshold that the index was calibrated to, for queries of words alone
+
+_TRIED = 100  # results of a search that tries whether the index can be read
 
 Threshold = float | str | None
 
@@ -63,7 +67,8 @@ class Service:
         self._gate = metrics.watch_queue(Gate(settings.queue))
         compute, told = partial(answer, searcher), metrics.batches.observe
         self._answer = Batcher(compute, settings.workers, settings.batch, told)
-        self._photo_workers = ThreadPoolExecutor(settings.photo_encoders, "photo-")
+        self._encode = jobs(settings.photo_encoders)
+        self._fault = ""
 
     async def text(self, q: str, top: int | None = None, threshold: Threshold = None) -> Found:
         """Photos that fit the words.
@@ -92,8 +97,7 @@ class Service:
         bound = await self._bound(threshold, calibrated=False)
         began = time.monotonic()
         with self._enter():
-            loop, encode = asyncio.get_running_loop(), self.searcher.encode_image
-            vector = await loop.run_in_executor(self._photo_workers, encode, data, "photo")
+            vector = await self._encode(partial(self.searcher.encode_image, data, "photo"))
             return await self._found(Query(words, vector, "", top, bound), began)
 
     async def like(
@@ -118,10 +122,35 @@ class Service:
         except ConfigError:
             return None
 
+    async def fault(self) -> str:
+        """Try a search, as any client may ask for one; what is wrong with it, "" for nothing.
+
+        A server that is busy has no fault.
+        """
+        fault, patience = "", self.settings.timeout / 2  # the request itself has all of it
+        try:
+            with self._enter():
+                async with asyncio.timeout(patience):
+                    await self._answer(Query("a photo", None, "", _TRIED, None))
+        except Overloaded as error:
+            fault = "" if self.ready else str(error)
+        except TimeoutError:
+            fault = f"a search took more than {patience:g} s"
+        except CrosstillError as error:
+            fault = f"searches fail: {error}".replace(str(self.searcher.index), "INDEX")
+        except Exception as error:
+            fault = f"searches fail: {type(error).__name__}; the server's log says more"
+            if fault != self._fault:
+                log.exception("a search failed")
+        if fault and self.ready and fault != self._fault:
+            log.error("not ready: %s", fault)
+        self._fault = fault
+        return fault
+
     def close(self) -> None:
         """Let go of the threads; what has not begun never will."""
         self._answer.close()
-        self._photo_workers.shutdown(wait=False, cancel_futures=True)
+        self._encode.close()
 
     def _enter(self) -> AbstractContextManager[None]:
         if not self.ready:
