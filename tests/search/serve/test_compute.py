@@ -28,6 +28,9 @@ class Circle:
         angles = np.radians([float(text) for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
+    def notes(self, text):
+        return ["no angle"] if float(text or 0) > 360 else []
+
     def vector(self, photo_id):
         return PHOTOS.get(photo_id)
 

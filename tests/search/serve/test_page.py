@@ -83,7 +83,7 @@ class Fake:
             for i in range(min(top, len(self.searcher)))
         ]
         kept = [hit for hit in hits if least is None or hit.score >= least]
-        return Found(q, kept, 1.0, 7, least)
+        return Found(q, kept, 1.0, 7, least, ["no <word> is known"] if q == "zxqv" else [])
 
 
 class _Searcher:
@@ -217,6 +217,13 @@ def test_words_find_photos():
     first = between(answer.text, '<li id="r1">', "</li>")
     assert f'href="images/{0:064x}"' in first and f'src="thumbnails/{0:064x}"' in first
     assert f'href="./?like={0:064x}"' in first and "0.400" in first and "000.jpg" in first
+
+
+def test_what_of_the_words_counts_for_nothing_is_said_above_the_results():
+    answer = get(q="zxqv")
+    above = between(answer.text, "<h1>", '<li id="r1">')
+    assert '<p class="note">No &lt;word&gt; is known.</p>' in above
+    assert 'class="note"' not in get(q="dogs").text
 
 
 def test_more_are_shown_until_there_are_no_more():

@@ -31,6 +31,16 @@ def test_words_find_what_the_searcher_finds(server, searcher):
     assert found["threshold"] is None and found["nothing_relevant"] is False
 
 
+def test_what_of_the_words_counts_for_nothing_is_said(server, searcher):
+    long = "a red circle " * 100
+    assert server.search(q="a red circle")["notes"] == []
+    notes = server.search(q=long)["notes"]
+    assert notes and notes == searcher.notes(long)
+    page = server.ask("/?q=" + long.replace(" ", "+")).body.decode()
+    for note in notes:
+        assert note[1:] + ".</p>" in page
+
+
 def test_ten_results_are_given_where_none_are_asked_for(server):
     assert len(server.search(q="a circle")["results"]) == 10
 

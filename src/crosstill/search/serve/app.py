@@ -65,6 +65,7 @@ class Answer(BaseModel):
     generation: int = Field(description="Of the index.")
     threshold: float | None = Field(description="Least score that was asked for.")
     nothing_relevant: bool = Field(description="No photo reached the threshold.")
+    notes: list[str] = Field(description="What of the words the model cannot use, a sentence each.")
 
 
 class Error(BaseModel):
@@ -191,6 +192,7 @@ def _answer(found: Found) -> Response:
             "generation": found.generation,
             "threshold": found.threshold,
             "nothing_relevant": found.nothing_relevant,
+            "notes": found.notes,
         }
     )
 

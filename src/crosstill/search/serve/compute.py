@@ -37,10 +37,14 @@ class Query:
 
 @dataclass(frozen=True)
 class Hits:
-    """What was found for a query, best first, and in which generation of the index."""
+    """What was found for a query, best first, and in which generation of the index.
+
+    The notes say what of its words the model cannot use.
+    """
 
     hits: list[Hit]
     generation: int
+    notes: list[str]
 
 
 def answer(searcher: Searcher, queries: Sequence[Query]) -> list[Hits | InputError]:
@@ -57,7 +61,9 @@ def answer(searcher: Searcher, queries: Sequence[Query]) -> list[Hits | InputErr
     for top, asked in alike.items():
         found = searcher.find(np.stack([vector for _, vector in asked]), top)
         for (row, _), hits in zip(asked, found, strict=True):
-            answers[row] = Hits(_wanted(hits, queries[row]), searcher.generation)
+            query = queries[row]
+            notes = searcher.notes(query.words)
+            answers[row] = Hits(_wanted(hits, query), searcher.generation, notes)
     return [found for found in answers if found is not None]
 
 

@@ -135,6 +135,7 @@ class Page:
             results=[_shown(hit) for hit in found.hits],
             more=longer if cut else "",
             bar=found.threshold,
+            notes=[_sentence(note) for note in found.notes],
             anyway=asked.link(relevant=False) if asked.relevant else "",
         )
 
@@ -145,7 +146,15 @@ class Page:
 
     def _filled(self, asked: Asked, holding: Holding, heading: str, **more: Any) -> str:
         blank = dict(
-            error="", again="", first=False, count="", results=(), more="", bar=None, anyway=""
+            error="",
+            again="",
+            first=False,
+            count="",
+            results=(),
+            more="",
+            bar=None,
+            anyway="",
+            notes=(),
         )
         return self._template.render(
             {
@@ -272,7 +281,11 @@ def _refused(error: Exception, holding: Holding) -> tuple[int, str]:
         status, text = 400, f"this file cannot be read as a photo: {error.reason}"
     else:
         status, text = 400, str(error)
-    return status, text[:1].upper() + text[1:] + "."
+    return status, _sentence(text)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
 
 
 def _heading(asked: Asked) -> str:

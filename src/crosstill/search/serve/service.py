@@ -37,6 +37,7 @@ class Found:
         took: milliseconds from the question to the answer, waiting included.
         generation: of the index that was searched.
         threshold: the least score that was asked for; None where there was no bound.
+        notes: sentences on what of the words the model cannot use.
     """
 
     query: str
@@ -44,6 +45,7 @@ class Found:
     took: float
     generation: int
     threshold: float | None
+    notes: list[str]
 
     @property
     def nothing_relevant(self) -> bool:
@@ -161,7 +163,9 @@ class Service:
         began = time.monotonic() if began is None else began
         answer = await self._answer(query)
         took = 1000 * (time.monotonic() - began)
-        return Found(query.words, answer.hits, took, answer.generation, query.threshold)
+        return Found(
+            query.words, answer.hits, took, answer.generation, query.threshold, answer.notes
+        )
 
     def _words(self, q: str) -> str:
         words = q.strip()
