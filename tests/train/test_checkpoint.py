@@ -15,6 +15,7 @@ def state(value: float) -> checkpoint.State:
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
         "losses": {"contrastive.queue": torch.randn(2, 8, 4)},
         "balance": {},
+        "names": {"losses": ["contrastive"], "parameters": ["student.weight"]},
         "position": {"epoch": 1, "step": 2, "total": 3},
         "best": {"rsum": 0.1 + 0.2, "epoch": None},
         **checkpoint.rng_state(),

@@ -3,8 +3,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -354,28 +352,3 @@ def test_tensorboard_gets_the_same_curves(cached, student, settings, tmp_path):
     pytest.importorskip("tensorboard")
     train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
     assert list((tmp_path / "run/tensorboard").glob("events.out.*"))
-
-
-# --- SIGKILL ---
-
-KILLED = Path(__file__).with_name("killed_runs.py")
-SLOW = [pytest.param(n, n + 25, marks=pytest.mark.slow) for n in (100, 125)]
-
-
-@pytest.mark.parametrize(("first", "last"), [(0, 3), *SLOW])
-def test_runs_killed_at_random_moments_end_with_the_same_bits(cached, tmp_path, first, last):
-    """SIGKILL at any moment, saves included."""
-    done = subprocess.run(
-        [sys.executable, KILLED, cached.folder, tmp_path, str(first), str(last)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    whole, best = final(tmp_path / "whole"), "best/model.safetensors"
-    for trial in range(first, last):
-        out = tmp_path / f"run-{trial}"
-        assert same(final(out), whole), f"trial {trial}"
-        assert (out / best).read_bytes() == (tmp_path / "whole" / best).read_bytes()
-        assert not list(out.rglob(".writing-*"))
-    assert int(done.stdout) >= 0.6 * (last - first), "too few kills struck before the end"

@@ -28,11 +28,12 @@ def command(
         ),
     ] = None,
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="A published setting: dsmd, clip_kd, kd, crd, … info_nce; a wrong name lists all."
+            help="A published setting: dsmd, clip_kd, kd, crd, … info_nce; a wrong name lists all. "
+            "[default: dsmd]"
         ),
-    ] = "dsmd",
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
@@ -57,7 +58,7 @@ def command(
         raise ConfigError("--layers is itself a student, the teacher cut; leave --student out")
     if resume and (student or layers):
         raise ConfigError("--resume: a run keeps its student; leave --student and --layers out")
-    settings = recipes.config(recipe, changes or [])
+    settings = recipes.config(recipe or "dsmd", changes or [])
     common.hush()
     from crosstill import cache as caches
     from crosstill.train import folder, train
@@ -66,7 +67,12 @@ def command(
     if not resume:
         folder.check_new(out)  # before a student is fetched or built
     elif folder.is_run(out):
-        settings = folder.settings_of(out).changed(changes or [])
+        settings = recipes.resumed(out).changed(changes or [])
+        if recipe not in (None, settings.recipe):
+            raise ConfigError(
+                f"--recipe {recipe}: {out} was started with {settings.recipe}, which a resumed run "
+                "keeps; leave --recipe out, or start another run"
+            )
     source = caches.open(cache)
     # the other processes of torchrun read the student that the first one saves
     made = None if resume or not leads() else _build(student, layers, source, settings)

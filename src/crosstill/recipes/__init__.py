@@ -7,13 +7,16 @@ published as an addition to a task's own loss keeps that loss here: `info_nce` o
 
 from __future__ import annotations
 
+import argparse
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crosstill.cache import Listing
-from crosstill.errors import unknown
+from crosstill.errors import ConfigError, unknown
 from crosstill.train import Learner, Run, TrainConfig, train
+from crosstill.train import folder as runs
 
 Losses = Mapping[str, Mapping[str, Any]]
 
@@ -160,6 +163,47 @@ def config(recipe: str, changes: Sequence[str] = ()) -> TrainConfig:
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     return RECIPES[recipe]().changed(changes)
+
+
+def resumed(folder: Path) -> TrainConfig:
+    """The settings of a run that is to be resumed, its losses in the order of its start.
+
+    Older runs did not keep that order. Theirs is worked out from the command that started them,
+    or, of a run that was started from Python, from its recipe.
+
+    Raises:
+        ConfigError: an older run whose losses could have had several orders.
+    """
+    record = runs.read_record(folder)
+    settings = runs.settings_of(record)
+    if "losses" in record or len(settings.losses) == 1:
+        return settings
+    typed = _typed(record["command"])
+    if typed is not None and typed.losses == settings.losses:
+        return runs.settings_of(record, list(typed.losses))
+    known = RECIPES[settings.recipe]().losses if settings.recipe in RECIPES else {}
+    order = [name for name in known if name in settings.losses]
+    added = [name for name in settings.losses if name not in known]
+    if len(added) > 1:
+        raise ConfigError(
+            f"{folder}: an older crosstill started this run and did not keep the order of "
+            f"{', '.join(settings.losses)}, by which its state is kept; resume it from Python, "
+            "with the settings it was started with: crosstill.distill(None, cache, settings, "
+            "out=..., resume=True)"
+        )
+    return runs.settings_of(record, order + added)
+
+
+def _typed(command: str) -> TrainConfig | None:
+    """The settings that a `crosstill train` command asks for; None if it is another command."""
+    words = shlex.split(command)
+    if words[1:2] != ["train"]:
+        return None
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--recipe", default="dsmd")
+    options.add_argument("--set", action="append", default=[])
+    known, _ = options.parse_known_args(words[2:])
+    return config(known.recipe, known.set)
 
 
 def distill(

@@ -24,7 +24,7 @@ from crosstill.errors import CorruptError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 had no names
 
 # What must be in a checkpoint; `load` refuses one that lacks any of it.
 PIECES = (
@@ -32,6 +32,7 @@ PIECES = (
     "optimizer",
     "losses",  # queues and their pointers
     "balance",
+    "names",  # of the losses and of all that learns, in the order of the rows of the others
     "position",  # epoch, step within it, steps so far
     "best",
     "rng_torch",
@@ -81,14 +82,15 @@ def load_latest(folder: Path) -> State | None:
 def load(record: Path) -> State:
     """The state behind one checkpoint's JSON, each of `PIECES` present."""
     path = record.with_suffix(".safetensors")
-    about = files.read_sealed(record, {FORMAT})
+    about = files.read_sealed(record, {1, FORMAT})
     files.check_digest(path, about["data_sha256"])
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise CorruptError(f"{path}: {error}") from None
     state = _unpack(_metadata(path), tensors)
-    missing = [piece for piece in PIECES if piece not in state]
+    optional = {"names"} if about["format"] == 1 else set()
+    missing = [piece for piece in PIECES if piece not in state and piece not in optional]
     if missing:
         raise CorruptError(f"{path}: it lacks {', '.join(missing)}")
     return state

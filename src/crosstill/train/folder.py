@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from crosstill.train.config import TrainConfig, parse
 
 Learner = Student | Matcher
 
-FORMAT = 1
+FORMAT = 2  # 1 did not keep the order of the losses
 STARTING = ".starting"  # there while a run is being laid out
 
 
@@ -70,7 +71,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Settings, cache and command of the run."""
-        return files.read_sealed(self.folder / "config.json", {FORMAT})
+        return read_record(self.folder)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -86,6 +87,15 @@ def learner(folder: Path) -> Learner:
     if not isinstance(found, Matcher):
         raise ModelError(f"{folder}: no student of a run")
     return found
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `config.json` says of a run.
+
+    Raises:
+        CorruptError: it was damaged, or a newer crosstill wrote it.
+    """
+    return files.read_sealed(folder / "config.json", {1, FORMAT})
 
 
 def is_run(folder: Path) -> bool:
@@ -109,6 +119,8 @@ def create(
     record = {
         "format": FORMAT,
         "settings": config.model_dump(mode="json"),
+        # JSON is written with sorted keys, but losses are added up and weighed in this order
+        "losses": list(config.losses),
         "cache": {"folder": str(cache.folder.resolve()), "digest": cache.digest},
         "teacher": cache.teacher,
         "data": cache.header["data"],
@@ -141,8 +153,11 @@ def check_new(folder: Path) -> None:
         raise ConfigError(f"{folder} already holds a run; give --resume, or another --out")
 
 
-def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> None:
+def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> TrainConfig:
     """Refuse to go on with a run in another way than it was started.
+
+    Returns:
+        The run's settings, losses in the run's order; of a run that did not keep it, `config`.
 
     Raises:
         InputError: there is no run in the folder.
@@ -151,13 +166,13 @@ def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> None:
     """
     if not is_run(folder):
         raise InputError(f"{folder}: there is no run to resume; leave out --resume")
-    record = files.read_sealed(folder / "config.json", {FORMAT})
+    record = read_record(folder)
     if record["cache"]["digest"] != cache.digest:
         raise MismatchError(
             f"{folder} was trained from another cache (teacher, dataset or candidates differ: "
             f"{record['cache']['folder']}), not {cache.folder}; resume with that one"
         )
-    theirs = parse(record["settings"])
+    theirs = settings_of(record)
     different = [
         name for name in TrainConfig.model_fields if getattr(theirs, name) != getattr(config, name)
     ]
@@ -167,20 +182,27 @@ def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> None:
             f"{folder} was started with {name} = {getattr(theirs, name)!r}; "
             "a resumed run keeps its settings: leave that --set out, or start another run"
         )
+    return config if record["format"] == 1 else theirs
 
 
-def reopen(folder: Path) -> Learner:
-    """Tidy up a run that was stopped, and give its untrained student."""
+def reopen(folder: Path) -> None:
+    """Tidy up a run that was stopped."""
     files.sweep(folder)
     files.sweep(folder / "checkpoints")
     (folder / STARTING).unlink(missing_ok=True)
     _finish_swap(folder)
-    return learner(folder / "student")
 
 
-def settings_of(folder: Path) -> TrainConfig:
-    """The settings that a run was started with."""
-    return parse(files.read_sealed(folder / "config.json", {FORMAT})["settings"])
+def settings_of(record: Mapping[str, Any], order: Sequence[str] = ()) -> TrainConfig:
+    """Read the settings that a run was started with.
+
+    Args:
+        record: of `read_record`.
+        order: of the losses, where the record does not keep it.
+    """
+    settings = dict(record["settings"])
+    names = record.get("losses") or order or settings["losses"]
+    return parse({**settings, "losses": {name: settings["losses"][name] for name in names}})
 
 
 def save_best(folder: Path, student: Learner, metrics: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from crosstill import files, progress
 from crosstill.balance import Rule
 from crosstill.cache import Cache, Listing
-from crosstill.errors import ConfigError, NonFiniteError
+from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
 from crosstill.train import checkpoint, checks, distributed, folder, optim, targets, warm, work
@@ -54,21 +54,23 @@ def train(
     """
     path = Path(out)
     if resume:
-        folder.check_resumable(path, config, cache)
+        config = folder.check_resumable(path, config, cache)
     else:
         folder.check_new(path)
     with files.writing(path), distributed.group() as group, ExitStack() as stack:
         losses, rule = checks.prepare(config, cache, group)
-        # before the folder is touched, because it may refuse
-        beside = work.fit(student, cache, losses, config) if student else None
+        if student:  # before the folder is touched, because it may refuse
+            work.fit(student, cache, losses, config)
         if group.leads:
             files.writable_folder(path)
             stack.enter_context(files.locked(path))
-            student = _prepare(path, config, student, cache, resume, command)
+            _prepare(path, config, student, cache, resume, command)
         group.wait()
-        if student is None or not group.leads:
-            student = folder.learner(path / "student")
-        beside = beside or work.fit(student, cache, losses, config)
+        # read back even where it was just written: a run that is killed before its first
+        # checkpoint starts from this folder, where tensors lie otherwise in memory, and the last
+        # bits of a product depend on that
+        student = folder.learner(path / "student")
+        beside = work.fit(student, cache, losses, config)
         session = Session(path, student, (losses, rule, beside), cache, config, group)
         stack.callback(session.close)
         session.run()
@@ -82,10 +84,11 @@ def _prepare(
     cache: Listing,
     resume: bool,
     command: str,
-) -> Learner:
+) -> None:
     """Lay out or reopen the run's folder."""
     if resume:
-        return folder.reopen(path)
+        folder.reopen(path)
+        return
     folder.check_new(path)
     if student is None:
         raise ConfigError("a new run needs a student")
@@ -93,7 +96,6 @@ def _prepare(
     bad = cache.header["quarantined"]
     if bad:
         log.warning("unreadable images left out: %d, listed in %s", bad, path / folder.QUARANTINE)
-    return student
 
 
 class Session:
@@ -256,19 +258,37 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses.state_dict(),
             "balance": self.balance.state_dict(),
+            "names": self._names(),
             "position": self.position,
             "best": self.best,
             **checkpoint.rng_state(),
         }
 
     def restore(self, state: checkpoint.State) -> None:
-        """Become what `state` was taken from."""
+        """Become what `state` was taken from.
+
+        Raises:
+            MismatchError: its rows are of other losses or parameters, or in another order.
+        """
+        for kind, names in self._names().items():
+            theirs = state.get("names", {}).get(kind, names)  # older checkpoints have no names
+            if theirs != names:
+                raise MismatchError(
+                    f"{self.path / 'checkpoints'}: saved for the {kind} {', '.join(theirs)}, and "
+                    f"this run has {', '.join(names)}, so that rows would be taken for others; "
+                    "resume with the crosstill that started the run, or start it anew"
+                )
         self.student.load_state_dict(state["student"])
         self.losses.load_state_dict(state["losses"])
         self.balance.load_state_dict(state["balance"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position, self.best = dict(state["position"]), dict(state["best"])
         checkpoint.restore_rng(state)
+
+    def _names(self) -> dict[str, list[str]]:
+        """What the rows of the balancer and of the optimizer belong to."""
+        parameters = optim.names(student=self.student, losses=self.losses, balance=self.balance)
+        return {"losses": list(self.balance.tasks), "parameters": parameters}
 
     def _save(self) -> None:
         saved = self.path / "checkpoints"

@@ -19,12 +19,21 @@ def build(modules: Iterable[nn.Module], balance: nn.Module, config: TrainConfig)
         balance: the weighting rule; what it learns is not a weight and does not decay.
         config: learning rate and weight decay.
     """
-    learnt = [p for module in modules for p in module.parameters() if p.requires_grad]
+    learnt = [p for module in modules for _, p in _learning(module)]
     groups = [
         {"params": learnt, "weight_decay": config.weight_decay},
         {"params": list(balance.parameters()), "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], lr=config.lr)
+
+
+def names(**modules: nn.Module) -> list[str]:
+    """Name every parameter that learns, in the order in which `build` takes them."""
+    return [f"{key}.{name}" for key, module in modules.items() for name, _ in _learning(module)]
+
+
+def _learning(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def lr_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:

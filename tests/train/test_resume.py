@@ -1,0 +1,299 @@
+"""Exact resume, through the command line: settings then come from the run's folder."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from listed import meter_config, parameters
+
+from crosstill import balance, recipes, students, teachers
+from crosstill.cache import Cache, build, build_scores, join
+from crosstill.files import sealed
+from crosstill.train import checkpoint
+from support import SmallTeacher, same, small_student
+from verbs import TOML, crosstill, refusal
+
+SETTINGS = [
+    "epochs=2",
+    "steps_per_epoch=4",
+    "batch_size=16",
+    "lr=1e-3",
+    "log_every=1",
+    "save_every=3",
+]
+
+
+@pytest.fixture(scope="module")
+def home(cached, scenes, tmp_path_factory) -> Path:
+    """Caches of every kind, and what students are made of."""
+    home = tmp_path_factory.mktemp("resume")
+    shutil.copytree(cached.folder, home / "features")
+    (home / "small.toml").write_text(TOML)
+    wide = build(SmallTeacher(dim=24, weights=1), scenes, home / "wide")
+    join([cached, wide], home / "joined", [3, 1])
+    build(None, scenes, home / "none")
+    small_student(cached).save(home / "dual")
+    meter = students.fuse(meter_config(home / "dual", layers=4), seed=1)
+    with torch.no_grad():
+        for weight in parameters(meter, "fusion"):
+            weight.mul_(4)  # a head that is loud enough to tell candidates apart
+    meter.save(home / "meter")
+    build_scores(teachers.load(home / "meter"), scenes, home / "scores", false=12, false_images=6)
+    return home
+
+
+def words(home: Path, cache: str, recipe: str, *changes: str, student: str = "") -> list[str]:
+    """What is typed after `crosstill train`."""
+    chosen = ["--student", student or str(home / "small.toml"), "--recipe", recipe]
+    queue = ["losses.contrastive.queue_size=50"] if recipe in ("flickr30k", "coco") else []
+    every = [*SETTINGS, *queue, *changes]
+    return [str(home / cache), *chosen, *(word for change in every for word in ("--set", change))]
+
+
+def carried_out(cases: list[dict], tmp_path: Path) -> list[dict]:
+    """Start, kill and resume each case's run."""
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("commanded_runs.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "cases.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    for outcome in outcomes:
+        assert outcome["code"] == 0, Path(outcome["out"] + ".log").read_text()
+    return outcomes
+
+
+def content(run: Path) -> dict[str, object]:
+    """Every file of a run but its lock; of config.json all but where and how it was started."""
+    held: dict[str, object] = {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock" and "tensorboard" not in path.parts
+    }
+    record = json.loads((run / "config.json").read_text())
+    return held | {"config.json": {k: record[k] for k in record if k not in ("command", "sha256")}}
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    ours, theirs = content(run), content(whole)
+    assert ours.keys() == theirs.keys(), run
+    assert [name for name in ours if ours[name] != theirs[name]] == [], run
+
+
+def check_resumes(runs: dict[str, list[str]], deaths: list[list[dict]], tmp_path: Path) -> None:
+    """Runs that died each of these ways end as those that were never killed, file for file.
+
+    All in one process, because its imports take longer than a run does.
+    """
+    cases = [
+        {"words": typed, "out": str(tmp_path / f"{name}-{number}"), "deaths": each}
+        for name, typed in runs.items()
+        for number, each in enumerate([[], *deaths])
+    ]
+    for outcome in carried_out(cases, tmp_path):
+        run = Path(outcome["out"])
+        assert all(outcome["struck"]), run
+        check_equal(run, run.with_name(f"{run.name.rpartition('-')[0]}-0"))
+
+
+# after the first checkpoint; before it; twice, in a validation and in the second epoch
+LATE, EARLY, TWICE = [{"step": 6}], [{"step": 2}], [{"validate": 1}, {"step": 3}]
+
+
+def test_every_recipe(home, tmp_path):
+    runs = {recipe: words(home, "features", recipe) for recipe in recipes.RECIPES}
+    check_resumes(runs, [LATE, TWICE], tmp_path)
+
+
+def test_every_balancer(home, tmp_path):
+    runs = {rule: words(home, "features", "dsmd", f"balance={rule}") for rule in balance.known()}
+    check_resumes(runs, [LATE], tmp_path)
+
+
+def test_every_kind_of_cache(home, scenes, tmp_path):
+    build(SmallTeacher(), scenes, home / "views", views=3)
+    each = ["targets=each", "balance=uncertainty"]
+    heads = ["init_heads=ridge", "freeze=text", "chunk_size=5", "captions_per_image=2"]
+    runs = {
+        "joined": words(home, "joined", "dsmd", "balance=uncertainty"),
+        "each": words(home, "joined", "dsmd", *each),
+        "each-ridge": words(home, "joined", "kd", "targets=each", "init_heads=ridge"),
+        "none": words(home, "none", "info_nce"),
+        "scores": words(home, "scores", "dcd", "losses.dcd.hardest=3"),
+        "drawn": words(home, "scores", "cprd", "losses.cprd.hardest=3", "drawn=8"),
+        "views": words(home, "views", "dsmd", *heads),
+    }
+    check_resumes(runs, [LATE, EARLY], tmp_path)
+
+
+def test_fusion_students(home, tmp_path):
+    shape = "layers = 2\nwidth = 16\nheads = 2\nmlp = 16\ndropout = 0.1\n"
+    text = f'fusion = "meter"\nname = "meter"\ntowers = "{home / "dual"}"\n[shape]\n{shape}'
+    (home / "meter.toml").write_text(text)
+    changes = ["losses.dcd.hardest=3", "batch_size=8"]
+    students = {"half": "half", "meter": str(home / "meter.toml")}
+    runs = {k: words(home, "scores", "dcd", *changes, student=s) for k, s in students.items()}
+    check_resumes(runs, [LATE, EARLY], tmp_path)
+
+
+def test_asked_to_stop(home, tmp_path):
+    deaths = [
+        [{"signal": signal, "step": step} for step in (2, 4)] for signal in ("SIGTERM", "SIGINT")
+    ]
+    check_resumes({"dsmd": words(home, "features", "dsmd")}, deaths, tmp_path)
+
+
+def test_a_few_moments_inside_writes(home, tmp_path):
+    deaths = [[{"at": n}] for n in (40, 110, 180)] + [[{"size": n}] for n in (9000, 60_000)]
+    check_resumes({"dsmd": words(home, "features", "dsmd")}, deaths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_every_moment_inside_writes(home, tmp_path, part):
+    """Killed at each moment of one whole run, and within the writes of files of many sizes."""
+    typed = words(home, "features", "dsmd")
+    (whole,) = carried_out([{"words": typed, "out": str(tmp_path / "w"), "deaths": []}], tmp_path)
+    assert whole["moments"] > 100
+    moments, sizes = range(1 + part, whole["moments"] + 1, 4), range(500 + part * 250, 60_000, 4000)
+    deaths = [[{"at": n}] for n in moments] + [[{"size": n}] for n in sizes]
+    check_resumes({"dsmd": typed}, deaths, tmp_path)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_times(home, tmp_path):
+    """Ten runs that are each killed five times, at whatever they are doing."""
+    typed, draw = words(home, "features", "dsmd", "epochs=4"), random.Random(0)
+    whole = {"words": typed, "out": str(tmp_path / "dsmd-0"), "deaths": []}
+    (outcome,) = carried_out([whole], tmp_path)
+    each = outcome["seconds"] / 3
+    cases = [
+        {
+            "words": typed,
+            "out": str(tmp_path / f"dsmd-{run}"),
+            "deaths": [{"after": draw.uniform(0, each)} for _ in range(5)],
+        }
+        for run in range(1, 11)
+    ]
+    struck = 0
+    for outcome in carried_out(cases, tmp_path):
+        check_equal(Path(outcome["out"]), tmp_path / "dsmd-0")
+        struck += sum(outcome["struck"])
+    assert struck >= 30, "too few kills struck before the end"
+
+
+# --- what a run keeps, and runs of before ---
+
+
+def make_old(run: Path, monkeypatch: pytest.MonkeyPatch, command: str | None = None) -> None:
+    """Take from a run what crosstill did not keep before: the losses' order, and all names."""
+    record = json.loads((run / "config.json").read_text())
+    del record["losses"]
+    record |= {"format": 1} | ({} if command is None else {"command": command})
+    (run / "config.json").write_text(json.dumps(sealed(record), sort_keys=True))
+    states = [checkpoint.load(path) for path in sorted(run.glob("checkpoints/*.json"))]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 1)
+        for state in states:
+            del state["names"]
+            checkpoint.save(run / "checkpoints", state["position"]["total"], state, keep=9)
+
+
+@pytest.fixture
+def killed(home, tmp_path):
+    """Makes a run that was killed before its sixth step, and one that was not killed."""
+
+    def make(recipe: str, *changes: str) -> tuple[Path, Path]:
+        typed = words(home, "features", recipe, *changes)
+        whole = {"words": typed, "out": str(tmp_path / "whole"), "deaths": []}
+        cut = {"words": typed, "out": str(tmp_path / "cut"), "deaths": LATE, "finish": False}
+        carried_out([whole, cut], tmp_path)
+        return tmp_path / "cut", tmp_path / "whole"
+
+    return make
+
+
+def check_goes_on(home: Path, cut: Path, whole: Path) -> None:
+    """Equal in all but the formats of what was written before, and the names in checkpoints."""
+    crosstill("train", home / "features", "--out", cut, "--resume")
+    for name in ("events.jsonl", "metrics.json", "best/model.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    assert same(*(checkpoint.load_latest(run / "checkpoints") for run in (cut, whole)))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("dsmd", []),
+        ("dsmd", ["losses.info_nce.temperature=0.1", "losses.kd.temperature=2.0"]),
+        ("kd", ["losses=similarity+info_nce+feature", "balance=dwa"]),
+    ],
+)
+def test_a_run_of_before_goes_on_in_the_order_of_its_command(
+    home, killed, monkeypatch, recipe, changes
+):
+    cut, whole = killed(recipe, *changes)
+    make_old(cut, monkeypatch)
+    check_goes_on(home, cut, whole)
+
+
+@pytest.mark.parametrize("changes", [[], ["losses.kd.temperature=2.0"]])
+def test_a_run_of_before_from_python_goes_on_in_its_recipes_order(
+    home, killed, monkeypatch, changes
+):
+    cut, whole = killed("dsmd", *changes)
+    make_old(cut, monkeypatch, command="")
+    check_goes_on(home, cut, whole)
+
+
+def test_a_run_of_before_whose_order_is_lost_is_refused(home, killed, monkeypatch):
+    cut, whole = killed("dsmd", "losses.kd.temperature=2.0", "losses.info_nce.temperature=0.1")
+    make_old(cut, monkeypatch, command="")
+    held = content(cut)
+    error = refusal("train", home / "features", "--out", cut, "--resume")
+    assert "did not keep the order of contrastive, feature, hard_negative, info_nce, kd" in error
+    assert content(cut) == held
+    # from Python, whoever started it says the order
+    settings = recipes.resumed(whole)
+    recipes.distill(None, Cache(home / "features"), settings, out=cut, resume=True)
+    assert (cut / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+
+
+def test_other_names_are_refused(home, killed):
+    cut, _ = killed("dsmd")
+    newest = max(cut.glob("checkpoints/*.json"))
+    state = checkpoint.load(newest)
+    for kind in ("losses", "parameters"):
+        names = {**state["names"], kind: state["names"][kind][::-1]}
+        checkpoint.save(newest.parent, state["position"]["total"], {**state, "names": names}, 2)
+        error = refusal("train", home / "features", "--out", cut, "--resume")
+        assert f"saved for the {kind} " in error and "start it anew" in error
+
+
+def test_python_resumes_in_the_runs_order_whatever_order_it_gives(home, killed):
+    cut, whole = killed("dsmd")
+    settings = recipes.resumed(cut)
+    backwards = settings.model_copy(update={"losses": dict(reversed(settings.losses.items()))})
+    recipes.distill(None, Cache(home / "features"), backwards, out=cut, resume=True)
+    assert same(*(checkpoint.load_latest(run / "checkpoints") for run in (cut, whole)))
+
+
+def test_another_recipe_is_refused(home, killed):
+    cut, _ = killed("dsmd")
+    typed = ("train", home / "features", "--out", cut, "--resume")
+    error = refusal(*typed, "--recipe", "kd")
+    assert error == (
+        f"error: --recipe kd: {cut} was started with dsmd, which a resumed run keeps; "
+        "leave --recipe out, or start another run"
+    )
+    crosstill(*typed, "--recipe", "dsmd")
