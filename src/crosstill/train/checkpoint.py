@@ -54,9 +54,17 @@ def save(folder: Path, step: int, state: State, keep: int) -> None:
     files.write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata), size)
     record = {"format": FORMAT, "file": path.name, "data_sha256": files.digest_file(path)}
     files.write_json(path.with_suffix(".json"), files.sealed(record))
+    tidy(folder, keep)
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Drop all checkpoints but the newest `keep`, and what a kill left of others."""
+    files.sweep(folder)
     for old in sorted(folder.glob("step-*.json"))[:-keep]:
         old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    for path in folder.glob("step-*.safetensors"):
+        if not path.with_suffix(".json").is_file():
+            path.unlink()
 
 
 def load_latest(folder: Path) -> State | None:

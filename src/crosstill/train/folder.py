@@ -28,6 +28,7 @@ from crosstill.cache.store import QUARANTINE
 from crosstill.errors import ConfigError, InputError, MismatchError, ModelError
 from crosstill.students.student import RECORD, Student
 from crosstill.teachers.matcher import Matcher
+from crosstill.train import checkpoint
 from crosstill.train.config import TrainConfig, parse
 
 Learner = Student | Matcher
@@ -185,10 +186,10 @@ def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> TrainC
     return config if record["format"] == 1 else theirs
 
 
-def reopen(folder: Path) -> None:
-    """Tidy up a run that was stopped."""
+def reopen(folder: Path, keep: int) -> None:
+    """Tidy up a run that was stopped, and leave its newest `keep` checkpoints."""
     files.sweep(folder)
-    files.sweep(folder / "checkpoints")
+    checkpoint.tidy(folder / "checkpoints", keep)
     (folder / STARTING).unlink(missing_ok=True)
     _finish_swap(folder)
 

@@ -87,7 +87,7 @@ def _prepare(
 ) -> None:
     """Lay out or reopen the run's folder."""
     if resume:
-        folder.reopen(path)
+        folder.reopen(path, config.keep)
         return
     folder.check_new(path)
     if student is None:
