@@ -1,6 +1,8 @@
 """What several tests use: a teacher and a student so small that a whole run takes a second."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +39,15 @@ FAST = (
     "log_every=1",
     "losses.contrastive.queue_size=64",
 )
+
+
+def lengthen(listing: Path, out: Path) -> Path:
+    """Write a copy of a Karpathy listing in which the first caption of each image is long."""
+    record = json.loads(listing.read_text())
+    for item in record["images"]:
+        item["sentences"][0]["raw"] += " and a red circle" * 20
+    out.write_text(json.dumps(record))
+    return out
 
 
 class SmallTeacher:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from crosstill import data, students, teachers
+from crosstill.data import scenes as scenery
 from crosstill.train import Run
-from support import small_config
+from support import lengthen, small_config
 from verbs import TOML, crosstill, refusal
 
 METER = """
@@ -131,3 +132,16 @@ def test_wrong_input_is_one_line(home, tmp_path):
     told = refusal("cache", home / "meter", "scenes:40", "--out", home / "scores")
     assert "another" in told
     assert "fusion" in refusal("cache", home / "meter", SCENES, "--dtype", "fp32", *never)
+
+
+def test_captions_that_a_fusion_model_cuts_are_counted(home, tmp_path, caplog):
+    scenery.write(tmp_path / "photos", 20)
+    listing = lengthen(tmp_path / "photos/dataset.json", tmp_path / "long.json")
+    place = (listing, "--images", tmp_path / "photos")
+    few = ("--false", 3, "--false-images", 2)
+    cut = "captions longer than a model reads, cut: "
+    crosstill("cache", home / "meter", *place, "--out", tmp_path / "scores", *few)
+    assert f"{cut}meter 20 of 100" in caplog.messages
+    finder = ("--finder", home / "dual", "--top", 2, "--split", "train")
+    told = crosstill("evaluate", home / "meter", *place, *finder).stderr
+    assert cut in told and told.count(" of 80") == 2

@@ -14,7 +14,7 @@ import pytest
 from crosstill import data, students
 from crosstill.data import scenes as scenery
 from crosstill.files import locked
-from support import FAST, small_config
+from support import FAST, lengthen, small_config
 from verbs import TOML, crosstill, refusal
 
 
@@ -104,6 +104,20 @@ def test_bad_images_are_counted_on_screen(home, tmp_path):
     assert row["path"] == "000007.png"
     strict = ("cache", home / "teacher", listing, "--out", tmp_path / "other", "--strict")
     assert "000007.png: not an image" in refusal(*strict)
+
+
+def test_captions_that_are_cut_are_counted(home, tmp_path, caplog):
+    listing = lengthen(home / "photos/dataset.json", tmp_path / "long.json")
+    rest = ("--images", home / "photos")
+    cut = "captions longer than a model reads, cut: "
+    crosstill("cache", home / "teacher", listing, *rest, "--out", tmp_path / "cache")
+    assert caplog.messages.count(f"{cut}small 60 of 300") == 1
+    crosstill("train", tmp_path / "cache", *TRAIN, "--out", tmp_path / "run", *student(home))
+    assert caplog.messages.count(f"{cut}small 54 of 270") == 1
+    told = crosstill("evaluate", tmp_path / "run", listing, *rest, "--beside", home / "teacher")
+    assert f"{cut}student (run) 6 of 30, {home / 'teacher'} 6 of 30" in told.stderr.splitlines()
+    plain = crosstill("evaluate", home / "run", home / "photos/dataset.json")
+    assert "cut:" not in plain.stderr
 
 
 def test_captions_without_a_teacher_train_with_info_nce(home, tmp_path):

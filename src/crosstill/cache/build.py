@@ -133,6 +133,8 @@ class _Build(work.Work[store.Cache]):
     def _text_shards(self, texts: Sequence[str]) -> None:
         if self.teacher is None or "text" not in self.teacher.modalities:
             return
+        if not isinstance(self.teacher, FeaturesTeacher):
+            work.tell_truncated(self.teacher, self.teacher.name, texts)
         size = self.options.batch_size
         first = len(self.journal.shards["text"]) * work.SHARD_ROWS
         with progress.bar("captions", len(texts), first) as bar:

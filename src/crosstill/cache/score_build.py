@@ -122,6 +122,9 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
         texts, names = candidates.numbered([t for e in readable for t in e.captions])
         indptr, captions = self._pairs(readable, texts, names)
+        if isinstance(self.teacher, Matcher):
+            every = [text for example in readable for text in example.captions]
+            work.tell_truncated(self.teacher, self.teacher.name, every)
         if self.teacher is not None:
             self._score_shards(readable, texts, indptr, names[captions])
         made = [*self.journal.stored("pairs"), *self.journal.stored("score")]

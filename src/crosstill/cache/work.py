@@ -6,8 +6,9 @@ after its last whole shard and ends with the very bytes of a build that was not.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,10 @@ from crosstill.cache import journal, sources, store
 from crosstill.cache.journal import Journal
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CorruptError, DataError, ImageError, MismatchError
+from crosstill.teachers.base import TextReader, truncation_note
 from crosstill.types import Example
+
+log = logging.getLogger(__name__)
 
 SHARD_ROWS = 2048  # rows in a shard, and so what a kill can cost at most
 _HELD = {store.HEADER: "a feature cache", store.SCORES: "a score cache"}
@@ -39,6 +43,12 @@ class Reading:
     batch_size: int = 64  # images or captions in one forward pass of the teacher
     strict: bool = False  # stop at the first unreadable image
     teacher_licence: str | None = None  # where the teacher's card does not say
+
+
+def tell_truncated(teacher: TextReader, name: str, texts: Sequence[str]) -> None:
+    """Warn of captions that the teacher cuts: it never sees their ends."""
+    if note := truncation_note({name: teacher}, texts):
+        log.warning(note)
 
 
 class Work(ABC, Generic[Opened]):

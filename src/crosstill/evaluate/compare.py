@@ -25,7 +25,7 @@ from crosstill.evaluate.recall import from_scores
 from crosstill.evaluate.report import Evaluation, Row, Timed, judge, remarks, table
 from crosstill.evaluate.truth import of_texts
 from crosstill.files import read_json
-from crosstill.teachers.base import Teacher
+from crosstill.teachers.base import Teacher, truncation_note
 from crosstill.teachers.matcher import Matcher
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ def run(
         for role, model in models.items():
             found.rows[role] = _row(model, names[role], pairs, options, placed)
     _remark(found, pairs, placed)
+    readers = {names[role]: model for role, model in models.items()}
+    found.notes += [note] if (note := truncation_note(readers, captions(pairs.examples)[0])) else []
     if (Path(source) / "config.json").is_file() and (Path(source) / "student").is_dir():
         _add_run(found, Path(source), models[MODEL], pairs, options.protocol, placed)
     if options.efficiency:

@@ -21,13 +21,13 @@ from crosstill.evaluate import fusion
 from crosstill.evaluate.efficiency import Stopwatch, figure, one_thread
 from crosstill.evaluate.encode import embed
 from crosstill.evaluate.models import open_encoder, open_matcher
-from crosstill.evaluate.reading import readable
+from crosstill.evaluate.reading import captions, readable
 from crosstill.evaluate.recall import Retrieval, from_scores
 from crosstill.evaluate.report import HEADINGS, Evaluation, remarks, six
 from crosstill.evaluate.tabular import aligned
 from crosstill.evaluate.truth import Truth
 from crosstill.images import Quarantine
-from crosstill.teachers.base import Teacher
+from crosstill.teachers.base import Teacher, TextReader, truncation_note
 from crosstill.teachers.matcher import Matcher
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Reranked:
         threads: that torch computed with.
         quarantine: images that one of the two could not read.
         blend: see `rerank`.
+        truncated: how many captions the two models cut, in words; "" for none.
     """
 
     finder: Evaluation
@@ -78,11 +79,13 @@ class Reranked:
     threads: int
     quarantine: Quarantine
     blend: float | None = None
+    truncated: str = ""
 
     @property
     def notes(self) -> list[str]:
         """What a person should know of the numbers."""
         notes = remarks(self.quarantine, self.finder.recall.images, self.finder.recall.shared)
+        notes += [self.truncated] if self.truncated else []
         if self.blend is not None:
             notes.append(f"re-ranked by the fusion model's logit + cosine / {self.blend:g}")
         if any(stage.estimated for stage in self.stages):
@@ -208,7 +211,11 @@ def rerank(
         stages.append(Stage(k, recall, count, seconds, estimated=count < scored.passes))
     own = Evaluation(finder.name, from_scores(cosines, found.truth), finder.parameter_count())
     threads = torch.get_num_threads()
-    return Reranked(own, judge.name, tuple(stages), watch.seconds, threads, clean.quarantine, blend)
+    readers: dict[str, TextReader] = {finder.name: finder, judge.name: judge}
+    truncated = truncation_note(readers, captions(clean.examples)[0])
+    return Reranked(
+        own, judge.name, tuple(stages), watch.seconds, threads, clean.quarantine, blend, truncated
+    )
 
 
 class _Places:

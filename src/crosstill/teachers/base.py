@@ -20,6 +20,7 @@ from crosstill.images import Preprocess
 _CPU_PIXELS = 8 * 224 * 224
 _GPU_PIXELS = 256 * 224 * 224
 TEXTS = 64
+_BLOCK = 4096  # texts tokenized at a time where they are only counted
 
 
 @runtime_checkable
@@ -156,6 +157,27 @@ def embed_by_length(
     chunks = (order[i : i + size] for i in range(0, len(order), size))
     rows = torch.cat([encode([texts[i] for i in chunk]) for chunk in chunks])
     return rows[torch.tensor(order).argsort()]
+
+
+class TextReader(Protocol):
+    """A model that reads texts up to a length, whatever it makes of them."""
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than it can read."""
+        ...
+
+
+def truncation_note(models: Mapping[str, TextReader], texts: Sequence[str]) -> str:
+    """Say in one line how many of the texts each model cuts; "" where none cuts any.
+
+    Args:
+        models: by the name that the line gives them.
+        texts: captions.
+    """
+    blocks = [texts[at : at + _BLOCK] for at in range(0, len(texts), _BLOCK)]
+    counts = {name: sum(map(model.count_truncated, blocks)) for name, model in models.items()}
+    told = [f"{name} {count:,} of {len(texts):,}" for name, count in counts.items() if count]
+    return f"captions longer than a model reads, cut: {', '.join(told)}" if told else ""
 
 
 def encodable(text: str) -> str:

@@ -16,6 +16,7 @@ from crosstill.cache import Cache, Listing
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
+from crosstill.teachers.base import truncation_note
 from crosstill.train import checkpoint, checks, distributed, folder, optim, targets, warm, work
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
@@ -85,7 +86,7 @@ def _prepare(
     resume: bool,
     command: str,
 ) -> None:
-    """Lay out or reopen the run's folder."""
+    """Lay out or reopen the run's folder; say what of the cache cannot be learnt."""
     if resume:
         folder.reopen(path, config.keep)
         return
@@ -96,6 +97,9 @@ def _prepare(
     bad = cache.header["quarantined"]
     if bad:
         log.warning("unreadable images left out: %d, listed in %s", bad, path / folder.QUARANTINE)
+    used = [text for s in (config.train_split, config.val_split) for text in cache.captions(s)]
+    if note := truncation_note({student.name: student}, used):
+        log.warning(note)
 
 
 class Session:
