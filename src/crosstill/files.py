@@ -285,17 +285,38 @@ def writable_folder(path: Path) -> Path:
         InputError: it cannot be written to.
         DiskFullError: there is no room for it.
     """
+    with _place(path):
+        path.mkdir(parents=True, exist_ok=True)
+        _probe(path)
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a folder that cannot be made or written to, and make nothing.
+
+    Raises:
+        InputError: it cannot be written to.
+        DiskFullError: there is no room for it.
+    """
+    with _place(path):
+        _probe(next(there for there in (path, *path.absolute().parents) if there.exists()))
+
+
+def _probe(folder: Path) -> None:
+    probe = folder / f"{TEMPORARY}{os.getpid()}-probe"
+    probe.touch()
+    probe.unlink(missing_ok=True)  # another thread may have had the same name
+
+
+@contextmanager
+def _place(path: Path) -> Iterator[None]:
     with writing(path):
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f"{TEMPORARY}{os.getpid()}-probe"
-            probe.touch()
-            probe.unlink(missing_ok=True)  # another thread may have had the same name
+            yield
         except OSError as error:
             if error.errno in _FULL:
                 raise
             raise InputError(f"{path}: cannot write there ({error.strerror})") from None
-    return path
 
 
 def sweep(folder: Path, name: str = "") -> None:

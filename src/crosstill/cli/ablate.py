@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 
 
@@ -45,6 +46,8 @@ def command(
 
     Stopped or killed, the same command goes on where it was.
     """
+    common.check_cache(cache)
+    files.check_writable(out)
     common.hush()
     from crosstill import ablate
     from crosstill import cache as caches

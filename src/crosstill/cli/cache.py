@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 from crosstill.errors import ConfigError
 
@@ -90,10 +91,13 @@ def command(
     `crosstill cache verify CACHE` checks every byte of a finished cache.
     """
     if teacher == "verify":
+        common.check_cache(Path(data))
         _verify(Path(data))
         return
     if out is None:
         raise typer.BadParameter("give the folder of the cache to make", param_hint="--out")
+    common.check_data(data)
+    files.check_writable(out)
     common.hush()
     from crosstill import data as sources
 

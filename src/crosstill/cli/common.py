@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from crosstill import files
-from crosstill.errors import DiskFullError, printable
+from crosstill.errors import DataError, DiskFullError, InputError, printable
 
 # control codes but for tabs and new lines, marks that turn the writing round, stray bytes
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -71,6 +71,29 @@ def hush() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def check_data(source: str) -> None:
+    """Refuse a dataset that is not there, before libraries are loaded, which takes seconds.
+
+    Patterns, rendered scenes and the hub's datasets are left to `crosstill.data`.
+
+    Raises:
+        DataError: no such file or folder.
+    """
+    plain = not re.search(r"[,*?\[{:]", source) and source != "scenes"
+    if plain and not os.path.exists(source):
+        raise DataError(f"{os.path.abspath(source)}: no such file or folder; give a dataset")
+
+
+def check_cache(folder: Path) -> None:
+    """Refuse a folder without a finished cache, before libraries are loaded.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not any((folder / name).is_file() for name in ("cache.json", "scores.json")):
+        raise InputError(f"{folder}: no finished cache there; make one with `crosstill cache`")
 
 
 def quarantine_note(count: int, where: str) -> None:

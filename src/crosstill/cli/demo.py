@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 
 
@@ -17,6 +18,7 @@ def command(
 
     Nothing is downloaded. Run again in the same folder, it goes on where it was.
     """
+    files.check_writable(out)
     common.hush()
     from crosstill import demo
 

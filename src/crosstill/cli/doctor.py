@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 
 
@@ -31,6 +32,10 @@ def command(
     What is wrong with the dataset is said with what to do about it: files that are not where
     they are listed, leaks between splits, unreadable images, captions that stand out.
     """
+    if data is not None:
+        common.check_data(data)
+    if mend is not None:
+        files.check_writable(mend.parent)
     common.hush()
     from crosstill import doctor
 

@@ -86,6 +86,7 @@ def command(
     A run is shown beside its teacher and its untrained self. Recall is in percent; ties count
     by expected rank. Seconds are those of one thread for all scores of the split.
     """
+    common.check_data(data)
     common.hush()
     from crosstill import data as sources
     from crosstill.evaluate import compare

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 from crosstill.errors import ConfigError
 from crosstill.export import MAX_LOSS
@@ -54,14 +55,17 @@ def command(
     fp32 rows have to be the student's, and 8 bits may cost no more than --max-loss. The model
     card lists recall, teacher, data and licences.
     """
-    common.hush()
-    from crosstill import data as sources
-    from crosstill import export
-
     if data is None and (images is not None or splits is not None or split != "val"):
         raise ConfigError(
             "--images, --splits and --split say where --data is measured; give --data too"
         )
+    if data is not None:
+        common.check_data(data)
+    files.check_writable(out)
+    common.hush()
+    from crosstill import data as sources
+    from crosstill import export
+
     pairs = sources.open(data, images=images, splits=splits).split(split) if data else None
     found = export.run(
         source,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 from crosstill.errors import ConfigError, RunError
 
@@ -64,6 +65,7 @@ def command(
         return
     if out is None:
         raise typer.BadParameter("give the folder of the index to make", param_hint="--out")
+    files.check_writable(out)
     from crosstill.search import building, quarantine
 
     built = building.build(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 from crosstill.errors import ConfigError
 
@@ -47,6 +48,8 @@ def command(
         raise ConfigError("--out and --tokenizer belong together; give both or neither")
     if size is not None and out is None:
         raise ConfigError("--size is of what --out writes; give both or leave it out")
+    if out is not None:
+        files.check_writable(out)
     common.hush()
     from crosstill.teachers import inspection
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 from crosstill.errors import ConfigError
 
@@ -25,6 +26,9 @@ def command(
 
     It is trained from as any other; `--set targets=each` teaches each teacher's rows apart.
     """
+    for folder in caches:
+        common.check_cache(folder)
+    files.check_writable(out)
     common.hush()
     from crosstill import cache
 

@@ -24,7 +24,8 @@ def command(
 
     The page needs no network and no other file: send it to anyone.
     """
-    common.hush()
     from crosstill import report
 
+    report.check(source, out)
+    common.hush()
     common.say(str(report.write(source, out, latency=latency)))

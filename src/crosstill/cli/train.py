@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crosstill import files
 from crosstill.cli import common
 from crosstill.errors import ConfigError
 
@@ -52,12 +53,14 @@ def command(
     A run that was interrupted or killed goes on with --resume and ends with the same weights.
     Start it through torchrun to train on several processes.
     """
-    from crosstill import recipes
-
     if layers is not None and student is not None:
         raise ConfigError("--layers is itself a student, the teacher cut; leave --student out")
     if resume and (student or layers):
         raise ConfigError("--resume: a run keeps its student; leave --student and --layers out")
+    common.check_cache(cache)
+    files.check_writable(out)
+    from crosstill import recipes
+
     settings = recipes.config(recipe or "dsmd", changes or [])
     common.hush()
     from crosstill import cache as caches

@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from crosstill import files
 from crosstill.errors import ConfigError, InputError
 
 __all__ = ["write"]
@@ -34,17 +35,11 @@ def write(source: str | Path, out: str | Path | None = None, *, latency: bool = 
         MismatchError: the cache or a photo is not the one that the run learnt from.
         ConfigError: the extra `report` is not installed.
     """
-    missing = next((name for name in NEEDS if find_spec(name) is None), None)
-    if missing:
-        raise ConfigError(
-            f"a report needs {missing}; install it with: pip install 'crosstill[report]'"
-        )
+    check(source, out)
     from crosstill import ablate
     from crosstill.report import of_grid, of_run
 
     folder = Path(source)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
     target = Path(out) if out is not None else folder
     if of_run.is_run(folder):
         return of_run.write(folder, target, latency)
@@ -54,3 +49,20 @@ def write(source: str | Path, out: str | Path | None = None, *, latency: bool = 
         f"{folder}: neither a run nor a grid; give a folder that `crosstill train` or "
         "`crosstill ablate` made"
     )
+
+
+def check(source: str | Path, out: str | Path | None) -> None:
+    """Refuse what can be refused before libraries are loaded, which takes seconds.
+
+    Raises:
+        InputError: no folder `source`, or no place to write to.
+        ConfigError: the extra `report` is not installed.
+    """
+    missing = next((name for name in NEEDS if find_spec(name) is None), None)
+    if missing:
+        raise ConfigError(
+            f"a report needs {missing}; install it with: pip install 'crosstill[report]'"
+        )
+    if not Path(source).is_dir():
+        raise InputError(f"{source}: no such folder")
+    files.check_writable(Path(source if out is None else out))
