@@ -1,12 +1,16 @@
-"""Every verb on a full disk: one line, nothing spoilt, and the same command ends well later.
+"""Every verb on a full disk, and killed within a write.
+
+A full disk is one line, nothing is spoilt, and the same command ends well later.
 
 Disks are small tmpfs where root may mount them. Elsewhere a limit on the size of files stands in.
 """
 
 import errno
+import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -288,3 +292,46 @@ def test_one_error_whoever_writes(tmp_path):
         assert str(caught.value).startswith(f"{tmp_path}/a: {told}")
     with pytest.raises(ValueError, match="else"), files.writing(tmp_path):
         raise ValueError("something else")
+
+
+# --- kills within writes ---
+
+
+def killed(words: list[object], renames: int) -> bool:
+    """Run a verb in a process that is killed at its n-th rename; whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        try:
+            left = iter(range(renames))
+
+            def watch(event: str, arguments: object) -> None:
+                if event == "os.rename" and next(left, None) == renames - 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(watch)
+            os._exit(run(words)[0])
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+    return status != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_kill_within_a_write_leaves_is_swept(home, tmp_path, verb):
+    """Whatever a library had written beside its path goes when the same is written again."""
+    kills = 0
+    for renames in (1, 2, 3, 5, 8, 13):
+        out = tmp_path / str(renames) / "out"
+        out.parent.mkdir()
+        if verb in MADE:
+            out.mkdir()
+        words = verbs(home, out)[verb]
+        if not killed(words, renames):
+            break
+        kills += 1
+        assert run(again(verb, words, out))[0] == 0
+        left = [path.name for path in out.parent.rglob(".*") if path.name != ".lock"]
+        assert not left, left
+    assert kills
