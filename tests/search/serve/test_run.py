@@ -1,5 +1,6 @@
 """Starting, stopping, and following the index."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from PIL import Image
 
 from crosstill import files
 from crosstill.errors import CorruptError
@@ -117,6 +119,26 @@ def test_sigterm_lets_requests_under_way_end_and_leaves_with_0(index_folder, tmp
         assert line.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
         assert server.process.wait(QUICK) == 0
         assert server.log() == ""
+
+
+def test_sigterm_lets_a_photo_be_read_to_its_end(bundle_folder, tmp_path):
+    """Thirty megabytes, of which a client has read the first when the server is told to stop."""
+    folder, index = tmp_path / "photos", tmp_path / "index"
+    folder.mkdir()
+    Image.new("RGB", (3200, 3200), "red").save(folder / "large.bmp")
+    data = (folder / "large.bmp").read_bytes()
+    building.build(bundle_folder, folder, index)
+    with serving(index, tmp_path) as server, server.connect() as line:
+        address = f"/images/{hashlib.sha256(data).hexdigest()}"
+        line.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        read = line.recv(2**20)
+        server.process.terminate()
+        time.sleep(1)
+        while piece := line.recv(2**20):
+            read += piece
+            time.sleep(0.01)
+        assert read.partition(b"\r\n\r\n")[2] == data
+        assert server.process.wait(QUICK) == 0 and server.log() == ""
 
 
 def slow_bitmap(side):
