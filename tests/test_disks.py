@@ -119,6 +119,7 @@ def verbs(home: Path, out: Path) -> dict[str, list[object]]:
         "export onnx": ["export", home / "run", "--out", out],
         "export sentence": ["export", home / "run", "--out", out, "--to", "sentence-transformers"],
         "export transformers": ["export", home / "pooled", "--out", out, "--to", "transformers"],
+        "index": ["index", home / "bundle", home / "photos", "--out", out],
         "report": ["report", home / "run", "--out", out, "--no-latency"],
         "ablate": [
             "ablate",
@@ -143,7 +144,7 @@ MADE = {"doctor"}  # their folder has to be there
 # files that hold times, paths or names of the moment
 TOLD = (".json", ".jsonl", ".lock", ".html", ".md", ".tex", "answers.npz", ".onnx", ".csv")
 # and a pooler that the library makes up at random
-TOLD += ("text_0_Transformer/model.safetensors",)
+TOLD += ("text_0_Transformer/model.safetensors", ".sqlite")
 
 
 def run(words: list[object]) -> tuple[int, str]:
