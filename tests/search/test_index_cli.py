@@ -186,10 +186,16 @@ def test_photos_that_are_gone_are_listed(bundle_folder, photos, tmp_path):
     crosstill("index", bundle_folder, tmp_path / "photos", "--out", tmp_path / "index")
     (tmp_path / "photos" / sorted(os.listdir(photos))[0]).unlink()
     checked = crosstill("index", "verify", tmp_path / "index")
-    assert "whole; 40 photos, of which 1 are gone or have changed since" in checked.stdout
-    assert "No such file" in checked.stdout and "crosstill index" in checked.stderr
+    assert "whole; 40 photos, 1 gone\n" in checked.stdout
+    assert "000000.png: No such file" in checked.stdout and "crosstill index" in checked.stderr
     found = json.loads(crosstill("index", "verify", tmp_path / "index", "--json").stdout)
-    assert found["problems"] == [] and len(found["outdated"]) == 1
+    assert found["problems"] == [] and len(found["outdated"]) == found["gone"] == 1
+    shutil.rmtree(tmp_path / "photos")
+    checked = crosstill("index", "verify", tmp_path / "index")
+    assert checked.stdout.splitlines() == [
+        f"{tmp_path}/photos: all 40 photos in it are gone",
+        f"{tmp_path}/index: whole; 40 photos, 40 gone",
+    ]
 
 
 ALONE = """

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crosstill import files
 from crosstill.cli import common
 from crosstill.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from crosstill.search.verify import Verdict
 
 Target = Annotated[
     Path | None, typer.Argument(help="The folder of photos. After `verify`: the index.")
@@ -100,10 +103,11 @@ def _verify(index: Path, as_json: bool) -> None:
     if found.problems:
         raise RunError(f"{index}: {len(found.problems)} damaged; mend it with: {found.mend}")
     if not as_json:
-        common.say(f"{index}: whole; {found.photos:,} photos{_outdated(len(found.outdated))}")
+        common.say(f"{index}: whole; {found.photos:,} photos{_outdated(found)}")
     if found.outdated:
         common.note(f"bring it up to date with: {found.mend}")
 
 
-def _outdated(count: int) -> str:
-    return f", of which {count:,} are gone or have changed since" if count else ""
+def _outdated(found: Verdict) -> str:
+    counts = {"gone": found.gone, "changed since": found.changed}
+    return "".join(f", {count:,} {what}" for what, count in counts.items() if count)

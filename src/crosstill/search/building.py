@@ -2,7 +2,7 @@
 
     walk → what may have changed → read and decode (threads) → encode → publish
 
-A file whose size and time are as they were is not read, one whose bytes are known is not encoded.
+A file whose size and times are as they were is not read, one whose bytes are known is not encoded.
 What was encoded is remembered at once (see `work`), so that a killed build loses a batch at most.
 """
 
@@ -31,6 +31,7 @@ from crosstill.errors import (
     MismatchError,
     ModelError,
     RunError,
+    printable,
 )
 from crosstill.search import generations, quarantine
 from crosstill.search.bundle import Bundle, check_same
@@ -39,8 +40,8 @@ from crosstill.search.encoder import Encoder
 from crosstill.search.generations import Pointer
 from crosstill.search.publishing import Publisher, milvus_uri
 from crosstill.search.reading import Read, Reader, ahead, grouped
-from crosstill.search.walk import Scan, Stamp, nothing, walk
-from crosstill.search.work import Work
+from crosstill.search.walk import Scan, Stamp, emptied, nothing, walk
+from crosstill.search.work import KEPT_DAYS, Work
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +191,7 @@ class _Build:
         if self.publisher.differs(rows):
             self.publisher.publish(rows)
         self.publisher.agree()
+        self._warn_of_emptied(scan, before, rows)
         self._tidy(scan, rows)
         return self._report(before, rows, unreadable)
 
@@ -235,17 +237,21 @@ class _Build:
         workers = self.options.workers or max(2, min(8, len(os.sched_getaffinity(0))))
         waiting: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
         # A thread of its own, so that the encoder never waits for the disk or for a publication.
-        with progress.bar("photos", len(todo)) as bar, ThreadPoolExecutor(1) as pool:
-            for reads in grouped(ahead(reader.read, todo, workers), BATCH):
-                if fresh := self._note(reads):
-                    images = np.stack(list(fresh.values()))
-                    waiting.append((list(fresh), pool.submit(self._vectors, images)))
-                if len(waiting) > QUEUE:
-                    self._keep(*waiting.popleft())
-                    self._publish_some(scan)
-                bar.advance(len(reads))
-            for shas, vectors in waiting:
-                self._keep(shas, vectors)
+        pool = ThreadPoolExecutor(1)
+        try:
+            with progress.bar("photos", len(todo)) as bar:
+                for reads in grouped(ahead(reader.read, todo, workers), BATCH):
+                    if fresh := self._note(reads):
+                        images = np.stack(list(fresh.values()))
+                        waiting.append((list(fresh), pool.submit(self._vectors, images)))
+                    if len(waiting) > QUEUE:
+                        self._keep(*waiting.popleft())
+                        self._publish_some(scan)
+                    bar.advance(len(reads))
+                for shas, vectors in waiting:
+                    self._keep(shas, vectors)
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C waits for one batch, not for all
         self.work.commit()
 
     def _settled(self, name: str, stamp: Stamp) -> bool:
@@ -302,14 +308,28 @@ class _Build:
     def _tidy(self, scan: Scan, rows: Mapping[str, Row]) -> None:
         """Forget what has gone; a rebuilt memory becomes an ordinary one."""
         kept = scan.photos.keys() | _under(self.work.known, scan.closed).keys()
-        gone = self.work.known.keys() - kept
-        dead = self.work.shas - {row.sha for row in rows.values()}
-        if gone or dead:
-            self.work.forget(gone, dead)
+        used = {row.sha for row in rows.values()}
+        self.work.forget(self.work.known.keys() - kept, self.work.shas - used)
         if self.work.get("key") != self.bundle.fingerprint:
             self.work.put("key", self.bundle.fingerprint)
 
     # --- what is said of it ---
+
+    def _warn_of_emptied(
+        self, scan: Scan, before: Mapping[str, Row], rows: Mapping[str, Row]
+    ) -> None:
+        """Name folders that are there and hold nothing of what they held: mounts that are gone?"""
+        shas = {row.sha for row in rows.values()}
+        gone = [path for path, row in before.items() if path not in rows and row.sha not in shas]
+        for folder, count in emptied(gone, scan.photos).items():
+            if count > 1 and (self.root / folder).is_dir():
+                log.warning(
+                    "%s: all %d photos in it are gone; if a disk is not mounted, mount it and run "
+                    "the same command again: their vectors are kept for %d days",
+                    printable(str(self.root / folder)),
+                    count,
+                    KEPT_DAYS,
+                )
 
     def _report(self, before: Mapping[str, Row], rows: Mapping[str, Row], unreadable: int) -> Built:
         same = before.keys() & rows.keys()

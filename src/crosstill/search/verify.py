@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crosstill import files
-from crosstill.errors import CorruptError, CrosstillError, printable
-from crosstill.search import catalogue, generations, quarantine, work
+from crosstill.errors import CorruptError, CrosstillError, ImageError, printable
+from crosstill.search import catalogue, generations, quarantine, walk, work
 from crosstill.search.bundle import Bundle, check_same
 from crosstill.search.catalogue import Catalogue, damaged
 from crosstill.search.generations import Pointer
@@ -31,14 +32,17 @@ class Verdict:
     Attributes:
         photos: in the index; 0 where its pointer is damaged.
         problems: one line each: what is damaged.
-        outdated: one line each: photos that are gone or have changed since they were indexed.
         mend: the command that mends and updates the index.
+        gone, changed: how many files are no longer there, or are not what was indexed.
+        outdated: a line for each of those files, or for a whole folder of files that are gone.
     """
 
     photos: int
     problems: list[str]
-    outdated: list[str]
     mend: str
+    gone: int = 0
+    changed: int = 0
+    outdated: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,13 +58,17 @@ def verify(index: Path) -> Verdict:
     try:
         pointer = generations.read(index)
     except CorruptError as error:
-        return Verdict(0, [str(error)], [], _mend(index, None))
+        return Verdict(0, [str(error)], _mend(index, None))
     with files.locked(index):
         damaged_files = [str(error) for error in generations.problems(index, pointer)]
-        checks = (_bundle, _memory) if damaged_files else (_bundle, _contents, _memory)
-        found = [*damaged_files, *(_problem(check, index, pointer) for check in checks)]
+        checks = (_bundle,) if damaged_files else (_bundle, _contents)
+        memory = _problem(_memory, index, pointer)
+        found = [*damaged_files, *(_problem(check, index, pointer) for check in checks), memory]
         problems = [line for line in found if line]
-        return Verdict(pointer.photos, problems, _outdated(index, pointer), _mend(index, pointer))
+        verdict = Verdict(pointer.photos, problems, _mend(index, pointer))
+        path = index / generations.WORK
+        known = {} if memory or not path.is_file() else work.read_files(path)
+        return _compared(verdict, index, pointer, known)
 
 
 def _problem(check: Callable[[Path, Pointer], None], index: Path, pointer: Pointer) -> str | None:
@@ -110,30 +118,49 @@ def _memory(index: Path, pointer: Pointer) -> None:
         quarantine.check(index, work.check(path))
 
 
-def _outdated(index: Path, pointer: Pointer) -> list[str]:
-    """A line for every photo that is not where it was, or not as it was."""
+def _compared(
+    verdict: Verdict, index: Path, pointer: Pointer, known: Mapping[str, work.Known]
+) -> Verdict:
+    """The verdict, with all files that are not where they were or not what they were."""
     root = Path(pointer.folder)
-    if not root.is_dir():
-        return [f"{printable(str(root))}: the folder of the photos is gone"]
+    folder = generations.folder_of(index, pointer.generation)
     try:
-        with closing(
-            Catalogue(generations.folder_of(index, pointer.generation) / catalogue.NAME)
-        ) as photos:
+        with closing(Catalogue(folder / catalogue.NAME)) as photos:
             rows = photos.rows()
     except CrosstillError:  # it is among the problems already
-        return []
-    return list(_differing(root, rows))
-
-
-def _differing(root: Path, rows: dict[str, catalogue.Row]) -> Iterator[str]:
+        return verdict
+    gone, changed = {}, []
     for path, row in sorted(rows.items()):
         try:
             status = os.stat(root / path)
         except OSError as error:
-            yield f"{printable(path)}: {error.strerror}"
+            gone[path] = f"{printable(path)}: {error.strerror}"
             continue
-        if (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns):
-            yield f"{printable(path)}: changed since it was indexed"
+        if why := _change(root, path, row, status, known.get(path)):
+            changed.append(f"{printable(path)}: {why}")
+    folders = {f: n for f, n in walk.emptied(gone, rows.keys() - gone).items() if n > 1}
+    lines = [
+        f"{printable(str(root / f))}: all {n:,} photos in it are gone" for f, n in folders.items()
+    ]
+    emptied = tuple("" if f == "." else f"{f}/" for f in folders)
+    lines += [line for path, line in gone.items() if not path.startswith(emptied)]
+    return replace(verdict, gone=len(gone), changed=len(changed), outdated=sorted(lines + changed))
+
+
+def _change(
+    root: Path, path: str, row: catalogue.Row, status: os.stat_result, known: work.Known | None
+) -> str:
+    """How a photo differs from what was indexed; "" where it does not."""
+    if (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns):
+        return "changed since it was indexed"
+    if known and (known.stamp.ctime_ns, known.sha) == (status.st_ctime_ns, row.sha):
+        return ""
+    try:
+        if hashlib.sha256(walk.read(root, path)).digest() == row.sha:
+            return ""
+    except ImageError as error:
+        return error.reason
+    return "changed since it was indexed, and yet of the same size and time"
 
 
 def _mend(index: Path, pointer: Pointer | None) -> str:

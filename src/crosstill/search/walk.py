@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple
 
 from crosstill import formats
@@ -34,14 +35,24 @@ class Stamp(NamedTuple):
 
     Attributes:
         size: of the photo, in bytes.
-        mtime_ns: when it was last written.
-        caption_size, caption_mtime_ns: the same of its text file; -1 where it has none.
+        mtime_ns: when it was last written, unless a program has set that back.
+        ctime_ns: when anything of it last changed, which no program can set.
+        caption_size, caption_mtime_ns, caption_ctime_ns: the same of its text file; -1 where it
+            has none.
     """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     caption_size: int = -1
     caption_mtime_ns: int = -1
+    caption_ctime_ns: int = -1
+
+    @classmethod
+    def of(cls, photo: os.stat_result, caption: os.stat_result | None) -> Stamp:
+        """Take the stamp of a photo and of its text file."""
+        files = (photo,) if caption is None else (photo, caption)
+        return cls(*(n for f in files for n in (f.st_size, f.st_mtime_ns, f.st_ctime_ns)))
 
 
 @dataclass
@@ -99,6 +110,26 @@ def nothing(root: Path, scan: Scan) -> DataError:
     return DataError(f"{root}: no photo in it{hint}; give a folder of photos")
 
 
+def emptied(before: Iterable[str], left: Iterable[str]) -> dict[str, int]:
+    """Count what each folder held of which nothing is left; "." is the whole.
+
+    Args:
+        before: names of files; one that is in no such folder is not counted.
+        left: those that are left.
+
+    Returns:
+        Counts by folder, the outermost ones alone.
+    """
+    alive = {folder for name in left for folder in _folders(name)}
+    outermost = (next((f for f in _folders(name) if f not in alive), None) for name in before)
+    return Counter(folder for folder in outermost if folder is not None)
+
+
+def _folders(name: str) -> list[str]:
+    """The folders that a file is in, the outermost first."""
+    return [str(folder) for folder in reversed(PurePath(name).parents)]
+
+
 def read(root: Path, name: str) -> bytes:
     """All bytes of a photo's file.
 
@@ -150,8 +181,7 @@ def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) 
             continue
         caption = next(filter(None, map(texts.get, formats.sidecars(entry.name))), None)
         text = _look(root, caption) if caption else None
-        beside = (text.st_size, text.st_mtime_ns) if isinstance(text, os.stat_result) else ()
-        scan.photos[name] = Stamp(found.st_size, found.st_mtime_ns, *beside)
+        scan.photos[name] = Stamp.of(found, text if isinstance(text, os.stat_result) else None)
 
 
 def _is_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:

@@ -1,7 +1,8 @@
 """work.sqlite: what the builder of an index remembers from one run to the next.
 
 Which file had which content when it was last read, and the vector of every content. Readers never
-see it. It can be lost: files are then read again, and vectors taken from the last generation.
+see it. It can be lost: files are then read again, and vectors taken from the last generation. Every
+row has a checksum, all of which are compared when the memory is opened.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import os
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,17 +26,21 @@ from crosstill.search.walk import Stamp
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums but of vectors, and no ctimes
 SHEETS = "sheets"  # SHA-256 that quarantine.jsonl may have: of the last one, and of the next
 MOMENT = 2_000_000_000  # ns: the coarsest clock of a file system in use
 NOTES = 1000  # files that are remembered at a time where nothing has to be encoded
+KEPT_DAYS = 30  # for which the vector of a content that no file has any more is kept
 
+# The last column is the CRC-32 of the others; of a vector, for age's sake, it is the second.
 _TABLES = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT, crc INTEGER);
 CREATE TABLE IF NOT EXISTS files (
-    path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, caption_size INTEGER,
-    caption_mtime_ns INTEGER, read_ns INTEGER, sha BLOB, caption TEXT, reason TEXT
+    path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, caption_size INTEGER,
+    caption_mtime_ns INTEGER, caption_ctime_ns INTEGER, read_ns INTEGER, sha BLOB, caption TEXT,
+    reason TEXT, crc INTEGER
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unused (sha BLOB PRIMARY KEY, since_ns INTEGER, crc INTEGER);
 CREATE TABLE IF NOT EXISTS embeddings (
     sha BLOB PRIMARY KEY, crc INTEGER NOT NULL, vector BLOB NOT NULL
 );
@@ -45,7 +51,7 @@ class Known(NamedTuple):
     """What a file held when it was last read.
 
     Attributes:
-        stamp: its size and time, and its caption's.
+        stamp: its size and times, and its caption's.
         read_ns: when it was read.
         sha: SHA-256 of its bytes; None where they could not be read.
         caption: of its text file.
@@ -63,7 +69,7 @@ class Known(NamedTuple):
 
         A file written in the very moment in which it was read may have changed without a trace.
         """
-        newest = max(stamp.mtime_ns, stamp.caption_mtime_ns)
+        newest = max(stamp.ctime_ns, stamp.caption_ctime_ns)
         return self.stamp == stamp and newest + MOMENT < self.read_ns
 
 
@@ -82,6 +88,7 @@ class Work:
 
     def __init__(self, path: Path, key: str, root: Path) -> None:
         self.path, self._noted = path, 0
+        self._unused: dict[bytes, int] = {}  # contents that no file has, and since when
         try:
             self._open(key, root)
         except CorruptError as error:
@@ -91,9 +98,8 @@ class Work:
     def note(self, path: str, known: Known) -> None:
         """Remember a file."""
         self.known[path] = known
-        row = (os.fsencode(path), *known.stamp, *known[1:])
         with self._guarded():
-            self._db.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?,?,?,?,?)", row)
+            self._put("files", os.fsencode(path), *known.stamp, *known[1:])
             self._noted += 1
             if self._noted % NOTES == 0:
                 self._db.commit()
@@ -116,16 +122,24 @@ class Work:
                 raise damaged(self.path, "a vector is not as it was written")
         return np.stack([np.frombuffer(blob, np.float32) for _, blob in rows])
 
-    def forget(self, paths: Iterable[str], shas: Iterable[bytes]) -> None:
-        """Let go of files that are gone, and of contents that no file has."""
-        paths, shas = list(paths), list(shas)
+    def forget(self, paths: Iterable[str], unused: Iterable[bytes]) -> None:
+        """Let go of files that are gone, and of contents that no file has had for `KEPT_DAYS`."""
+        paths, now = list(paths), time.time_ns()
+        since = {sha: self._unused.get(sha, now) for sha in unused}
+        dead = [sha for sha, when in since.items() if when + KEPT_DAYS * 86_400 * 10**9 <= now]
+        kept = since.keys() - dead
         with self._guarded():
             gone = ((os.fsencode(path),) for path in paths)
             self._db.executemany("DELETE FROM files WHERE path = ?", gone)
-            self._db.executemany("DELETE FROM embeddings WHERE sha = ?", ((s,) for s in shas))
+            self._db.executemany("DELETE FROM embeddings WHERE sha = ?", ((s,) for s in dead))
+            again = ((sha,) for sha in self._unused.keys() - kept)
+            self._db.executemany("DELETE FROM unused WHERE sha = ?", again)
+            for sha in kept - self._unused.keys():
+                self._put("unused", sha, now)
         for path in paths:
             self.known.pop(path, None)
-        self.shas.difference_update(shas)
+        self.shas.difference_update(dead)
+        self._unused = {sha: since[sha] for sha in kept}
         self.commit()
 
     def get(self, name: str) -> Any:
@@ -137,8 +151,7 @@ class Work:
     def put(self, name: str, value: Any) -> None:
         """Remember a value that JSON can hold."""
         with self._guarded():
-            row = (name, json.dumps(value))
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", row)
+            self._put("meta", name, json.dumps(value))
         self.commit()
 
     def commit(self) -> None:
@@ -157,16 +170,34 @@ class Work:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
+            self._upgrade()
             self._db.executescript(_TABLES)
+            _check(self._db, self.path)
             self._settle({"format": FORMAT, "key": key}, str(root))
-            files = self._db.execute("SELECT * FROM files")
-            self.known = {os.fsdecode(p): Known(Stamp(*r[:4]), *r[4:]) for p, *r in files}
+            self.known = _files(self._db)
             self.shas = {sha for (sha,) in self._db.execute("SELECT sha FROM embeddings")}
+            self._unused = dict(self._db.execute("SELECT sha, since_ns FROM unused"))
+
+    def _upgrade(self) -> None:
+        """Give checksums to the rows of format 1; without ctimes, its files are unknown."""
+        if _columns(self._db, "meta")[-1:] != ["value"]:
+            return
+        values = self._db.execute("SELECT name, value FROM meta").fetchall()
+        self._db.executescript(f"BEGIN; DROP TABLE files; DROP TABLE meta; {_TABLES}")
+        for name, value in (*values, ("format", json.dumps(FORMAT))):
+            self._put("meta", name, value)
+        self._db.commit()
+
+    def _put(self, table: str, *values: bytes | str | int | None) -> None:
+        places = ",".join("?" * (len(values) + 1))
+        row = (*values, _crc(values))
+        self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({places})", row)
 
     def _settle(self, wanted: dict[str, Any], root: str) -> None:
         """Forget what belongs to another key, or to photos elsewhere."""
         if any(self.get(name) != value for name, value in wanted.items()):
             self._db.execute("DELETE FROM embeddings")
+            self._db.execute("DELETE FROM unused")
         elif self.get("root") == root:
             return
         self._db.execute("DELETE FROM files")
@@ -196,14 +227,55 @@ def check(path: Path) -> list[str]:
     Raises:
         CorruptError: it is damaged.
     """
+    with _reading(path) as db:
+        _check(db, path)
+        sheets = db.execute("SELECT value FROM meta WHERE name = ?", (SHEETS,)).fetchone()
+        return json.loads(sheets[0]) if sheets else []
+
+
+def read_files(path: Path) -> dict[str, Known]:
+    """What a whole memory holds of each file, by its path; nothing of an older version's."""
+    with _reading(path) as db:
+        return _files(db) if _columns(db, "files")[-1:] == ["crc"] else {}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     with guarded(path), closing(sqlite3.connect(path)) as db:
         # What a kill left in the log is read without a file shared with other processes.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        found = db.execute("PRAGMA integrity_check").fetchone()[0]
-        if found != "ok":
-            raise damaged(path, found)
-        for sha, crc, blob in db.execute("SELECT sha, crc, vector FROM embeddings"):
-            if zlib.crc32(blob) != crc:
-                raise damaged(path, f"the vector of {sha.hex()[:12]} is not as it was written")
-        sheets = db.execute("SELECT value FROM meta WHERE name = ?", (SHEETS,)).fetchone()
-        return json.loads(sheets[0]) if sheets else []
+        yield db
+
+
+def _files(db: sqlite3.Connection) -> dict[str, Known]:
+    rows = db.execute("SELECT * FROM files")
+    return {os.fsdecode(path): Known(Stamp(*row[:6]), *row[6:-1]) for path, *row in rows}
+
+
+def _check(db: sqlite3.Connection, path: Path) -> None:
+    """Let SQLite read every page, and compare every row with its checksum.
+
+    Raises:
+        CorruptError: one differs.
+    """
+    pages = db.execute("PRAGMA integrity_check").fetchone()[0]
+    if pages != "ok":
+        raise damaged(path, pages)
+    for table in ("meta", "files", "unused"):
+        if _columns(db, table)[-1:] != ["crc"]:  # an older version wrote it
+            continue
+        for *values, crc in db.execute(f"SELECT * FROM {table}"):
+            if _crc(values) != crc:
+                raise damaged(path, f"row {values[0]!r} of {table} is not as it was written")
+    for sha, crc, vector in db.execute("SELECT sha, crc, vector FROM embeddings"):
+        if zlib.crc32(vector) != crc:
+            raise damaged(path, f"the vector of {sha.hex()[:12]} is not as it was written")
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+def _crc(values: Sequence[object]) -> int:
+    """CRC-32 of a row: it sees every change of up to 32 bits in a run."""
+    return zlib.crc32(repr(tuple(values)).encode())
