@@ -12,6 +12,7 @@ from crosstill.errors import (
     ConfigError,
     CorruptError,
     DataError,
+    DiskFullError,
     LockedError,
     MismatchError,
     RunError,
@@ -349,7 +350,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(faiss_vectors, "_write", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFullError, match=r"vectors\.faiss: No space left on device"):
         index.save(tmp_path)
     assert len(FaissVectors.load(tmp_path)) == 5
 
