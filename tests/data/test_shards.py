@@ -305,3 +305,27 @@ def test_a_shard_that_changed_later_is_an_image_error(shards):
     path.unlink()
     with pytest.raises(ImageError, match=r"002\.tar@.*No such file"):
         pairs.read(pairs.examples[-1])
+
+
+def test_any_order_of_names_with_dots_pairs_rightly_and_goes_on_anywhere(tmp_path):
+    random = np.random.default_rng(0)
+    stems, endings = ["a", "a.b", "a.v1", "a.v2", "b", "b.1"], ["jpg", "heic", "txt", "caption"]
+    for _ in range(400):
+        names = sorted(
+            {f"{random.choice(stems)}.{random.choice(endings)}" for _ in range(random.integers(9))},
+            key=lambda name: (name.partition(".")[0], random.random()),  # keys stand together
+        )
+        path = shard(tmp_path / "0.tar", [(name, name) for name in names])
+        faults = Faults()
+        whole = list(stream(path, faults=faults))
+        images = [name for name in names if name.endswith(("jpg", "heic"))]
+        assert len(whole) + len(faults.bad) == len(images)
+        for number, sample in enumerate(whole):
+            own = sample.path.rpartition("/")[2].rpartition(".")[0]
+            texts = {caption.rpartition(".")[0] for caption in sample.captions}
+            of_key = {name.rpartition(".")[0] for name in images if name[0] == own[0]}
+            # a key's own text may go to its only image
+            assert texts <= ({own, own[0]} if len(of_key) == 1 else {own}), names
+            on = list(stream(path, start=sample.next, faults=Faults()))
+            again = list(stream(path, start=sample.start, faults=Faults()))
+            assert (on, again) == (whole[number + 1 :], whole[number:]), names

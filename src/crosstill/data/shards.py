@@ -270,30 +270,31 @@ def _by_image(group: list[_Member], faults: Faults, inside: bool) -> list[list[_
     """The members that belong to each image (name) of a key, each in the order of the shard.
 
     A text waits for its image only until the next image: so every sample but the first lies
-    wholly behind the images before it, and a stream can go on at its first member.
+    wholly behind the images before it, and a stream can go on at its first member. For the same
+    reason an image whose stem was met before another one's begins a sample of its own.
     """
     stems = {member.stem for member in group if member.suffix not in TEXTS}
-    alone = (
-        stems.pop() if len(stems) == 1 and not inside else ""
-    )  # the only image gets texts named by the key
-    samples: dict[str, list[_Member]] = {}
+    # the only image gets texts named by the key
+    alone = stems.pop() if len(stems) == 1 and not inside else ""
+    samples: dict[str, list[_Member]] = {}  # the latest of each stem
+    found: list[list[_Member]] = []
     waiting: list[_Member] = []
     lost = 0
     for member in group:
         stem = alone if alone and member.stem in (alone, member.key) else member.stem
-        if stem in samples:
-            samples[stem].append(member)
-        elif member.suffix in TEXTS:
-            waiting.append(member)
-        else:
-            own = [
-                text for text in waiting if text.stem == stem or (alone and text.stem == text.key)
-            ]
-            lost += len(waiting) - len(own)
-            samples[stem], waiting = [*own, member], []
+        if member.suffix in TEXTS:
+            samples.get(stem, waiting).append(member)
+            continue
+        own = [t for t in waiting if t.stem == stem or (alone and t.stem == t.key)]
+        lost += len(waiting) - len(own)
+        waiting = []
+        if stem not in samples or samples[stem] is not found[-1]:
+            samples[stem] = own
+            found.append(own)
+        samples[stem].append(member)
     if lost + len(waiting):
         faults.notes["captions without an image beside them in the shard"] += lost + len(waiting)
-    return list(samples.values())
+    return found
 
 
 def _bytes(file: IO[bytes], member: _Member) -> bytes:
