@@ -817,7 +817,7 @@ def test_vectors_may_live_in_milvus(index, lite, monkeypatch):
     index.put(**{f"n{i}": i for i in range(30)})
     index.build(milvus=lite)
     pointer = generations.read(index.out)
-    assert pointer.kind == "milvus" and pointer.milvus["uri"] == lite
+    assert pointer.kind == "milvus" and pointer.milvus["uri"] == "../vectors.db"
     assert list(pointer.files) == ["photos.sqlite"]
     assert not any(b"secret" in data for data in index.files().values())
     index.put(n0=100, new=101)
@@ -853,3 +853,59 @@ def test_an_index_moves_to_milvus(index, lite):
     again = generations.read(index.out).milvus
     assert again["uri"] == first["uri"] and again["collection"] != first["collection"]
     index.whole(a=1)
+
+
+def test_a_milvus_file_beside_the_index_moves_with_it(tmp_path, lite):
+    index = Index(tmp_path)
+    index.put(a=1, b=2)
+    place = tmp_path / "w"
+    place.mkdir()
+    index.out = place / "index"
+    index.build(milvus=str(place / "vectors.db"))
+    place = place.rename(tmp_path / "w2")
+    index.out = place / "index"
+    index.whole(a=1, b=2)
+    index.put(c=3)
+    assert index.counts() == {"unchanged": 2, "new": 1, "encoded": 1}
+    index.whole(a=1, b=2, c=3)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("folder_stays", [False, True])
+def test_milvus_vectors_that_are_no_longer_there(tmp_path, lite, folder_stays):
+    """Elsewhere, by a path from "/": named, never taken for empty, made anew without encoding."""
+    index = Index(tmp_path)
+    index.put(a=1, b=2)
+    index.out = tmp_path / "w/index"
+    (tmp_path / "elsewhere").mkdir()
+    old = tmp_path / "elsewhere/vectors.db"
+    index.build(milvus=str(old))
+    if folder_stays:
+        shutil.rmtree(old)
+    else:
+        (tmp_path / "elsewhere").rename(tmp_path / "elsewhere2")
+    match = f"{old}: the vectors of this index were there and are gone; .* --milvus NEW.db"
+    with pytest.raises(CorruptError, match=match):
+        Searcher.open(index.out)
+    verdict = verify(index.out)
+    assert len(verdict.problems) == 1 and re.match(match, verdict.problems[0])
+    assert verdict.mend.endswith(f" --out {index.out} --milvus NEW.db")
+    assert not old.exists(), "looking makes nothing"
+    if not folder_stays:
+        match = f"{old}: no such folder for vectors; make it, or name another place with --milvus"
+        with pytest.raises(ConfigError, match=match):
+            index.build()
+    FakeEncoder.encoded = 0
+    index.build(milvus=lite if folder_stays else str(tmp_path / "elsewhere2/vectors.db"))
+    assert FakeEncoder.encoded == 0
+    index.whole(a=1, b=2)
+
+
+def test_a_milvus_file_that_is_lost_is_made_anew(index, lite, caplog):
+    index.put(a=1, b=2)
+    index.build(milvus=lite)
+    shutil.rmtree(lite)
+    FakeEncoder.encoded = 0
+    index.build()
+    assert FakeEncoder.encoded == 0 and "are gone; now it is made anew" in caplog.text
+    index.whole(a=1, b=2)

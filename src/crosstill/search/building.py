@@ -38,6 +38,7 @@ from crosstill.search.bundle import Bundle, check_same
 from crosstill.search.catalogue import Row
 from crosstill.search.encoder import Encoder
 from crosstill.search.generations import Pointer
+from crosstill.search.milvus_vectors import LITE
 from crosstill.search.publishing import Publisher, milvus_uri
 from crosstill.search.reading import Read, Reader, ahead, grouped
 from crosstill.search.walk import Scan, Stamp, emptied, nothing, walk
@@ -152,6 +153,13 @@ class _Build:
         self.began, self.encoded, self.due = time.monotonic(), 0, FIRST
         self.taken: set[bytes] = set()  # contents that this run has encoded, or is encoding
         pointer = self._pointer()
+        used = pointer.milvus if pointer and pointer.milvus else {}
+        uri = options.milvus or (used and generations.milvus_place(index, used["uri"]))
+        if uri and uri.endswith(LITE) and not Path(uri).absolute().parent.is_dir():
+            raise ConfigError(
+                f"{uri}: no such folder for vectors; make it, or name another place with "
+                "--milvus NEW.db"
+            )
         generations.clean(index, pointer)
         base = self._sound(pointer)
         # While an index is remade from nothing, the old one is worth more than a part of the new.
@@ -160,8 +168,7 @@ class _Build:
         self.work = Work(index / generations.WORK, bundle.fingerprint + after, root)
         self.publisher = Publisher(index, bundle, root, base, self.work)
         self.publisher.threads = options.threads
-        used = pointer.milvus if pointer and pointer.milvus else {}
-        if uri := options.milvus or used.get("uri"):
+        if uri:
             self.publisher.move_to(uri, used.get("collection"))
 
     @cached_property

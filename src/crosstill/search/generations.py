@@ -26,6 +26,7 @@ from crosstill.errors import CorruptError, CrosstillError, DataError
 from crosstill.search import vectors
 from crosstill.search.bundle import Bundle
 from crosstill.search.catalogue import damaged
+from crosstill.search.milvus_vectors import LITE
 from crosstill.search.vectors import VectorIndex
 
 POINTER = "index.json"
@@ -49,7 +50,8 @@ class Pointer:
         photos: how many.
         files: SHA-256 of the generation's files by name.
         quantiles: see `calibrate`; None without captions to calibrate on.
-        milvus: uri and collection, where the vectors live there.
+        milvus: uri and collection, where the vectors live there; the path of a Milvus Lite file
+            that lies beside the index is relative to the index: see `milvus_place`.
     """
 
     generation: int
@@ -115,6 +117,13 @@ def check(index: Path, pointer: Pointer) -> None:
 
 def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
     """An error for each file of the generation that differs or is missing."""
+    if pointer.milvus:
+        place = milvus_place(index, pointer.milvus["uri"])
+        if place.endswith(LITE) and not Path(place).exists():
+            yield CorruptError(
+                f"{place}: the vectors of this index were there and are gone; put them back, or "
+                "run `crosstill index` with --milvus NEW.db, which encodes nothing again"
+            )
     for name, digest in pointer.files.items():
         path = folder_of(index, pointer.generation) / name
         if not path.is_file():
@@ -177,9 +186,14 @@ def open_vectors(index: Path, pointer: Pointer, threads: int = 1) -> VectorIndex
     if pointer.milvus is None:
         folder = folder_of(index, pointer.generation)
         return vectors.open_vectors(folder, pointer.dim, threads)
-    uri, collection = pointer.milvus["uri"], pointer.milvus["collection"]
+    uri, collection = milvus_place(index, pointer.milvus["uri"]), pointer.milvus["collection"]
     token = os.environ.get("MILVUS_TOKEN")
     return vectors.open_vectors(uri, pointer.dim, threads, collection, token)
+
+
+def milvus_place(index: Path, uri: str) -> str:
+    """Where vectors in Milvus are: a URI as it is, the path of a Milvus Lite file from "/"."""
+    return str((index / uri).resolve()) if uri.endswith(LITE) else uri
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -70,8 +70,8 @@ class Publisher:
             uri: of a cluster, or the path of a Milvus Lite file.
             used: a collection that a reader may have open, and that is left alone.
         """
-        uri = milvus_uri(uri)
-        if self.milvus and self.milvus["uri"] == uri:
+        place = generations.milvus_place(self.index, milvus_uri(uri))
+        if self.milvus and generations.milvus_place(self.index, self.milvus["uri"]) == place:
             return
         name = self.work.get("collection")
         if name is None or name == used:
@@ -79,7 +79,9 @@ class Publisher:
             self.work.put("collection", name)
         if used:
             log.info("the collection %s in Milvus is left to those who still read it", used)
-        self.milvus = {"uri": uri, "collection": name}
+        beside = place.endswith(LITE) and Path(place).is_relative_to(self.index.parent)
+        kept = os.path.relpath(place, self.index) if beside else place  # both may be moved then
+        self.milvus = {"uri": kept, "collection": name}
 
     def announce(self, photos: int, unread: int) -> None:
         """Say what a large index will take, and refuse one that the disk cannot hold.
@@ -197,7 +199,8 @@ class Publisher:
         if self.milvus is None:
             return FaissVectors(self.bundle.dim, kind, self.threads)
         token = os.environ.get("MILVUS_TOKEN")
-        uri, name = self.milvus["uri"], self.milvus["collection"]
+        uri = generations.milvus_place(self.index, self.milvus["uri"])
+        name = self.milvus["collection"]
         return vectors.open_vectors(uri, self.bundle.dim, self.threads, name, token)
 
     def _mixed(self, kind: str) -> list[tuple[int, bytes]]:

@@ -19,6 +19,7 @@ from crosstill.search import catalogue, generations, quarantine, walk, work
 from crosstill.search.bundle import Bundle, check_same
 from crosstill.search.catalogue import Catalogue, damaged
 from crosstill.search.generations import Pointer
+from crosstill.search.milvus_vectors import LITE
 from crosstill.search.vectors import VectorIndex
 
 CHUNK = 10_000  # vectors that are looked at at a time
@@ -170,4 +171,6 @@ def _mend(index: Path, pointer: Pointer | None) -> str:
     own = str(index / pointer.bundle)
     bundle = "BUNDLE" if _problem(_bundle, index, pointer) else shlex.quote(own)
     where = [shlex.quote(printable(name)) for name in (pointer.folder, str(index))]
-    return f"crosstill index {bundle} {where[0]} --out {where[1]}"
+    command = f"crosstill index {bundle} {where[0]} --out {where[1]}"
+    place = Path(generations.milvus_place(index, pointer.milvus["uri"]) if pointer.milvus else "")
+    return command if place.suffix != LITE or place.exists() else f"{command} --milvus NEW.db"
