@@ -6,6 +6,9 @@
     progress    bars on stderr
     preprocess  how a model wants its images
     resize      antialiased, in numpy, the bits of torch's
+    rasters     what Pillow decodes, strip by strip
+    decoding    worker processes for it, and a budget of memory
+    jpeg        JPEG, whole or refused
     pixels      bytes → upright RGB → resized, one path for the whole project
     search      bundle → index → HTTP service and page; up to here nothing needs torch
     types       the nouns and the dimension key

@@ -98,13 +98,14 @@ def load(data: bytes, path: str, preprocess: Preprocess, view: View | None = Non
     Raises:
         ImageError: see `decode`; also for an image too long for its resized form.
     """
-    upright = torch.from_numpy(pixels.upright(data, path))
-    if view is not None:
-        cut = _resize(_cut(upright, view), preprocess.size, preprocess.interpolation)
-        return _coloured(cut, view)
-    height, width = preprocess.sides(*upright.shape[:2])
-    pixels.check_size(width, height, path)
-    resized = _resize(upright, (height, width), preprocess.interpolation)
+    with pixels.upright(data, path) as whole:
+        upright = torch.from_numpy(whole)
+        if view is not None:
+            cut = _resize(_cut(upright, view), preprocess.size, preprocess.interpolation)
+            return _coloured(cut, view)
+        height, width = preprocess.sides(*upright.shape[:2])
+        pixels.check_size(width, height, path)
+        resized = _resize(upright, (height, width), preprocess.interpolation)
     if preprocess.resize == "crop":
         return torch.from_numpy(pixels.centre(resized.numpy(), preprocess.size))
     return resized

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import images, progress
+from crosstill import decoding, images, progress
 from crosstill.cache import candidates, sources
 from crosstill.cache.store import Cache
 from crosstill.data import Pairs
@@ -91,7 +90,7 @@ def _images(find: Teacher, examples: Sequence[Example], pairs: Pairs) -> Tensor:
 
     rows = []
     with (
-        ThreadPoolExecutor(max_workers=4) as pool,
+        decoding.in_threads() as pool,
         progress.bar("finder's images", len(examples)) as bar,
     ):
         for photos in sources.ahead(examples, BATCH, pool, load):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import images, progress
+from crosstill import decoding, images, progress
 from crosstill.cache import derived
 from crosstill.cache.store import Listing, Split
 
@@ -54,7 +53,7 @@ def _decode(path: Path, cache: Listing, split: Split, preprocess: images.Preproc
     out = derived.new_array(path, np.uint8, shape)
     fill = _filler(out, cache, split, preprocess)
     count = len(split.images)
-    with ThreadPoolExecutor(max_workers=4) as pool, progress.bar("decoding", count) as bar:
+    with decoding.in_threads() as pool, progress.bar("decoding", count) as bar:
         for _ in pool.map(fill, range(count)):
             bar.advance()
     out.flush()

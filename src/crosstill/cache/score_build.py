@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import images, progress
+from crosstill import decoding, images, progress
 from crosstill.cache import candidates, finders, scores, sources, work
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, DataError, ModelError
@@ -205,7 +204,7 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
             for part in _calls(bounds[: first + 1]):  # an earlier process scored these
                 reader.keep(np.unique(names[part]).tolist())
         with (
-            ThreadPoolExecutor(max_workers=4) as pool,
+            decoding.in_threads() as pool,
             progress.bar("pairs", len(names), int(bounds[first])) as bar,
         ):
             for shard, photos in enumerate(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import files, images, progress
+from crosstill import decoding, files, images, progress
 from crosstill.cache import journal, sources, store
 from crosstill.cache.journal import Journal
 from crosstill.data import Pairs
@@ -191,7 +190,7 @@ class Work(ABC, Generic[Opened]):
         size = max(1, SHARD_ROWS // self.reading.views) * self.reading.views
         first = len(self.journal.shards["image"]) * size
         with (
-            ThreadPoolExecutor(max_workers=4) as pool,
+            decoding.in_threads() as pool,
             progress.bar("images", len(wanted), first) as bar,
         ):
             for start in range(first, len(wanted), size):

@@ -11,14 +11,13 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crosstill import data, images, progress
+from crosstill import data, decoding, images, progress
 from crosstill.data import Pairs
 from crosstill.doctor import findings, paths
 from crosstill.doctor.paths import Diagnosis
@@ -216,7 +215,7 @@ def _undecodable(pairs: Pairs) -> list[dict[str, Any]]:
         return None
 
     examples = pairs.examples
-    with ThreadPoolExecutor(max_workers=4) as pool, progress.bar("images", len(examples)) as bar:
+    with decoding.in_threads() as pool, progress.bar("images", len(examples)) as bar:
         for problem in _each(pool.map(check, examples), bar):
             if problem is not None:
                 quarantine.add(*problem)

@@ -25,6 +25,7 @@ FIXES = {
     "empty": "a download that never began: fetch these files again",
     "not-an-image": "often a web page saved in place of a photo: fetch it again, or leave it out",
     "too-large": "make it smaller with any image program, if it is what it claims to be",
+    "too-slow": "save it anew as JPEG or PNG from a program that opens it",
     "truncated": "a download or copy that broke off: fetch these files again",
     "damaged": "fetch it again, or save it anew from a program that still opens it; "
     "a text as UTF-8",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from crosstill import images, progress
+from crosstill import decoding, images, progress
 from crosstill.data import Pairs
 from crosstill.errors import DataError, ImageError
 from crosstill.images import Preprocess, Quarantine
@@ -31,7 +30,7 @@ def photos(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[tuple[Example,
         except ImageError as error:
             return error, len(data)
 
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with decoding.in_threads() as pool:
         for start in range(0, len(pairs.examples), BATCH):
             chunk = pairs.examples[start : start + BATCH]
             yield list(zip(chunk, pool.map(load, chunk), strict=True))

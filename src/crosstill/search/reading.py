@@ -6,14 +6,14 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from crosstill import pixels
+from crosstill import decoding, pixels
 from crosstill.errors import ImageError
 from crosstill.preprocess import Preprocess
 from crosstill.search import walk
@@ -70,17 +70,14 @@ def ahead(
     read: Callable[[str, Stamp], Read], photos: Mapping[str, Stamp], workers: int
 ) -> Iterator[Read]:
     """All photos in their order, each read by one of the workers before it is asked for."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
     waiting: deque[Future[Read]] = deque()
-    try:
+    with decoding.in_threads(workers) as pool:
         for item in photos.items():
             waiting.append(pool.submit(read, *item))
             if len(waiting) >= AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def grouped(reads: Iterator[Read], size: int) -> Iterator[list[Read]]:
