@@ -38,9 +38,9 @@ _MARKER = re.compile(
 )
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _KINDS = {1: "B", 3: "H", 4: "I"}  # of EXIF's numbers
-# Entropy-coded bytes and every restart marker, for a decoder that still wants some. They begin with
-# ones, since libjpeg makes zeros of what is missing.
-_MORE = b"".join(bytes(range(254, 37, -3)) + bytes((0xFF, 0xD0 + n % 8)) for n in range(16))
+# Entropy-coded bytes for a decoder that still wants some. They begin with ones, since libjpeg makes
+# zeros of what is missing.
+_MORE = bytes(range(254, 37, -3))
 
 
 @dataclass
@@ -165,10 +165,13 @@ def _digest(data: bytes, path: str) -> bytes | None:
 
 
 def _with_more(data: bytes, path: str) -> bytes:
-    """The file with more data before its end marker."""
+    """The file with more data before its end marker, and the restart markers that would follow."""
     ends = (start for marker, start, _ in _segments(data, path) if marker == _EOI)
     end = next(ends, len(data))
-    return data[: end - 2] + _MORE + data[end - 2 :]
+    kept = data[: end - 2].rstrip(b"\xff")
+    _, last = max((kept.rfind(bytes((0xFF, 0xD0 + n))), n) for n in range(8))
+    more = b"".join(_MORE + bytes((0xFF, 0xD0 + n % 8)) for n in range(last + 1, last + 17))
+    return kept + more + b"\xff" + data[end - 1 :]
 
 
 def _frame(data: bytes, path: str) -> _Frame | None:
