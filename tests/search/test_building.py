@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -6,7 +7,6 @@ import shlex
 import shutil
 import sqlite3
 import time
-from collections import namedtuple
 from contextlib import closing
 from pathlib import Path
 
@@ -18,16 +18,17 @@ from crosstill.errors import (
     ConfigError,
     CorruptError,
     DataError,
+    DiskFullError,
     ImageError,
     InputError,
     LockedError,
     MismatchError,
     ModelError,
-    RunError,
 )
 from crosstill.files import locked
 from crosstill.search import (
     building,
+    faiss_vectors,
     generations,
     publishing,
     reading,
@@ -529,15 +530,32 @@ def test_a_large_build_says_what_it_will_take(index, monkeypatch, caplog):
     index.put(a=1, b=2, c=3)
     with caplog.at_level("INFO", logger="crosstill"):
         index.build()
-    assert "3 photos: the vectors will take about 0 MB of memory" in caplog.text
+    assert "3 photos: the vectors will take about 648 bytes of memory" in caplog.text
 
 
 def test_a_disk_that_is_too_small_is_refused_beforehand(index, monkeypatch):
     index.put(a=1)
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda path: usage(100))
-    with pytest.raises(RunError, match=r"needs about 0 MB and the disk has 0 MB left; make room"):
-        index.build()
+    with monkeypatch.context() as patch:
+        patch.setattr(vectors, "estimate_bytes", lambda count, dim, kind: 10**15)
+        match = r"index: No space left on device \(1,000,000\.0 GB needed, .* free\); free some"
+        with pytest.raises(DiskFullError, match=match):
+            index.build()
+
+
+def test_a_disk_that_fills_up_while_a_generation_is_written(index, monkeypatch):
+    def full(faiss, vectors, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    index.put(a=1)
+    index.build()
+    index.put(b=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(faiss_vectors, "_write", full)
+        with pytest.raises(DiskFullError, match=f"^{index.out}: No space left on device"):
+            index.build()
+    index.whole(a=1)
+    assert not list(index.out.glob(".writing-*"))
+    assert index.counts() == {"unchanged": 1, "new": 1}
 
 
 # --- what is damaged or lost is made anew ---

@@ -246,7 +246,8 @@ def test_a_full_disk_is_one_line_and_the_old_index_stays(
     )
     lines = done.stderr.splitlines()
     assert done.returncode in (1, 2), lines
-    assert lines[-1].startswith("error: ") and "Traceback" not in done.stderr, lines
+    assert lines[-1].startswith(f"error: {own}") and "Traceback" not in done.stderr, lines
+    assert ".writing-" not in lines[-1], lines
     assert "40 photos" in crosstill("index", "verify", own).stdout
     crosstill("index", bundle_folder, more, "--out", own)
     assert "whole; 240 photos" in crosstill("index", "verify", own).stdout

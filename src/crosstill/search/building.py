@@ -237,7 +237,8 @@ class _Build:
         """Read all that may have changed, and encode the contents that are new."""
         todo = {name: s for name, s in scan.photos.items() if not self._settled(name, s)}
         if todo:
-            self.publisher.announce(len(scan.photos), len(todo))
+            new = max(0, len(scan.photos) - len(self.work.shas))  # the others have only moved
+            self.publisher.announce(len(scan.photos), min(len(todo), new))
         known = self.work.known.values()
         refused = {k.sha: k.reason for k in known if k.sha is not None and k.reason}
         reader = Reader(self.root, self.bundle.preprocess, self.work.shas, refused)

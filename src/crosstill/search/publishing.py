@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -12,7 +13,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from crosstill.errors import ConfigError, RunError
+from crosstill import files
+from crosstill.errors import ConfigError
 from crosstill.search import calibrate, catalogue, generations, vectors
 from crosstill.search.bundle import Bundle
 from crosstill.search.catalogue import Catalogue, Change, Row
@@ -88,23 +90,20 @@ class Publisher:
 
         Args:
             photos: in the folder.
-            unread: those of them that may be new.
+            unread: about how many of them are new.
 
         Raises:
-            RunError: there is too little room.
+            DiskFullError: there is too little room.
         """
         dim, kind = self.bundle.dim, "milvus" if self.milvus else vectors.kind_for(photos)
         memory = vectors.estimate_bytes(photos, dim, kind)
         if photos >= LARGE:
             where = "in Milvus" if self.milvus else "of memory"
-            log.info("%s photos: the vectors will take about %s %s", photos, _mb(memory), where)
+            memory_text = files.amount(memory)
+            log.info("%s photos: the vectors will take about %s %s", photos, memory_text, where)
         need = unread * (4 * dim + 500) + photos * 300 + (0 if self.milvus else memory)
-        free = shutil.disk_usage(self.index).free
-        if need > free:
-            raise RunError(
-                f"{self.index}: needs about {_mb(need)} and the disk has {_mb(free)} left; "
-                "make room, or give another --out"
-            )
+        if need > shutil.disk_usage(self.index).free:
+            raise files.disk_full(self.index, errno.ENOSPC, need)
 
     def remember(self) -> None:
         """Begin from the last generation: give back vectors that were lost since."""
@@ -138,7 +137,8 @@ class Publisher:
         """
         number = generations.next_number(self.index)
         before = self._catalogue(self.base) if self.base else None
-        with generations.written_aside(generations.folder_of(self.index, number)) as aside:
+        target = generations.folder_of(self.index, number)
+        with files.writing(self.index, whole=True), generations.written_aside(target) as aside:
             change = catalogue.write(aside / catalogue.NAME, before, rows)
             held = self._filled(change)
             held.save(aside)
@@ -231,7 +231,3 @@ def milvus_uri(uri: str) -> str:
     if "@" in urlsplit(uri).netloc:
         raise ConfigError("--milvus: holds a password; give it in the variable MILVUS_TOKEN alone")
     return str(Path(uri).absolute()) if uri.endswith(LITE) else uri
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
