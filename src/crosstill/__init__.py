@@ -3,6 +3,7 @@
     errors      every exception raised on purpose
     formats     names and texts as people have them: endings, hidden files, UTF-8, lines
     files       atomic writes, checksums, locks
+    artefacts   names, records and arrays that a stranger may have written
     progress    bars on stderr
     preprocess  how a model wants its images
     resize      antialiased, in numpy, the bits of torch's

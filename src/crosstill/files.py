@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 TEMPORARY = ".writing-"
+MAX_JSON = 1 << 25  # bytes of a record: parsed, it takes up to twenty times as much
 _MAKE_ROOM = "free some and run it again"
 _FULL = {
     errno.ENOSPC: _MAKE_ROOM,
@@ -178,7 +179,7 @@ def _lives(process: int, made: Path) -> bool:
 
 def _remove(path: Path) -> None:
     """Remove a file or a folder, which another process may be removing too."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -225,8 +226,12 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON that crosstill wrote; a damaged file is a `CorruptError` that names it."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
+            raise ValueError(f"more than {amount(MAX_JSON)}")
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CorruptError(
             f"{path}: not readable JSON ({error}); restore it from a copy, or make it anew"
         ) from None
@@ -249,7 +254,7 @@ def read_sealed(path: Path, versions: set[int]) -> dict[str, Any]:
         raise CorruptError(
             f"{path}: its checksum is wrong; restore it from a copy, or make it anew"
         )
-    if value.get("format") not in versions:
+    if value.get("format") not in list(versions):  # a list: the value may be unhashable
         raise CorruptError(
             f"{path}: format {value.get('format')} is unknown here (known: "
             f"{', '.join(map(str, sorted(versions)))}); upgrade crosstill, or make it anew"
@@ -342,10 +347,16 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[No
     Raises:
         LockedError: another live process holds it; the message names it.
         InputError: its file system has no locks.
+        CorruptError: the lock's file is a link, and what it leads to would be overwritten.
     """
     path = folder / name
     with writing(folder):
-        file = path.open("ab+", buffering=0)
+        try:
+            file = open(path, "ab+", buffering=0, opener=_unlinked)  # noqa: SIM115
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+            raise CorruptError(f"{path}: a link or a pipe; remove it") from None
     with file:
         if not hold(file.fileno(), folder, wait):
             file.seek(0)
@@ -357,6 +368,11 @@ def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[No
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def _unlinked(path: str, flags: int) -> int:
+    """Open a file, never through a link, and never wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def hold(handle: int, folder: Path, wait: bool) -> bool:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import fields as _fields
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from crosstill import files
 from crosstill.errors import ConfigError, unknown
 
+MAX_SIDE = 4096  # pixels of what a model takes
 _RULES = 1  # raise it when the same bytes give other pixels: it is part of every digest
 _LATER = {"longer": None, "multiple": 1}  # came after the first caches: said only where they count
 
@@ -47,7 +52,7 @@ class Preprocess:
         least = self.shorter or max(self.size, default=0)
         squashes = self.resize == "squash"
         fits = {
-            "size": len(self.size) == 2 and min(self.size) > 0,
+            "size": len(self.size) == 2 and 0 < min(self.size) <= max(self.size) <= MAX_SIDE,
             "resize": self.resize in ("squash", "crop", "fit"),
             "shorter": self.shorter is None or self.shorter >= max(self.size),
             "interpolation": self.interpolation in ("bicubic", "bilinear"),
@@ -86,8 +91,25 @@ class Preprocess:
         for key in value.keys() - cls.__dataclass_fields__.keys():
             raise unknown("preprocess key", key, cls.__dataclass_fields__)
         plain: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in value.items()}
-        return cls(**plain)
+        try:
+            _types().model_validate(plain)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ConfigError(
+                f"preprocess {first['loc'][0]}: {first['msg']}; export or save the model anew"
+            ) from None
+        return cls(**plain)  # not what was validated, in which 0 has become 0.0
 
     def digest(self) -> str:
         """SHA-256 of all that decides the pixels, the rules of `images` included."""
         return files.digest_json({"rules": _RULES, **self.to_json()})
+
+
+@cache
+def _types() -> type[BaseModel]:
+    """Return a model of the types of all fields, none of which is converted."""
+    hints = get_type_hints(Preprocess)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], field.default) for field in _fields(Preprocess)
+    }
+    return create_model("Types", __config__=ConfigDict(strict=True), **fields)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.cache.store import FORMAT, Listing
 from crosstill.errors import CorruptError
 
@@ -34,7 +34,7 @@ def kept(
     Raises:
         DiskFullError: the disk of the cache has no room for it.
     """
-    folder = files.writable_folder(cache.folder / "pixels")
+    folder = files.writable_folder(artefacts.member(cache.folder, "pixels"))
     path = folder / f"{name}.npy"
     if _usable(path):
         return path
@@ -70,9 +70,9 @@ def new_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> np.
 def _usable(path: Path) -> bool:
     """Whether the array is whole; what is damaged can be made again, so it only says no."""
     record = path.with_suffix(".json")
-    if not (path.is_file() and record.is_file()):
-        return False
     try:
+        if not (artefacts.member(path.parent, path.name).is_file() and record.is_file()):
+            return False
         files.check_digest(path, files.read_sealed(record, {FORMAT})["sha256_of_data"])
     except CorruptError:
         return False

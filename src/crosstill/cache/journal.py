@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import CorruptError
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Journal:
         for position, shard in enumerate(shards):
             try:
                 if shard["file"]:
-                    files.check_digest(self._folder / shard["file"], shard["sha256"])
+                    artefacts.check_files(self._folder, {shard["file"]: shard["sha256"]})
             except CorruptError as error:
                 log.warning("%s; computing it again", error)
                 return shards[:position]

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crosstill import artefacts
 from crosstill.cache import store
 from crosstill.errors import CorruptError
 
@@ -59,11 +60,13 @@ class ScoreCache(store.Listing):
 
     file = store.SCORES
     version = FORMAT
+    model = store.Header
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
-        self.indptr = self._load(INDPTR)
-        self.pair_captions = self._load(PAIRS)
+        self.indptr = self._load(INDPTR, "i")
+        self.pair_captions = self._load(PAIRS, "i")
+        self._check_pairs()
         rows = np.arange(len(self.image_ids), dtype=np.int32)
         self.pair_images = np.repeat(rows, np.diff(self.indptr))
         self.scores: Tensor | None = self._read_scores()
@@ -96,14 +99,21 @@ class ScoreCache(store.Listing):
         names = sorted(name for name in self.header["files"] if name.startswith("score-"))
         if not names:
             return None
-        scores = np.concatenate([self._load(name) for name in names])
+        scores = np.concatenate([self._load(name, "f") for name in names])
         if len(scores) != len(self.pair_captions):
             raise CorruptError(f"{self.folder / self.file}: its scores do not add up")
         return torch.from_numpy(scores)
 
-    def _load(self, name: str) -> np.ndarray:
-        array: np.ndarray = np.load(self.folder / name, allow_pickle=False)
-        return array
+    def _check_pairs(self) -> None:
+        """Refuse pairs of images or captions that there are not."""
+        pairs, steps = self.pair_captions, np.diff(self.indptr)
+        ends = len(self.indptr) == len(self.image_ids) + 1 and (self.indptr[0], self.indptr[-1])
+        inside = not len(pairs) or 0 <= pairs.min() <= pairs.max() < len(self.texts)
+        if ends != (0, len(pairs)) or (steps < 0).any() or not inside:
+            raise CorruptError(f"{self.folder / self.file}: its pairs do not add up")
+
+    def _load(self, name: str, kinds: str) -> np.ndarray:
+        return artefacts.array(self.folder / name, kinds, 1)
 
 
 def open(folder: str | Path) -> store.Cache | ScoreCache:

@@ -21,16 +21,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from crosstill import data, files
-from crosstill.cache import views
+from crosstill import artefacts, data, files
+from crosstill.cache import tables, views
 from crosstill.errors import (
     ChangedError,
     CorruptError,
@@ -58,6 +59,47 @@ _WRONG_KIND = {
 }
 
 
+_IMAGES = {"image_id": "string", "path": "binary", "split": "string"}
+_CAPTIONS = {"image": "int32", "text": "string"}
+
+
+class _Teacher(artefacts.Record):
+    name: str | None = None  # of none, where a cache was made without a teacher
+    dim: int | None = None
+
+
+class _Data(artefacts.Record):
+    name: str
+    source: dict[str, Any]
+
+
+class Header(artefacts.Record):
+    """What the headers of all caches say."""
+
+    key: dict[str, Any]
+    teacher: _Teacher
+    data: _Data
+    rows: dict[str, int]
+    files: artefacts.Digests
+
+
+class _Shard(artefacts.Record):
+    file: artefacts.Name
+    sha256: artefacts.Sha256
+    rows: int = Field(ge=1)
+
+
+class _Key(artefacts.Record):
+    views: int = Field(ge=1)
+
+
+class _Features(Header):
+    """`cache.json`."""
+
+    key: _Key  # type: ignore[assignment]
+    shards: dict[Literal["image", "text"], list[_Shard]]
+
+
 @dataclass(frozen=True)
 class Split:
     """The rows of one split: what training and evaluation walk over."""
@@ -72,11 +114,18 @@ class Rows:
     """Feature rows spread over memory-mapped shards."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+        self._shards = [artefacts.array(path, "f", 2, mmap=True) for path in paths]
+        if len({shard.shape[1] for shard in self._shards}) > 1:
+            raise CorruptError(f"{paths[0].parent}: shards of several widths; build it anew")
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def dim(self) -> int | None:
+        """Width of a row; None where there is no shard."""
+        return self._shards[0].shape[1] if self._shards else None
 
     def take(self, rows: np.ndarray) -> Tensor:
         """The asked rows, in the asked order, as float32 (len(rows), D)."""
@@ -103,19 +152,23 @@ class Listing:
 
     file: ClassVar[str]  # of the header
     version: ClassVar[int]  # of the format
+    model: ClassVar[type[artefacts.Record]]  # of the header
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._find()
-        self.header: dict[str, Any] = files.read_sealed(self.folder / self.file, {self.version})
+        header = artefacts.read(self.folder / self.file, self.model, {self.version})
+        self.header: dict[str, Any] = header.model_dump()
         self._check()
-        images = pq.read_table(self.folder / IMAGES).to_pydict()
-        captions = pq.read_table(self.folder / CAPTIONS)
+        images = tables.read(self.folder / IMAGES, _IMAGES).to_pydict()
+        captions = tables.read(self.folder / CAPTIONS, _CAPTIONS)
         self.image_ids: list[str] = images["image_id"]
         self.paths: list[str] = [path.decode("utf-8", "surrogateescape") for path in images["path"]]
         self.splits = np.array(images["split"], dtype=object)
         self.texts: list[str] = captions["text"].to_pylist()
         self.owner = captions["image"].to_numpy()  # (T,) image row of each caption
+        if len(self.owner) and not 0 <= self.owner.min() <= self.owner.max() < len(self.image_ids):
+            raise CorruptError(f"{self.folder / CAPTIONS}: captions of no image; build it anew")
         self.keys = torch.tensor([id_key(i) for i in self.image_ids], dtype=torch.int64)  # (I,)
         self.read = data.reader(self.header["data"]["source"])
 
@@ -219,8 +272,7 @@ class Listing:
             )
 
     def _check(self) -> None:
-        for name, digest in self.header["files"].items():
-            files.check_digest(self.folder / name, digest)
+        artefacts.check_files(self.folder, {IMAGES: "", CAPTIONS: ""} | self.header["files"])
 
 
 class Cache(Listing):
@@ -228,6 +280,7 @@ class Cache(Listing):
 
     file = HEADER
     version = FORMAT
+    model = _Features
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -267,7 +320,14 @@ class Cache(Listing):
         return self._rows[kind]
 
     def _open(self, kind: str) -> Rows:
-        return Rows([self.folder / shard["file"] for shard in self.header["shards"][kind]])
+        rows = Rows([self.folder / shard["file"] for shard in self.header["shards"][kind]])
+        header, count = self.header, {"image": len(self.image_ids) * self.views}
+        if len(rows) != count.get(kind, len(self.texts)) or rows.dim not in (
+            header["teacher"]["dim"],
+            None,
+        ):
+            raise CorruptError(f"{self.folder / HEADER}: its {kind} rows do not add up")
+        return rows
 
     def _check(self) -> None:
         super()._check()
@@ -277,8 +337,8 @@ class Cache(Listing):
             )
         for kind, shards in self.header["shards"].items():
             for shard in shards:
-                files.check_digest(self.folder / shard["file"], shard["sha256"])
-            expected = self.header["rows"][kind]
+                artefacts.check_files(self.folder, {shard["file"]: shard["sha256"]})
+            expected = self.header["rows"].get(kind)
             if sum(shard["rows"] for shard in shards) != expected:
                 raise CorruptError(f"{self.folder / HEADER}: its {kind} rows do not add up")
 

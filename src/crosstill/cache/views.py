@@ -7,17 +7,20 @@ saw whatever a later version draws.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crosstill import files
+from crosstill import artefacts, files
+from crosstill.cache import tables
 from crosstill.images import View, draw_view
 from crosstill.types import Example
 
 NAME = "views.parquet"
+_COLUMNS = {"image": "int64", "view": "int64"}
+_OF_VIEW = {f.name: "bool" if f.name == "flip" else "double" for f in fields(View)}
 
 
 def write(
@@ -34,5 +37,6 @@ def write(
 
 def read(folder: Path) -> dict[tuple[int, int], View]:
     """Row of the image and number of the view → its parameters."""
-    rows = pq.read_table(folder / NAME).to_pylist()
-    return {(row.pop("image"), row.pop("view")): View(**row) for row in rows}
+    with artefacts.readable(folder / NAME):
+        rows = tables.read(folder / NAME, _COLUMNS, _OF_VIEW).to_pylist()
+        return {(row.pop("image"), row.pop("view")): View(**row) for row in rows}

@@ -16,6 +16,7 @@ Images without a split are put into train, val and test, 80/10/10, by their cont
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -73,6 +74,8 @@ def open(
     listed = _list(str(source), Path(images).absolute() if images is not None else None)
     if splits is not None:
         listed = _reader("splits").apply(listed, Path(splits))
+    if images is not None:
+        _check_inside(listed, Path(images).absolute())
     if listed.bad and not listed.entries:
         raise DataError(f"{listed.origin}: nothing in it can be used, first {listed.bad[0]}")
     found = gather.gather(
@@ -81,6 +84,22 @@ def open(
     beside = listed.origin if listed.origin.is_dir() else listed.origin.parent
     licence = licence or listed.licence or read_licence(beside)
     return replace(found, licence=licence, notes=found.notes + listed.notes)
+
+
+def _check_inside(listed: Listing, images: Path) -> None:
+    """Refuse a listing that names images outside of the folder that the user has given.
+
+    Without that folder a name counts from the listing and may lead anywhere, as may a link.
+    """
+    packed = getattr(listed.source, "found", ())  # these lie in files of the dataset
+    for entry in listed.entries:
+        if entry.path not in packed and (".." in entry.path or entry.path.startswith("/")):
+            place = os.path.normpath(images / entry.path)
+            if not Path(place).is_relative_to(os.path.normpath(images)):
+                raise DataError(
+                    f"{listed.origin}, {entry.where}: {entry.path} lies outside of --images "
+                    f"{images}; give a folder that holds all the images, and names within it"
+                )
 
 
 def _list(source: str, images: Path | None) -> Listing:

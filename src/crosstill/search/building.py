@@ -168,6 +168,7 @@ class _Build:
         self.work = Work(index / generations.WORK, bundle.fingerprint + after, root)
         self.publisher = Publisher(index, bundle, root, base, self.work)
         self.publisher.threads = options.threads
+        self.publisher.named = milvus_uri(options.milvus) if options.milvus else None
         if uri:
             self.publisher.move_to(uri, used.get("collection"))
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from crosstill import files
-from crosstill.errors import CorruptError, MismatchError, ModelError
+from crosstill import artefacts, files
+from crosstill.errors import ConfigError, CorruptError, MismatchError, ModelError
 from crosstill.preprocess import Preprocess
 
 RECORD = "bundle.json"
@@ -34,6 +35,22 @@ _PARTS = {
     "activation": "activation function",
     "precision": "precision",
 }
+
+
+_FILES = (IMAGE, TEXT, TOKENIZER, CALIBRATION, CARD)  # and no others
+
+
+class _Record(artefacts.Record):
+    """`bundle.json`."""
+
+    name: str = Field(max_length=1000)
+    dim: int = Field(ge=1, le=65_536)
+    precision: Literal["fp32", "int8"]
+    preprocess: dict[str, Any]
+    max_length: int = Field(ge=1, le=65_536)
+    padding: int = Field(ge=0, lt=2**31)
+    identity: artefacts.Identity
+    files: dict[Literal[_FILES], artefacts.Sha256]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class Bundle:
     def files(self) -> list[str]:
         """Names of all files that belong to it; of them the card alone may change."""
         card = [CARD] if (self.folder / CARD).is_file() else []
-        return [RECORD, *sorted(self.record["files"]), *card]
+        return [RECORD, *sorted(self.record["files"].keys() - {CARD}), *card]
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:
@@ -84,17 +101,26 @@ class Bundle:
         """
         if not (folder / RECORD).is_file():
             raise ModelError(_absent(folder))
-        record = files.read_sealed(folder / RECORD, {FORMAT})
-        for name, digest in record["files"].items():
-            if not (folder / name).is_file():
+        record = artefacts.read(folder / RECORD, _Record, {FORMAT})
+        for name in (IMAGE, TEXT, TOKENIZER, *record.files):
+            if not artefacts.member(folder, name).is_file() or name not in record.files:
                 raise ModelError(f"{folder}: half a bundle, {name} is missing; export it anew")
-            files.check_digest(folder / name, digest)
-        named = ("name", "dim", "precision", "max_length", "padding", "identity")
+        artefacts.check_files(folder, record.files)
+        artefacts.member(folder, CARD)
+        try:
+            preprocess = Preprocess.from_json(record.preprocess)
+        except ConfigError as error:
+            raise CorruptError(f"{folder / RECORD}: {error}") from None
         return cls(
             folder=folder,
-            preprocess=Preprocess.from_json(record["preprocess"]),
-            record=record,
-            **{key: record[key] for key in named},
+            name=record.name,
+            dim=record.dim,
+            precision=record.precision,
+            preprocess=preprocess,
+            max_length=record.max_length,
+            padding=record.padding,
+            identity=record.identity,
+            record=record.model_dump(),
         )
 
 
@@ -125,11 +151,11 @@ def calibration(bundle: Bundle) -> tuple[np.ndarray, list[str]] | None:
     if CALIBRATION not in bundle.record["files"]:
         return None
     path = bundle.folder / CALIBRATION
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            return held["rows"].astype(np.float32), [key.decode() for key in held["images"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise CorruptError(f"{path}: not readable ({error}); export the bundle anew") from None
+    held = artefacts.archive(path, {"rows": ("f", 2), "images": ("S", 1)})
+    rows, images = held["rows"], held["images"]
+    if rows.shape != (len(images), bundle.dim) or not np.isfinite(rows).all():
+        raise CorruptError(f"{path}: not the rows of this bundle; export it anew")
+    return rows.astype(np.float32), [key.decode(errors="replace") for key in images]
 
 
 def _absent(folder: Path) -> str:

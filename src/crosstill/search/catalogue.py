@@ -17,6 +17,7 @@ from threading import Lock
 from typing import NamedTuple
 from urllib.parse import quote
 
+from crosstill import artefacts
 from crosstill.errors import CorruptError, RunError
 
 NAME = "photos.sqlite"
@@ -31,6 +32,13 @@ CREATE TABLE IF NOT EXISTS paths (
 );
 CREATE INDEX IF NOT EXISTS paths_of_photo ON paths (photo);
 """
+_WRONG = (
+    "SELECT 1 FROM photos WHERE typeof(sha) != 'blob' OR length(sha) != 32 OR id < 0 LIMIT 1",
+    "SELECT 1 FROM paths WHERE typeof(path) != 'blob' OR instr(path, x'00') OR "
+    "typeof(photo) != 'integer' OR typeof(size) != 'integer' OR typeof(mtime_ns) != 'integer' OR "
+    "typeof(caption) != 'text' LIMIT 1",
+)
+_LARGEST = 1 << 24  # bytes of one value
 _ENTRIES = """
 SELECT photos.id, sha, path, size, mtime_ns, caption FROM photos JOIN paths ON photo = photos.id
 """
@@ -85,7 +93,10 @@ class Catalogue:
         self.path, self._lock = path, Lock()
         where = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"
         with guarded(path):
+            artefacts.member(path.parent, path.name)
             self._db = sqlite3.connect(where, uri=True, check_same_thread=False)
+            check_tables(self._db, _TABLES)
+            self._check_types()
             self._count = self._all("SELECT count(*) FROM photos")[0][0]
 
     def __len__(self) -> int:
@@ -120,6 +131,12 @@ class Catalogue:
     def close(self) -> None:
         self._db.close()
 
+    def _check_types(self) -> None:
+        """SQLite keeps a value of any type in any column."""
+        for query in _WRONG:
+            if self._db.execute(query).fetchone():
+                raise damaged(self.path, "a value of a wrong type")
+
     def _all(self, query: str, *values: object) -> list[tuple]:
         with self._lock, guarded(self.path):
             return self._db.execute(query, values).fetchall()
@@ -147,6 +164,28 @@ def write(path: Path, base: Path | None, rows: dict[str, Row]) -> Change:
         db.executemany("DELETE FROM photos WHERE id = ?", ((number,) for number in removed))
         db.execute("COMMIT")
     return Change(added, removed)
+
+
+def check_tables(db: sqlite3.Connection, tables: str) -> None:
+    """Refuse a database with other tables than these: views and triggers are programs.
+
+    Args:
+        db: the database; no value of it may be longer than a path or a caption ever is.
+        tables: SQL that makes the tables that there should be.
+
+    Raises:
+        sqlite3.DatabaseError: it has others.
+    """
+    query = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
+    with closing(sqlite3.connect(":memory:")) as plain:
+        plain.executescript(tables)
+        wanted = [
+            tuple(" ".join(str(cell).split()) for cell in row) for row in plain.execute(query)
+        ]
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST)
+    found = [tuple(" ".join(str(cell).split()) for cell in row) for row in db.execute(query)]
+    if found != wanted:
+        raise sqlite3.DatabaseError("not the tables that crosstill makes")
 
 
 @contextmanager

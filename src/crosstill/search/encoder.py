@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crosstill import pixels
+from crosstill import artefacts, pixels
 from crosstill.errors import ConfigError, CorruptError
 from crosstill.search import bundle as bundles
+from crosstill.search import onnx_files
 from crosstill.search.bundle import Bundle
 
 BATCH = 32  # items of a pass: more gains nothing on a CPU and holds memory
@@ -65,21 +68,21 @@ class Encoder:
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         """Pixels uint8 (B, 3, H, W) → unit rows float32 (B, D)."""
         chunks = [images[at : at + self._batch] for at in range(0, len(images), self._batch)]
-        return self._rows([self._image.run(None, {"pixels": chunk})[0] for chunk in chunks])
+        return self._rows([self._run(bundles.IMAGE, {"pixels": chunk}) for chunk in chunks])
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """B texts → unit rows float32 (B, D). Texts of similar length share a pass."""
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(_encodable(texts))]
+        ids = [encoding.ids for encoding in self._encoded(texts)]
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         out = np.empty((len(ids), self.dim), np.float32)
         for at in range(0, len(order), self._batch):
             rows = order[at : at + self._batch]
-            out[rows] = self._text.run(None, self._padded([ids[row] for row in rows]))[0]
+            out[rows] = self._run(bundles.TEXT, self._padded([ids[row] for row in rows]))
         return out
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are cut at the bundle's `max_length`."""
-        return sum(bool(e.overflowing) for e in self._tokenizer.encode_batch(_encodable(texts)))
+        return sum(bool(encoding.overflowing) for encoding in self._encoded(texts))
 
     def notes(self, text: str) -> list[str]:
         """Say, a sentence each, what of a query the text tower cannot use; of most, nothing."""
@@ -100,6 +103,21 @@ class Encoder:
         """Run both towers once: the first pass is slower than the others."""
         self.encode_images(np.zeros((1, 3, *self.bundle.preprocess.size), np.uint8))
         self.encode_texts(["a photo"])
+
+    def _encoded(self, texts: Sequence[str]) -> list[Any]:
+        with _sound(self.bundle.folder / bundles.TOKENIZER, "not a tokenizer"):
+            encodings: list[Any] = self._tokenizer.encode_batch(_encodable(texts))
+            return encodings
+
+    def _run(self, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Run one pass of a tower: float32 (B, D)."""
+        session = self._image if name == bundles.IMAGE else self._text
+        wanted = (len(next(iter(inputs.values()))), self.dim)
+        with _sound(self.bundle.folder / name, "not a graph that runs here"):
+            rows: np.ndarray = session.run(None, inputs)[0]
+            if rows.shape != wanted or rows.dtype != np.float32:
+                raise ValueError(f"it gives {rows.dtype} {rows.shape}, not float32 {wanted}")
+            return rows
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         shape = (len(ids), max(map(len, ids)))
@@ -141,22 +159,30 @@ def _session(bundle: Bundle, name: str, threads: int) -> Any:
     if threads > 1:
         # workers that spin between passes would take the cores from those that decode
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    path = bundle.folder / name
-    try:
+    path = artefacts.member(bundle.folder, name)
+    onnx_files.check(path)
+    with _sound(path, "not a graph that runs here"):
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no common base for its own
+
+
+@contextmanager
+def _sound(path: Path, complaint: str) -> Iterator[None]:
+    """Turn whatever a library raises over a bundle's file into one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # no common base, and a panic of Rust is no Exception
         line = " ".join(str(error).split())[:160]
-        raise CorruptError(f"{path}: not a graph that runs here ({line})") from None
+        raise CorruptError(f"{path}: {complaint} ({line}); export it anew") from None
 
 
 def _tokenizer(bundle: Bundle) -> Any:
     from tokenizers import Tokenizer
 
-    path = bundle.folder / bundles.TOKENIZER
-    try:
+    path = artefacts.member(bundle.folder, bundles.TOKENIZER)
+    with _sound(path, "not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise CorruptError(f"{path}: not a tokenizer ({error}); export it anew") from None
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(bundle.max_length)
-    return tokenizer
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(bundle.max_length)
+        return tokenizer

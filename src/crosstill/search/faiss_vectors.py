@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import ConfigError, CorruptError, unknown
+from crosstill.search import faiss_files
 from crosstill.search.rows import (
     NO_ROW,
     Found,
@@ -46,6 +48,14 @@ FORMAT = 1
 NAMES = RECORD, INDEX, IDS = "vectors.json", "vectors.faiss", "vectors.npy"
 BLOCK = 1 << 20  # bytes read or written at a time
 ROWS = 10_000  # decoded at a time when a graph is built anew
+
+
+class _Record(artefacts.Record):
+    """`vectors.json`."""
+
+    kind: Literal["flat", "hnsw"]
+    dim: int = Field(ge=1, le=65_536)
+    files: dict[Literal["vectors.faiss", "vectors.npy"], artefacts.Sha256] = Field(min_length=2)
 
 
 class FaissVectors:
@@ -87,16 +97,14 @@ class FaissVectors:
             CorruptError: a file is missing, cut or changed; the message names it.
             ConfigError: FAISS is not installed.
         """
-        if not (folder / RECORD).is_file():
+        if not artefacts.member(folder, RECORD).is_file():
             raise CorruptError(f"{folder / RECORD}: the file is missing; make the index anew")
-        record = files.read_sealed(folder / RECORD, {FORMAT})
-        for name, digest in record["files"].items():
-            files.check_digest(folder / name, digest)
-        found = cls(record["dim"], record["kind"], threads)
+        record = artefacts.read(folder / RECORD, _Record, {FORMAT})
+        artefacts.check_files(folder, record.files)
+        found = cls(record.dim, record.kind, threads)
+        found._ids = artefacts.array(folder / IDS, "i", 1).astype(np.int64)
+        faiss_files.check(folder / INDEX, record.kind, record.dim, len(found._ids))
         found._index = _read(found._faiss, folder / INDEX)
-        found._ids = np.load(folder / IDS, allow_pickle=False)
-        if (found._index.d, found._index.ntotal) != (found.dim, len(found._ids)):
-            raise CorruptError(f"{folder / INDEX}: not the index of {IDS}; make it anew")
         found._settle()
         return found
 

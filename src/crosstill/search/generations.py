@@ -17,13 +17,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from crosstill import files
-from crosstill.errors import CorruptError, CrosstillError, DataError
-from crosstill.search import vectors
+from pydantic import AfterValidator, ConfigDict, Field
+
+from crosstill import artefacts, files
+from crosstill.errors import ConfigError, CorruptError, CrosstillError, DataError
+from crosstill.search import catalogue, faiss_vectors, milvus_vectors, vectors
 from crosstill.search.bundle import Bundle
 from crosstill.search.catalogue import damaged
 from crosstill.search.milvus_vectors import LITE
@@ -32,11 +33,21 @@ from crosstill.search.vectors import VectorIndex
 POINTER = "index.json"
 WORK = "work.sqlite"
 FORMAT = 1
+Kind = Literal["flat", "hnsw", "milvus"]
 Opened = TypeVar("Opened")
+_FILES = (catalogue.NAME, *faiss_vectors.NAMES)  # and no others
 
 
-@dataclass(frozen=True)
-class Pointer:
+def _ours(place: dict[str, str]) -> dict[str, str]:
+    """Check where in Milvus the vectors are: a collection that `Publisher.move_to` has named."""
+    if set(place) != {"uri", "collection"} or not milvus_vectors.is_milvus(place["uri"]):
+        raise ValueError("no Milvus")
+    if not re.fullmatch("crosstill_[0-9a-f]{16}", place["collection"]):
+        raise ValueError("a collection that crosstill has not named")
+    return place
+
+
+class Pointer(artefacts.Record):
     """What `index.json` says.
 
     Attributes:
@@ -54,17 +65,19 @@ class Pointer:
             that lies beside the index is relative to the index: see `milvus_place`.
     """
 
-    generation: int
-    previous: int | None
-    identity: dict[str, str]
-    bundle: str
-    dim: int
-    kind: str
-    folder: str
-    photos: int
-    files: dict[str, str]
+    model_config = ConfigDict(extra="ignore")
+
+    generation: int = Field(ge=1, lt=10**9)
+    previous: int | None = Field(ge=1, lt=10**9)
+    identity: artefacts.Identity
+    bundle: str = Field(pattern="^bundle-[0-9a-f]{12}$")
+    dim: int = Field(ge=1, le=65_536)
+    kind: Kind
+    folder: str = Field(pattern="^/[^\0]*$")
+    photos: int = Field(ge=0)
+    files: dict[Literal[_FILES], artefacts.Sha256]  # type: ignore[valid-type]
     quantiles: list[float] | None = None
-    milvus: dict[str, str] | None = None
+    milvus: Annotated[dict[Literal["uri", "collection"], str], AfterValidator(_ours)] | None = None
 
 
 def read(index: Path) -> Pointer:
@@ -78,10 +91,9 @@ def read(index: Path) -> Pointer:
     if not path.is_file():
         raise DataError(_absent(index))
     try:
-        value = files.read_sealed(path, {FORMAT})
+        return artefacts.read(path, Pointer, {FORMAT})
     except CrosstillError as error:
         raise damaged(path, str(error).partition(": ")[2].partition(";")[0]) from None
-    return Pointer(**{k: v for k, v in value.items() if k not in ("format", "sha256")})
 
 
 def settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
@@ -116,7 +128,8 @@ def check(index: Path, pointer: Pointer) -> None:
 
 
 def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
-    """An error for each file of the generation that differs or is missing."""
+    """An error for each file of the generation that differs, is missing or is a link."""
+    artefacts.member(index, folder_of(index, pointer.generation).name)
     if pointer.milvus:
         place = milvus_place(index, pointer.milvus["uri"])
         if place.endswith(LITE) and not Path(place).exists():
@@ -126,6 +139,11 @@ def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
             )
     for name, digest in pointer.files.items():
         path = folder_of(index, pointer.generation) / name
+        try:
+            artefacts.member(path.parent, name)
+        except CorruptError as error:
+            yield error
+            continue
         if not path.is_file():
             yield damaged(path, "the file is missing")
         elif files.digest_file(path) != digest:
@@ -152,7 +170,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 def switch(index: Path, pointer: Pointer) -> None:
     """Let a generation count from now on, and forget those before the last one."""
-    files.write_json(index / POINTER, files.sealed({"format": FORMAT, **asdict(pointer)}))
+    files.write_json(index / POINTER, files.sealed({"format": FORMAT, **pointer.model_dump()}))
     clean(index, pointer)
 
 
@@ -173,27 +191,61 @@ def keep_bundle(index: Path, bundle: Bundle) -> str:
     """Copy the bundle into the index, unless a sound copy is there; the copy's name."""
     target = index / f"bundle-{bundle.fingerprint[:12]}"
     with suppress(CrosstillError):
-        if Bundle.open(target).identity == bundle.identity:
+        if Bundle.open(artefacts.member(index, target.name)).identity == bundle.identity:
             return target.name
     with written_aside(target) as aside:
         for name in bundle.files:
-            shutil.copyfile(bundle.folder / name, aside / name)
+            shutil.copyfile(artefacts.member(bundle.folder, name), aside / name)
     return target.name
 
 
-def open_vectors(index: Path, pointer: Pointer, threads: int = 1) -> VectorIndex:
-    """The vectors of a generation, wherever they live; Milvus's token is in `MILVUS_TOKEN`."""
+def open_vectors(
+    index: Path, pointer: Pointer, threads: int = 1, named: str | None = None
+) -> VectorIndex:
+    """Open the vectors of a generation, wherever they live.
+
+    Args:
+        index: the folder.
+        pointer: of the generation.
+        threads: of one FAISS call, at most.
+        named: the Milvus that the user has named in this call; see `milvus_token`.
+
+    Raises:
+        ConfigError: the secret of Milvus would go to a server that the user has not named.
+    """
     if pointer.milvus is None:
         folder = folder_of(index, pointer.generation)
         return vectors.open_vectors(folder, pointer.dim, threads)
     uri, collection = milvus_place(index, pointer.milvus["uri"]), pointer.milvus["collection"]
-    token = os.environ.get("MILVUS_TOKEN")
+    token = milvus_token(uri, named)
     return vectors.open_vectors(uri, pointer.dim, threads, collection, token)
 
 
 def milvus_place(index: Path, uri: str) -> str:
     """Where vectors in Milvus are: a URI as it is, the path of a Milvus Lite file from "/"."""
     return str((index / uri).resolve()) if uri.endswith(LITE) else uri
+
+
+def milvus_token(uri: str, named: str | None = None) -> str | None:
+    """Return the secret in `MILVUS_TOKEN`, which only a server that the user has named may see.
+
+    Args:
+        uri: of the server, as an index says, which may be a stranger's.
+        named: the one that the user named in this call; that in `MILVUS_URI` counts too.
+
+    Raises:
+        ConfigError: there is a secret, and it is another server.
+    """
+    token = os.environ.get("MILVUS_TOKEN")
+    if not token or uri.endswith(LITE):
+        return None
+    trusted = {place.rstrip("/") for place in (named, os.environ.get("MILVUS_URI")) if place}
+    if uri.rstrip("/") not in trusted:
+        raise ConfigError(
+            f"the index keeps its vectors at {uri}, which you have not named, and MILVUS_TOKEN "
+            f"would go there; if you trust it, set MILVUS_URI={uri}, if not, unset MILVUS_TOKEN"
+        )
+    return token
 
 
 def digests(folder: Path) -> dict[str, str]:

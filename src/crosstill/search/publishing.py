@@ -19,7 +19,7 @@ from crosstill.search import calibrate, catalogue, generations, vectors
 from crosstill.search.bundle import Bundle
 from crosstill.search.catalogue import Catalogue, Change, Row
 from crosstill.search.faiss_vectors import FaissVectors
-from crosstill.search.generations import Pointer
+from crosstill.search.generations import Kind, Pointer
 from crosstill.search.milvus_vectors import LITE, is_milvus
 from crosstill.search.vectors import VectorIndex
 from crosstill.search.work import Work
@@ -46,6 +46,7 @@ class Publisher:
         numbers: of its photos, by the SHA-256 of their bytes.
         milvus: uri and collection, where the vectors are to live there.
         threads: of FAISS.
+        named: the Milvus that the user named in this call, which may see the secret.
         copy: name of the folder that holds the bundle's copy.
     """
 
@@ -57,9 +58,10 @@ class Publisher:
         self.numbers: dict[bytes, int] = {}
         self.milvus = base.milvus if base else None
         self.threads = 1
+        self.named: str | None = None
         self.copy = generations.keep_bundle(index, bundle)
         self._vectors: VectorIndex | None = None
-        self._kind = ""
+        self._kind: Kind = "flat"
         if base:
             held = Catalogue(self._catalogue(base))
             self.rows, self.numbers = held.rows(), held.numbers()
@@ -177,7 +179,7 @@ class Publisher:
         gone = set(change.removed)
         self.numbers = {sha: n for sha, n in self.numbers.items() if n not in gone}
         self.numbers |= {sha: number for number, sha in change.added}
-        kind = "milvus" if self.milvus else vectors.kind_for(len(self.numbers))
+        kind: Kind = "milvus" if self.milvus else vectors.kind_for(len(self.numbers))
         if self.base and (self.base.kind, self.base.milvus) == (kind, self.milvus):
             held = self._of_base(self.base)
             if not self.milvus:
@@ -191,16 +193,16 @@ class Publisher:
 
     def _of_base(self, base: Pointer) -> VectorIndex:
         if self._vectors is None:
-            self._vectors = generations.open_vectors(self.index, base, self.threads)
+            self._vectors = generations.open_vectors(self.index, base, self.threads, self.named)
             self._kind = base.kind
         return self._vectors
 
-    def _empty(self, kind: str) -> VectorIndex:
+    def _empty(self, kind: Kind) -> VectorIndex:
         if self.milvus is None:
             return FaissVectors(self.bundle.dim, kind, self.threads)
-        token = os.environ.get("MILVUS_TOKEN")
         uri = generations.milvus_place(self.index, self.milvus["uri"])
         name = self.milvus["collection"]
+        token = generations.milvus_token(uri, self.named)
         return vectors.open_vectors(uri, self.bundle.dim, self.threads, name, token)
 
     def _mixed(self, kind: str) -> list[tuple[int, bytes]]:

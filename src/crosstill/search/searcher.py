@@ -11,6 +11,7 @@ from threading import Lock
 
 import numpy as np
 
+from crosstill import artefacts
 from crosstill.errors import ConfigError, CrosstillError
 from crosstill.search import calibrate, catalogue, generations
 from crosstill.search.bundle import Bundle, check_same
@@ -98,7 +99,7 @@ class Searcher:
         """
 
         def both(pointer: Pointer) -> tuple[Bundle, _Generation]:
-            given = Bundle.open(bundle or index / pointer.bundle)
+            given = Bundle.open(bundle or artefacts.member(index, pointer.bundle))
             what = f"{index} was not made with the bundle {given.folder}"
             check_same(pointer.identity, given.identity, what)
             return given, _open(index, pointer, threads)

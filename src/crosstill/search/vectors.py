@@ -9,7 +9,7 @@ Neither library is imported before an index of its kind is opened.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -101,7 +101,7 @@ def open_vectors(
     return found
 
 
-def kind_for(count: int) -> str:
+def kind_for(count: int) -> Literal["flat", "hnsw"]:
     """The kind of FAISS index for so many vectors."""
     return "flat" if count <= FLAT_UP_TO else "hnsw"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import CorruptError, CrosstillError, ImageError, printable
 from crosstill.search import catalogue, generations, quarantine, walk, work
 from crosstill.search.bundle import Bundle, check_same
@@ -81,7 +81,7 @@ def _problem(check: Callable[[Path, Pointer], None], index: Path, pointer: Point
 
 
 def _bundle(index: Path, pointer: Pointer) -> None:
-    bundle = Bundle.open(index / pointer.bundle)
+    bundle = Bundle.open(artefacts.member(index, pointer.bundle))
     check_same(pointer.identity, bundle.identity, f"{bundle.folder} is not the index's bundle")
 
 

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.data.base import read_licence
 from crosstill.errors import CorruptError
 from crosstill.images import Preprocess, normalise
 from crosstill.teachers.base import TwoTowers, tensors_digest
 from crosstill.teachers.beit3_network import Network, Shape
 from crosstill.teachers.beit3_tokenizer import Tokenizer
-from crosstill.teachers.storage import WEIGHTS
+from crosstill.teachers.storage import WEIGHTS, Saved
 
 RECORD, PIECES = "beit3.json", "beit3.spm"
 LENGTH = 64  # ids of a caption in the released retrieval settings
@@ -120,9 +120,8 @@ def load(folder: Path, device: torch.device | None = None) -> Beit3:
     Raises:
         CorruptError: one of its files was damaged; it is named.
     """
-    record = files.read_sealed(folder / RECORD, {_FORMAT})
-    for name, digest in record["files"].items():
-        files.check_digest(folder / name, digest)
+    record = artefacts.read(folder / RECORD, Saved, {_FORMAT}).model_dump()
+    artefacts.check_files(folder, {WEIGHTS: "", PIECES: "", **record["files"]})
     with torch.device("meta"):
         network = Network(Shape(**record["shape"]))
     try:

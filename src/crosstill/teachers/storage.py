@@ -18,12 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import CorruptError, ModelError
 from crosstill.teachers.hugging_face import quiet
 
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
+
+
+class Saved(artefacts.Record):
+    """What the records of all models say."""
+
+    files: artefacts.Digests
 
 
 def write(
@@ -60,16 +66,15 @@ def read(
     """
     if not (folder / name).is_file():
         raise ModelError(f"{folder}: no {name}; give a folder in which such a model was saved")
-    record = files.read_sealed(folder / name, {_FORMAT})
-    for file, digest in record["files"].items():
-        files.check_digest(folder / file, digest)
+    record = artefacts.read(folder / name, Saved, {_FORMAT})
+    artefacts.check_files(folder, {WEIGHTS: "", **record.files})
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CorruptError(f"{folder / WEIGHTS}: not readable ({error}); rebuild it") from None
     with quiet():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return record, weights, tokenizer
+    return record.model_dump(), weights, tokenizer
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
