@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from crosstill import files
-from crosstill.errors import CorruptError
+from crosstill.errors import CorruptError, CrosstillError
 
 ANEW = "do not use it, or make it anew"
 MAX_ARCHIVE = 1 << 28  # bytes of all arrays in an .npz
@@ -185,8 +185,33 @@ def readable(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     Raises:
         CorruptError: in place of the usual errors of damaged data, and of `kinds`.
     """
+    expected: tuple[type[Exception], ...] = (*_DAMAGED, OSError, *kinds)
     try:
         yield
-    except (*_DAMAGED, *kinds) as error:
+    except expected as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file
+            raise
         text = " ".join(str(error).split())[:160] or type(error).__name__
         raise CorruptError(f"{path}: not readable ({text}); {ANEW}") from None
+
+
+@contextmanager
+def foreign(path: Path, complaint: str) -> Iterator[None]:
+    """Turn whatever another library raises over a file into one line that names the file.
+
+    Args:
+        path: the file.
+        complaint: what it is not, such as "not a tokenizer".
+
+    Raises:
+        CorruptError: in place of all that the block raises.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, CrosstillError):
+        raise
+    except BaseException as error:  # no common base, and a panic of Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        line = " ".join(str(error).split())[:160]
+        raise CorruptError(f"{path}: {complaint} ({line}); export it anew") from None

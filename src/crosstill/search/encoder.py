@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crosstill import artefacts, pixels
-from crosstill.errors import ConfigError, CorruptError
+from crosstill.errors import ConfigError
 from crosstill.search import bundle as bundles
 from crosstill.search import onnx_files
 from crosstill.search.bundle import Bundle
@@ -105,7 +103,7 @@ class Encoder:
         self.encode_texts(["a photo"])
 
     def _encoded(self, texts: Sequence[str]) -> list[Any]:
-        with _sound(self.bundle.folder / bundles.TOKENIZER, "not a tokenizer"):
+        with artefacts.foreign(self.bundle.folder / bundles.TOKENIZER, "not a tokenizer"):
             encodings: list[Any] = self._tokenizer.encode_batch(_encodable(texts))
             return encodings
 
@@ -113,7 +111,7 @@ class Encoder:
         """Run one pass of a tower: float32 (B, D)."""
         session = self._image if name == bundles.IMAGE else self._text
         wanted = (len(next(iter(inputs.values()))), self.dim)
-        with _sound(self.bundle.folder / name, "not a graph that runs here"):
+        with artefacts.foreign(self.bundle.folder / name, "not a graph that runs here"):
             rows: np.ndarray = session.run(None, inputs)[0]
             if rows.shape != wanted or rows.dtype != np.float32:
                 raise ValueError(f"it gives {rows.dtype} {rows.shape}, not float32 {wanted}")
@@ -161,27 +159,15 @@ def _session(bundle: Bundle, name: str, threads: int) -> Any:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     path = artefacts.member(bundle.folder, name)
     onnx_files.check(path)
-    with _sound(path, "not a graph that runs here"):
+    with artefacts.foreign(path, "not a graph that runs here"):
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _sound(path: Path, complaint: str) -> Iterator[None]:
-    """Turn whatever a library raises over a bundle's file into one line."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # no common base, and a panic of Rust is no Exception
-        line = " ".join(str(error).split())[:160]
-        raise CorruptError(f"{path}: {complaint} ({line}); export it anew") from None
 
 
 def _tokenizer(bundle: Bundle) -> Any:
     from tokenizers import Tokenizer
 
     path = artefacts.member(bundle.folder, bundles.TOKENIZER)
-    with _sound(path, "not a tokenizer"):
+    with artefacts.foreign(path, "not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.enable_truncation(bundle.max_length)

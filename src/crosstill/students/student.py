@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerFast
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import ConfigError, CorruptError
 from crosstill.images import Preprocess, normalise
 from crosstill.students import narrow, towers
@@ -245,6 +245,21 @@ class Student(nn.Module):
             CorruptError: one of its files was damaged; it is named.
         """
         record, weights, tokenizer = storage.read(folder, RECORD)
+        with artefacts.readable(folder / RECORD):
+            student = cls._assembled(folder, record, tokenizer)
+        try:
+            student.load_state_dict(weights)
+        except RuntimeError as error:
+            path = folder / storage.WEIGHTS
+            raise CorruptError(f"{path}: not the weights of this student ({error})") from None
+        student.source = str(folder.absolute())
+        return student.eval()
+
+    @classmethod
+    def _assembled(
+        cls, folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+    ) -> Student:
+        """Build a student from its record, with random weights."""
         config = parse(record["config"], str(folder / RECORD))
         preprocess, licences = Preprocess.from_json(record["preprocess"]), record["licences"]
         image, text = (
@@ -254,18 +269,11 @@ class Student(nn.Module):
         if config.text.narrow is not None:
             narrow.put(text, config.text.narrow)
         with torch.random.fork_rng():
-            student = cls(
+            return cls(
                 config,
                 towers.ImagePart(image, preprocess, licences["image"]),
                 towers.TextPart(text, plain(tokenizer), licences["text"]),
             )
-        try:
-            student.load_state_dict(weights)
-        except RuntimeError as error:
-            path = folder / storage.WEIGHTS
-            raise CorruptError(f"{path}: not the weights of this student ({error})") from None
-        student.source = str(folder.absolute())
-        return student.eval()
 
     def parameters_by_part(self) -> dict[str, int]:
         """How many parameters each part has; "text tower" includes "text embeddings"."""

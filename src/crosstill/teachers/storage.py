@@ -72,8 +72,8 @@ def read(
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CorruptError(f"{folder / WEIGHTS}: not readable ({error}); rebuild it") from None
-    with quiet():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    with quiet(), artefacts.foreign(folder / "tokenizer.json", "not a tokenizer"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     return record.model_dump(), weights, tokenizer
 
 

@@ -1,0 +1,52 @@
+"""Every name, number, text and file of a bundle, an index, a cache and a run, changed at random."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import small_student
+
+Note = Callable[[str, object], None]
+TESTS = Path(__file__).parents[1]
+
+
+def mutants(kind: str, artefact: Path, home: Path, seed: int, count: int, note: Note) -> None:
+    """Open so many changed copies in a process of their own, and hold it to what is promised."""
+    path = os.pathsep.join([str(TESTS), str(Path(__file__).parent), *filter(None, sys.path)])
+    script = Path(__file__).parent / "mutated.py"
+    done = subprocess.run(
+        [sys.executable, *map(str, (script, kind, artefact, home, seed, count))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    note("mutants", {key: value for key, value in found.items() if key != "faults"})
+    assert not found["faults"], "\n".join(found["faults"])[:5000]
+    assert found["outcomes"].get("refused", 0) > count // 3
+    assert found["memory"] < 1 << 30
+
+
+@pytest.fixture(params=["bundle", "index", "cache", "run"])
+def artefact(request, tmp_path) -> tuple[str, Path]:
+    if request.param == "run":
+        small_student(request.getfixturevalue("cached")).save(tmp_path / "run")
+        return "run", tmp_path / "run"
+    if request.param == "cache":
+        return "cache", request.getfixturevalue("cached").folder
+    return request.param, request.getfixturevalue(f"{request.param}_folder")
+
+
+def test_some_changed_artefacts(artefact, tmp_path, record_property):
+    mutants(*artefact, tmp_path / "home", 1, 40, record_property)
+
+
+@pytest.mark.slow
+def test_many_changed_artefacts(artefact, tmp_path, record_property):
+    mutants(*artefact, tmp_path / "home", 2, 2500, record_property)
