@@ -260,6 +260,69 @@ def test_reasons(data, reason):
     assert (caught.value.path, caught.value.reason) == ("some/where.jpg", reason)
 
 
+def raw(order: str, maker: bytes, tag: int, value: int, deep: bool) -> bytes:
+    """A small preview as TIFF; what the sensor saw is said by a tag of its directory, or deeper."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 400)
+    body = (head + maker.ljust(24, b"\0")).ljust(400, b"\0")
+    said = (tag, 3, 1, value)
+    plain = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 4, 1, 8), (259, 4, 1, 1), (262, 4, 1, 1)]
+    plain += [(271, 2, len(maker), 8), (273, 4, 1, 100), (277, 4, 1, 1), (278, 4, 1, 8)]
+    tags = [*plain, (279, 4, 1, 64), *([(330, 4, 1, 600)] if deep else [said])]
+    tags = sorted(dict((tag[0], tag) for tag in tags).values())
+
+    def directory(tags: list[tuple[int, int, int, int]]) -> bytes:
+        packed = [
+            struct.pack(f"{order}HHI{'HH' if kind == 3 else 'I'}", tag, kind, count, *held)
+            for tag, kind, count, value in tags
+            for held in [(value, 0) if kind == 3 else (value,)]
+        ]
+        return struct.pack(f"{order}H", len(tags)) + b"".join(packed) + bytes(4)
+
+    return (body + directory(tags)).ljust(600, b"\0") + directory([said])
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\0\0\0\x18ftypavif", "AVIF"),
+        (b"\0\0\0\x18ftypcrx isom", "CR3"),
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(40), "CR2"),
+        (b"II\x1a\0\0\0HEAPCCDR", "CRW"),
+        (b"FUJIFILMCCD-RAW 0201", "RAF"),
+        (b"IIRO\x08\0\0\0", "ORF"),
+        (b"MMOR\0\0\0\x08", "ORF"),
+        (b"IIU\0\x18\0\0\0", "RW2"),
+        (b"FOVb\0\0\2\0", "X3F"),
+        (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51\0\x2f", "JPEG 2000"),
+        (raw("<", b"NIKON CORPORATION", 262, 32803, deep=True), "NEF"),
+        (raw(">", b"NIKON", 259, 34713, deep=False), "NEF"),
+        (raw("<", b"SONY", 259, 32767, deep=True), "ARW"),
+        (raw(">", b"PENTAX", 259, 65535, deep=False), "PEF"),
+        (raw("<", b"SAMSUNG", 262, 32803, deep=True), "SRW"),
+        (raw("<", b"Hasselblad", 262, 32803, deep=True), "3FR"),
+        (raw("<", b"Canon", 50706, 1, deep=False), "DNG"),
+        (raw("<", b"somebody", 262, 32803, deep=True), "a camera's raw format"),
+    ],
+)
+def test_formats_of_cameras_are_named(data, name):
+    with pytest.raises(ImageError) as caught:
+        decode(data, "photo")
+    assert caught.value.reason == f"{name} is not read; convert it to JPEG or PNG"
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_the_same_tiff_without_a_sensor_is_a_photo(order):
+    assert decode(raw(order, b"NIKON CORPORATION", 262, 1, deep=True), "photo").shape == (8, 8, 3)
+
+
+def test_mpo_is_read_as_its_first_photo():
+    first, second = photo(30, 20), photo(30, 20, seed=1)
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    assert b"MPF\0" in data
+    assert difference(decode(data, "two.mpo"), np.asarray(first)) < 8
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "TIFF"])
 def test_truncated_files_are_refused_not_half_grey(form):
     data = encoded(photo(200, 300), form)

@@ -46,8 +46,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's names
 
 # the beginnings of formats that people bring and that are not read here: said by name
 _OTHERS = {
-    "HEIC": rb"....ftyp(heic|heix|heim|heis|hevc|mif1|msf1)",
+    "HEIC": rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
     "AVIF": rb"....ftypavi[fs]",
+    "CR3": rb"....ftypcrx ",
+    "CR2": rb"II\*\0....CR",
+    "CRW": rb"II....HEAPCCDR",
+    "RAF": rb"FUJIFILM",
+    "ORF": rb"IIR[OS]|MMOR",
+    "RW2": rb"IIU\0",
+    "X3F": rb"FOVb",
+    "MRW": rb"\0MRM",
+    "IIQ": rb"(II\*\0|MM\0\*)....(IIII|MMMM)",
     "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
     "JPEG 2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  ",
     "PSD": rb"8BPS",
@@ -55,6 +64,23 @@ _OTHERS = {
     "EPS": rb"%!PS|\xc5\xd0\xd3\xc6",
     # without a way back, or a thousand bytes of comments take years
     "SVG": rb"(?>\s*)(?>(<\?xml[^>]*>\s*)?)(?>(<!--.*?-->\s*)*)(<!DOCTYPE svg[^>]*>\s*)?<svg\b",
+}
+
+# of TIFF directories: tags, and what only the pixels of a camera's sensor have, as (tag, value)
+_DNG_VERSION, _MAKER, _MORE_DIRECTORIES, _PHOTOMETRIC, _COMPRESSION = 50706, 271, 330, 262, 259
+_SENSORS = {(_PHOTOMETRIC, 32803), (_PHOTOMETRIC, 34892)} | {
+    (_COMPRESSION, kind) for kind in (32767, 32769, 32770, 34713, 65535)
+}
+_MAKERS = {
+    b"nikon": "NEF",
+    b"sony": "ARW",
+    b"pentax": "PEF",
+    b"ricoh": "PEF",
+    b"samsung": "SRW",
+    b"hasselblad": "3FR",
+    b"phase one": "IIQ",
+    b"leaf": "IIQ",
+    b"canon": "CR2",
 }
 
 # EXIF orientation → which of the axes H=0, W=1 to flip; from 5 on, after swapping the two
@@ -146,14 +172,50 @@ def reason(error: Exception) -> str:
 def _form(data: bytes) -> str:
     """Tell by its beginning which of `FORMATS` a file is."""
     Image.init()
+    for name, beginning in _OTHERS.items():
+        if re.match(beginning, data[:1000], re.DOTALL):
+            raise _unread(name)
     for name in FORMATS:
         accept = Image.OPEN[name][1]
         if accept is None or accept(data[:16]) is True:
+            if name == "TIFF" and (raw := _camera_raw(data)):
+                raise _unread(raw)
             return name
-    for name, beginning in _OTHERS.items():
-        if re.match(beginning, data[:1000], re.DOTALL):
-            raise ImageError("", f"{name} is not read; convert it to JPEG or PNG")
     raise ImageError("", "not an image")
+
+
+def _unread(name: str) -> ImageError:
+    return ImageError("", f"{name} is not read; convert it to JPEG or PNG")
+
+
+def _camera_raw(data: bytes) -> str:
+    """Name the camera's raw format that a TIFF really is; "" for an ordinary TIFF.
+
+    Pillow would read its first directory, which is a small preview.
+    """
+    order = "<" if data.startswith(b"II") else ">"
+    pointers, maker, raw = [4], b"", False  # where the offsets of directories stand
+    with suppress(struct.error):
+        for _ in range(16):
+            (at,) = struct.unpack_from(f"{order}I", data, pointers.pop(0))
+            (count,) = struct.unpack_from(f"{order}H", data, at) if at else (0,)
+            for entry in range(at + 2, at + 2 + 12 * min(count, 1000), 12):
+                tag, kind, number = struct.unpack_from(f"{order}HHI", data, entry)
+                (value,) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, entry + 8)
+                if tag == _DNG_VERSION:
+                    return "DNG"
+                if tag == _MAKER:
+                    maker = maker or data[value : value + min(number, 20)].lower()
+                if tag == _MORE_DIRECTORIES:
+                    first = entry + 8 if number == 1 else value
+                    pointers += range(first, first + 4 * min(number, 8), 4)
+                raw = raw or (tag, value) in _SENSORS
+            if at:
+                pointers.append(at + 2 + 12 * count)
+            if not pointers:
+                break
+    known = (name for start, name in _MAKERS.items() if maker.startswith(start))
+    return next(known, "a camera's raw format") if raw else ""
 
 
 def _opened(data: bytes, form: str) -> Image.Image:
