@@ -27,6 +27,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +95,14 @@ def stop() -> None:
 class Budget:
     """Bytes that all decoding of a process may take together."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self._taken = total, 0
+    def __init__(self, total: int | None = None) -> None:
+        self._given, self._taken = total, 0
         self._changed = threading.Condition()
+
+    @cached_property
+    def total(self) -> int:
+        """What was given, or half of what is free when the first photo is decoded."""
+        return self._given or max(2 * ORDINARY, min(BUDGET, _free_memory() // 2))
 
     @contextmanager
     def held(self, size: int, path: str) -> Iterator[None]:
@@ -119,7 +125,7 @@ class _Pool:
     """The workers of a process and its budget."""
 
     def __init__(self) -> None:
-        self.budget = Budget(max(2 * ORDINARY, min(BUDGET, _free_memory() // 2)))
+        self.budget = Budget()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()  # all of them,
         self._idle: list[_Worker] = []  # and those with nothing to do
