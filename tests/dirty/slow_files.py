@@ -49,7 +49,10 @@ FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
         lambda: bombs.png(8, 8, bombs.chunk(b"abCd", b"") * MEGA, pixels=bytes(200)),
         ("takes too long",),
     ),
-    "GIF with a comment of five million parts": (commented_gif, ("", "takes too long", "too much", "corrupt")),
+    "GIF with a comment of five million parts": (
+        commented_gif,
+        ("", "takes too long", "too much", "corrupt"),
+    ),
     "JPEG with 20 MB of filling": (
         lambda: filled(encoded(picture()), b"\xff" * (20 * MEGA)),
         ("",),

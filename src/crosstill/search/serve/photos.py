@@ -98,12 +98,13 @@ class Store:
         data = self._bytes(photo_id, None)
         if data is None:
             return None
+        side = self.settings.thumbnail
         try:
-            image = Image.fromarray(pixels.decode(data, photo_id))
+            with pixels.upright(data, photo_id) as upright:
+                image = Image.fromarray(upright[..., :3])
+                image.thumbnail((side, side), Image.Resampling.BICUBIC)
         except ImageError:
             return None
-        side = self.settings.thumbnail
-        image.thumbnail((side, side), Image.Resampling.BICUBIC)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=_QUALITY)
         return Picture(out.getvalue(), TYPES["JPEG"])

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
+from crosstill import decoding
 from crosstill.errors import ConfigError, CrosstillError
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
 from crosstill.search.serve.batching import Batcher, Gate, Overloaded, jobs
@@ -150,9 +151,10 @@ class Service:
         return fault
 
     def close(self) -> None:
-        """Let go of the threads; what has not begun never will."""
+        """Shut down the threads: cancel what has not begun, kill what decodes a photo."""
         self._answer.close()
         self._encode.close()
+        decoding.stop()
 
     def _enter(self) -> AbstractContextManager[None]:
         if not self.ready:
