@@ -122,6 +122,20 @@ def test_hidden_shards_and_endings_in_any_case(tmp_path):
     assert captions(tmp_path / "m") == {"a.JPG": ("one",)}
 
 
+@pytest.mark.parametrize(("listed", "written"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_listed_photo_in_another_unicode_form_is_found(tmp_path, listed, written):
+    names = ["é/한국어.png", "naïve.png", "plain.png"]
+    for number, name in enumerate(names):
+        path = tmp_path / unicodedata.normalize(written, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture(number))
+    rows = [f"{unicodedata.normalize(listed, name)},a caption" for name in names]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    pairs = data.open(tmp_path / "t.csv")
+    assert len([pairs.read(example) for example in pairs.examples]) == 3
+    assert not pairs.quarantine.rows
+
+
 def test_a_caption_in_another_unicode_form_is_found(tmp_path):
     name = "café résumé"
     for photo, text in (("NFC", "NFD"), ("NFD", "NFC")):

@@ -198,18 +198,18 @@ def test_names_as_other_systems_and_lists_write_them_are_mended(home):
     (home / "t.csv").write_text(f"file,caption\n{rows}")
     options = (home / "t.csv", "--images", photos)
     missing = examined(*options, code=2)["paths"]["missing"]
+    # those that differ in their Unicode form alone are not missing
+    at_once = ["한국어.png", unicodedata.normalize("NFD", "Å.png")]
+    kinds = ("unicode", "escapes", "ending", "ending", "number", "number")
+    mended = [(listed, at) for listed, at in names.items() if listed not in at_once]
     assert {row["path"]: (row["kind"], row["at"]) for row in missing} == {
-        listed: (kind, str(photos / at))
-        for (listed, at), kind in zip(
-            names.items(),
-            ("unicode", "unicode", "unicode", "escapes", "ending", "ending", "number", "number"),
-            strict=True,
-        )
+        listed: (kind, str(photos / at)) for (listed, at), kind in zip(mended, kinds, strict=True)
     }
     done = crosstill("doctor", *options, "--mend", home / "mended.json")
     assert "mended.json: 8 of 8 images" in done.stdout
     pairs = data.open(home / "mended.json", images=photos)
-    assert [e.path for e in pairs.examples] == list(dict.fromkeys(names.values()))
+    expected = [listed if listed in at_once else at for listed, at in names.items()]
+    assert [e.path for e in pairs.examples] == list(dict.fromkeys(expected))
     assert pairs.examples[-1].captions == ("caption 6", "caption 7")
 
 

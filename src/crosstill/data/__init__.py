@@ -95,7 +95,8 @@ def _check_inside(listed: Listing, images: Path) -> None:
     for entry in listed.entries:
         if entry.path not in packed and (".." in entry.path or entry.path.startswith("/")):
             place = os.path.normpath(images / entry.path)
-            if not Path(place).is_relative_to(os.path.normpath(images)):
+            inside = Path(place).is_relative_to(os.path.normpath(images))
+            if not inside and os.path.lexists(place):  # else it is missing, which doctor can mend
                 raise DataError(
                     f"{listed.origin}, {entry.where}: {entry.path} lies outside of --images "
                     f"{images}; give a folder that holds all the images, and names within it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -150,9 +151,20 @@ def read_image(root: Path, example: Example) -> bytes:
         ImageError: it has gone since the dataset was opened, or cannot be read.
     """
     try:
-        return regular(root / example.path).read_bytes()
+        return regular(place(root, example.path)).read_bytes()
     except (OSError, ValueError) as error:
         raise ImageError(example.path, unreadable(error)) from None
+
+
+def place(root: Path, listed: str) -> Path:
+    """Return where a listed file is: macOS may have written its name in another Unicode form."""
+    path = root / listed
+    if not listed.isascii() and not path.exists():
+        for form in ("NFC", "NFD"):
+            other = root / unicodedata.normalize(form, listed)
+            if other.exists():
+                return other
+    return path
 
 
 def regular(path: Path) -> Path:

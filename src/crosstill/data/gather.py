@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from crosstill import files, formats
-from crosstill.data.base import Copy, HashedReader, Pairs, read_image, regular, unreadable
+from crosstill.data.base import Copy, HashedReader, Pairs, place, read_image, regular, unreadable
 from crosstill.errors import DataError, ImageError, MissingError
 from crosstill.images import Quarantine
 from crosstill.types import Example
@@ -81,7 +81,7 @@ class Folder:
     def _inspect(self, path: str) -> File:
         size = 0
         try:
-            full = self.root / path
+            full = place(self.root, path)
             size = full.stat().st_size
             problem = "" if size else "empty file"
             return File(files.digest_file(regular(full)), size, problem)
