@@ -85,3 +85,16 @@ def test_a_listing_does_not_lead_out_of_the_images(tmp_path):
         (tmp_path / "pairs.csv").write_text(f"filepath,caption\na.png,one\n{name},two\n")
         said = refusal("doctor", tmp_path / "pairs.csv", "--images", tmp_path / "images")
         assert (f"{name} lies outside of --images" in said and "row" in said) or "line" in said
+
+
+@pytest.mark.parametrize("name", ["images.parquet", "captions.parquet"])
+def test_texts_that_are_no_utf8_are_refused(folder, name):
+    table = pq.read_table(folder / name)
+    column = {"images.parquet": "image_id", "captions.parquet": "text"}[name]
+    rotten = pa.array([b"\xff\xfe"] * len(table)).view(pa.string())
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(place, column, rotten), folder / name)
+    digest = files.digest_file(folder / name)
+    sealed(folder, lambda record: record["files"].update({name: digest}))
+    with pytest.raises(CorruptError, match=rf"{name}: not readable"):
+        cache.open(folder)

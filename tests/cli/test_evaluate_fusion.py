@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crosstill import data, students
+from crosstill import data, files, students
 from crosstill.data import scenes
 from evaluate.judges import small_meter, texts_of
 from support import small_config
@@ -43,7 +43,16 @@ def run_of(folder: Path, student: Path, home: Path) -> None:
     """The parts of a finished run that evaluation reads."""
     teacher = {"kind": "fusion", "name": "meter", "source": str(home / "meter")}
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"format": 1, "teacher": teacher}))
+    record = {
+        "format": 2,
+        "teacher": teacher,
+        "settings": {},
+        "command": "",
+        "versions": {},
+        "cache": {"folder": "gone", "digest": ""},
+        "data": {"name": "photos"},
+    }
+    files.write_json(folder / "config.json", files.sealed(record))
     for place in ("student", "best"):
         shutil.copytree(student, folder / place)
 

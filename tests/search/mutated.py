@@ -160,9 +160,16 @@ def open_cache(folder: Path) -> None:
 
 
 def open_run(folder: Path) -> None:
-    from crosstill import students
+    from crosstill import evaluate, recipes
+    from crosstill.report import events
+    from crosstill.train import Run, checkpoint
 
-    students.load(folder)
+    run = Run(folder)
+    recipes.resumed(folder)
+    checkpoint.load_latest(folder / "checkpoints")
+    events.read(folder)
+    evaluate.open_live(folder)
+    _ = run.config, run.metrics, run.untrained
 
 
 OPEN: dict[str, Callable[[Path], None]] = {

@@ -629,7 +629,9 @@ CREATE TABLE files (
 INSERT INTO meta SELECT name, value FROM new.meta;
 INSERT INTO files SELECT path, size, mtime_ns, caption_size, caption_mtime_ns, read_ns, sha,
     caption, reason FROM new.files;
-CREATE TABLE embeddings (sha BLOB PRIMARY KEY, crc INTEGER NOT NULL, vector BLOB NOT NULL);
+CREATE TABLE embeddings (
+    sha BLOB PRIMARY KEY, crc INTEGER NOT NULL, vector BLOB NOT NULL
+);
 INSERT INTO embeddings SELECT * FROM new.embeddings;
 """
 

@@ -4,6 +4,8 @@ import os
 import shutil
 import socket
 import sqlite3
+import zlib
+from contextlib import closing
 from pathlib import Path
 
 import faiss
@@ -76,6 +78,61 @@ def test_a_link_in_an_index_is_not_followed(index, tmp_path, name):
     os.replace(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert "a link" in line("search", index, "a circle")
+
+
+@pytest.mark.parametrize("name", ["work.sqlite", "work.sqlite-wal"])
+def test_a_link_to_a_memory_is_not_followed(bundle, index, photos, tmp_path, name):
+    mine = tmp_path / "mine"
+    if (index / name).exists():
+        os.replace(index / name, mine)
+    else:
+        mine.write_text("mine")
+    (index / name).symlink_to(mine)
+    before = mine.read_bytes()
+    assert f"{name}: a link" in line("index", bundle, photos, "--out", index)
+    assert f"{name}: a link" in crosstill("index", "verify", index, code=1).output
+    assert mine.read_bytes() == before
+
+
+PROGRAM = "CREATE TRIGGER t AFTER INSERT ON files BEGIN DELETE FROM embeddings; END"
+VIEW = "DROP TABLE unused; CREATE VIEW unused AS SELECT sha, 1 AS since_ns, 1 AS crc FROM files"
+
+
+def with_crc(table: str, values: tuple) -> str:
+    """SQL that puts a row with its checksum into a table of an index's memory."""
+    crc = zlib.crc32(repr(values).encode())
+    cells = [f"x'{v.hex()}'" if isinstance(v, bytes) else repr(v) for v in (*values, crc)]
+    return f"INSERT OR REPLACE INTO {table} VALUES ({', '.join(cells)})"
+
+
+MEMORIES = [
+    PROGRAM,
+    VIEW,
+    "CREATE TABLE more (a)",
+    with_crc("meta", ("sheets", 5)),
+    with_crc("meta", ("sheets", "{")),
+    with_crc("meta", ("sheets", "[" * 100_000)),
+    with_crc("meta", ("root", b"x")),
+    with_crc("files", ("text", 1, 1, 1, 1, 1, 1, 1, b"x" * 32, "", "")),
+    with_crc("files", (b"a", "many", 1, 1, 1, 1, 1, 1, b"x" * 32, "", "")),
+    with_crc("files", (b"a", 1, 1, 1, 1, 1, 1, 1, "text", "", "")),
+    with_crc("files", (b"a", 1, 1, 1, 1, 1, 1, 1, b"x" * 32, b"x", "")),
+    with_crc("unused", (b"x" * 32, "long ago")),
+    f"INSERT INTO embeddings VALUES (x'{'00' * 32}', {zlib.crc32(b'abcd')}, x'61626364')",
+    f"INSERT INTO embeddings VALUES (x'{'00' * 32}', {zlib.crc32(b'abcd')}, 'abcd')",
+    "UPDATE embeddings SET sha = x'00' WHERE sha = (SELECT min(sha) FROM embeddings)",
+]
+
+
+@pytest.mark.parametrize("change", MEMORIES, ids=range(len(MEMORIES)))
+def test_a_memory_of_other_tables_or_types_is_made_anew(bundle, index, photos, caplog, change):
+    with closing(sqlite3.connect(index / "work.sqlite")) as db:
+        db.executescript(change)
+    found = crosstill("index", "verify", index, code=1)
+    assert "work.sqlite: " in found.output
+    crosstill("index", bundle, photos, "--out", index)
+    assert "work.sqlite: " in caplog.text and "thrown away" in caplog.text
+    crosstill("index", "verify", index)
 
 
 @pytest.mark.parametrize("what", ["bundle", "g"])

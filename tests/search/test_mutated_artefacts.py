@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from support import small_student
+from crosstill.train import TrainConfig, train
+from support import SETTINGS, small_student
 
 Note = Callable[[str, object], None]
 TESTS = Path(__file__).parents[1]
+MANY = int(os.environ.get("CROSSTILL_MUTANTS", "2500"))  # copies of each kind
 
 
 def mutants(kind: str, artefact: Path, home: Path, seed: int, count: int, note: Note) -> None:
@@ -36,8 +38,9 @@ def mutants(kind: str, artefact: Path, home: Path, seed: int, count: int, note: 
 @pytest.fixture(params=["bundle", "index", "cache", "run"])
 def artefact(request, tmp_path) -> tuple[str, Path]:
     if request.param == "run":
-        small_student(request.getfixturevalue("cached")).save(tmp_path / "run")
-        return "run", tmp_path / "run"
+        cached = request.getfixturevalue("cached")
+        settings = TrainConfig(**SETTINGS | {"epochs": 1})
+        return "run", train(small_student(cached), cached, settings, tmp_path / "run").folder
     if request.param == "cache":
         return "cache", request.getfixturevalue("cached").folder
     return request.param, request.getfixturevalue(f"{request.param}_folder")
@@ -49,4 +52,10 @@ def test_some_changed_artefacts(artefact, tmp_path, record_property):
 
 @pytest.mark.slow
 def test_many_changed_artefacts(artefact, tmp_path, record_property):
-    mutants(*artefact, tmp_path / "home", 2, 2500, record_property)
+    mutants(
+        *artefact,
+        tmp_path / "home",
+        2,
+        int(os.environ.get("CROSSTILL_MUTANTS", "2500")),
+        record_property,
+    )

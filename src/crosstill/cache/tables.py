@@ -47,6 +47,7 @@ def read(
                 raise ValueError(f"{rows} rows in {files.amount(size)}")
         texts = [name for name, kind in schema.items() if kind in ("string", "binary")]
         packed = pq.read_table(path, columns=list(schema), read_dictionary=texts, memory_map=False)
+        packed.validate(full=True)  # that texts are UTF-8
         _check_swelling(packed, size)
         return packed.cast(pa.schema([about.field(name) for name in schema]))
 

@@ -23,8 +23,8 @@ from crosstill.evaluate.models import cuts, open_encoder, open_live
 from crosstill.evaluate.reading import captions, readable
 from crosstill.evaluate.recall import from_scores
 from crosstill.evaluate.report import Evaluation, Row, Timed, judge, remarks, table
+from crosstill.evaluate.runs import CONFIG, read_record
 from crosstill.evaluate.truth import of_texts
-from crosstill.files import read_json
 from crosstill.teachers.base import Teacher, truncation_note
 from crosstill.teachers.matcher import Matcher
 
@@ -120,7 +120,7 @@ def run(
     _remark(found, pairs, placed)
     readers = {names[role]: model for role, model in models.items()}
     found.notes += [note] if (note := truncation_note(readers, captions(pairs.examples)[0])) else []
-    if (Path(source) / "config.json").is_file() and (Path(source) / "student").is_dir():
+    if (Path(source) / CONFIG).is_file() and (Path(source) / "student").is_dir():
         _add_run(found, Path(source), models[MODEL], pairs, options.protocol, placed)
     if options.efficiency:
         _add_costs(found, source, models, pairs, options.sample)
@@ -204,7 +204,8 @@ def _add_run(
     placed: Sequence[Placed],
 ) -> None:
     """The rows of a run that need no more than the run itself."""
-    teacher = read_json(folder / "config.json")["teacher"]
+    record = read_record(folder)
+    teacher = record["teacher"]
     if isinstance(model, Matcher):
         found.notes.append(
             "no row of the untrained student: it would be another full matrix; for it give "
@@ -221,14 +222,16 @@ def _add_run(
         )
     elif teacher.get("modalities"):  # a run without a teacher has none
         try:
-            found.rows[TEACHER] = _teacher(folder, pairs, protocol, placed)
+            found.rows[TEACHER] = _teacher(record, pairs, protocol, placed)
         except CrosstillError as error:
             found.notes.append(f"no teacher's row: {error}")
 
 
-def _teacher(folder: Path, pairs: Pairs, protocol: str, placed: Sequence[Placed]) -> Evaluation:
+def _teacher(
+    record: dict[str, Any], pairs: Pairs, protocol: str, placed: Sequence[Placed]
+) -> Evaluation:
     """The teacher's recall on the same images, from the cache that the run learnt from."""
-    cache = Cache(read_json(folder / "config.json")["cache"]["folder"])
+    cache = Cache(record["cache"]["folder"])
     split = next((s for s in map(cache.split, set(cache.splits)) if _same(cache, s, pairs)), None)
     if split is None:
         raise InputError(f"{cache.folder} does not hold exactly these images and captions")
@@ -266,7 +269,7 @@ def _add_costs(
 ) -> None:
     """Seconds for the whole set and, of what embeds, latency; the models take turns."""
     if TEACHER in found.rows:
-        teacher = read_json(Path(source) / "config.json")["teacher"]
+        teacher = read_record(Path(source))["teacher"]
         try:
             models = {**models, TEACHER: open_encoder(teacher["source"] or teacher["name"])}
         except CrosstillError as error:

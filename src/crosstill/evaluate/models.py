@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crosstill import files, students, teachers
+from crosstill import artefacts, files, students, teachers
 from crosstill.cache.store import HEADER, SCORES
 from crosstill.errors import ModelError
 from crosstill.students.student import RECORD, Student
@@ -38,9 +38,10 @@ def cuts(source: str | Path) -> list[str]:
     """RUN@32, RUN@64, … for the smaller widths that a student has learnt; else nothing."""
     for folder in (Path(source), Path(source) / "best"):
         if (folder / RECORD).is_file():
-            config = files.read_json(folder / RECORD)["config"]
-            dim, widths = config["dim"], config.get("widths", ())
-            return [f"{source}@{width}" for width in reversed(widths) if width != dim]
+            with artefacts.readable(folder / RECORD, AttributeError):
+                config = files.read_json(folder / RECORD)["config"]
+                dim, widths = config["dim"], config.get("widths", ())
+                return [f"{source}@{width}" for width in reversed(widths) if width != dim]
     return []
 
 

@@ -176,7 +176,7 @@ def resumed(folder: Path) -> TrainConfig:
     """
     record = runs.read_record(folder)
     settings = runs.settings_of(record)
-    if "losses" in record or len(settings.losses) == 1:
+    if record["losses"] or len(settings.losses) == 1:
         return settings
     typed = _typed(record["command"])
     if typed is not None and typed.losses == settings.losses:

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crosstill import artefacts
 from crosstill.errors import CorruptError
-from crosstill.search.catalogue import damaged, guarded
+from crosstill.search.catalogue import check_tables, damaged, guarded
 from crosstill.search.walk import Stamp
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,27 @@ CREATE TABLE IF NOT EXISTS files (
     reason TEXT, crc INTEGER
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS unused (sha BLOB PRIMARY KEY, since_ns INTEGER, crc INTEGER);
+"""
+_EMBEDDINGS = """
 CREATE TABLE IF NOT EXISTS embeddings (
     sha BLOB PRIMARY KEY, crc INTEGER NOT NULL, vector BLOB NOT NULL
 );
 """
+_TABLES += _EMBEDDINGS
+_TABLES_1 = f"""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE files (
+    path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, caption_size INTEGER,
+    caption_mtime_ns INTEGER, read_ns INTEGER, sha BLOB, caption TEXT, reason TEXT
+) WITHOUT ROWID;
+{_EMBEDDINGS}
+"""
+_TYPES = {  # of the columns of each table; SQLite keeps a value of any type in any column
+    "meta": ("text", "text", "integer"),
+    "files": ("blob", *["integer"] * 7, "blob or null", "text", "text", "integer"),
+    "unused": ("blob", "integer", "integer"),
+    "embeddings": ("blob", "integer", "blob"),
+}
 
 
 class Known(NamedTuple):
@@ -89,6 +107,7 @@ class Work:
     def __init__(self, path: Path, key: str, root: Path) -> None:
         self.path, self._noted = path, 0
         self._unused: dict[bytes, int] = {}  # contents that no file has, and since when
+        _check_links(path)
         try:
             self._open(key, root)
         except CorruptError as error:
@@ -146,7 +165,8 @@ class Work:
         """A remembered value, None where there is none."""
         with self._guarded():
             found = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-            return json.loads(found[0]) if found else None
+            with artefacts.readable(self.path):
+                return json.loads(found[0]) if found else None
 
     def put(self, name: str, value: Any) -> None:
         """Remember a value that JSON can hold."""
@@ -172,6 +192,7 @@ class Work:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._upgrade()
             self._db.executescript(_TABLES)
+            check_tables(self._db, _TABLES)
             _check(self._db, self.path)
             self._settle({"format": FORMAT, "key": key}, str(root))
             self.known = _files(self._db)
@@ -182,6 +203,7 @@ class Work:
         """Give checksums to the rows of format 1; without ctimes, its files are unknown."""
         if _columns(self._db, "meta")[-1:] != ["value"]:
             return
+        check_tables(self._db, _TABLES_1)
         values = self._db.execute("SELECT name, value FROM meta").fetchall()
         self._db.executescript(f"BEGIN; DROP TABLE files; DROP TABLE meta; {_TABLES}")
         for name, value in (*values, ("format", json.dumps(FORMAT))):
@@ -230,7 +252,8 @@ def check(path: Path) -> list[str]:
     with _reading(path) as db:
         _check(db, path)
         sheets = db.execute("SELECT value FROM meta WHERE name = ?", (SHEETS,)).fetchone()
-        return json.loads(sheets[0]) if sheets else []
+        with artefacts.readable(path):
+            return [str(digest) for digest in json.loads(sheets[0])] if sheets else []
 
 
 def read_files(path: Path) -> dict[str, Known]:
@@ -241,10 +264,18 @@ def read_files(path: Path) -> dict[str, Known]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    _check_links(path)
     with guarded(path), closing(sqlite3.connect(path)) as db:
         # What a kill left in the log is read without a file shared with other processes.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        older = _columns(db, "meta")[-1:] == ["value"]
+        check_tables(db, _TABLES_1 if older else _TABLES)
         yield db
+
+
+def _check_links(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        artefacts.member(path.parent, path.name + suffix)
 
 
 def _files(db: sqlite3.Connection) -> dict[str, Known]:
@@ -261,6 +292,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
     pages = db.execute("PRAGMA integrity_check").fetchone()[0]
     if pages != "ok":
         raise damaged(path, pages)
+    _check_types(db, path)
     for table in ("meta", "files", "unused"):
         if _columns(db, table)[-1:] != ["crc"]:  # an older version wrote it
             continue
@@ -270,6 +302,31 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
     for sha, crc, vector in db.execute("SELECT sha, crc, vector FROM embeddings"):
         if zlib.crc32(vector) != crc:
             raise damaged(path, f"the vector of {sha.hex()[:12]} is not as it was written")
+
+
+def _check_types(db: sqlite3.Connection, path: Path) -> None:
+    """Look for values that no builder writes.
+
+    Raises:
+        CorruptError: there is one.
+    """
+    for table, types in _TYPES.items():
+        columns = _columns(db, table)
+        if len(columns) != len(types):  # an older version wrote it
+            continue
+        wrong = " OR ".join(
+            f"instr('{kind}', typeof({column})) = 0"
+            for column, kind in zip(columns, types, strict=True)
+        )
+        if db.execute(f"SELECT 1 FROM {table} WHERE {wrong} LIMIT 1").fetchone():
+            raise damaged(path, f"a value of a wrong type in {table}")
+    if db.execute("SELECT 1 FROM embeddings WHERE length(sha) != 32 LIMIT 1").fetchone():
+        raise damaged(path, "a vector of no SHA-256")
+    lengths = db.execute("SELECT DISTINCT length(vector) FROM embeddings LIMIT 2").fetchall()
+    if len(lengths) > 1 or any(length % 4 for (length,) in lengths):
+        raise damaged(path, "vectors of several lengths")
+    if db.execute("SELECT 1 FROM meta WHERE NOT json_valid(value) LIMIT 1").fetchone():
+        raise damaged(path, "a value that is not JSON")
 
 
 def _columns(db: sqlite3.Connection, table: str) -> list[str]:

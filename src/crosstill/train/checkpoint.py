@@ -11,20 +11,22 @@ import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import CorruptError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # 1 had no names
+Count = Annotated[int, Field(ge=0)]
 
 # What must be in a checkpoint; `load` refuses one that lacks any of it.
 PIECES = (
@@ -40,6 +42,30 @@ PIECES = (
     "rng_numpy",
     "rng_python",
 )
+
+
+class _Record(artefacts.Record):
+    format: int
+    data_sha256: artefacts.Sha256
+
+
+class _Position(artefacts.Record):
+    epoch: Count
+    step: Count
+    total: Count
+
+
+class _Best(artefacts.Record):
+    epoch: int | None
+    rsum: float
+
+
+class _Numbers(artefacts.Record):
+    """The pieces that the loop itself counts with."""
+
+    position: _Position
+    best: _Best
+
 
 State = dict[str, Any]  # piece → nested dicts and lists of tensors and JSON values
 
@@ -90,17 +116,15 @@ def load_latest(folder: Path) -> State | None:
 def load(record: Path) -> State:
     """The state behind one checkpoint's JSON, each of `PIECES` present."""
     path = record.with_suffix(".safetensors")
-    about = files.read_sealed(record, {1, FORMAT})
-    files.check_digest(path, about["data_sha256"])
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise CorruptError(f"{path}: {error}") from None
-    state = _unpack(_metadata(path), tensors)
-    optional = {"names"} if about["format"] == 1 else set()
+    about = artefacts.read(record, _Record, {1, FORMAT})
+    artefacts.check_files(path.parent, {path.name: about.data_sha256})
+    with artefacts.readable(path, SafetensorError, AttributeError):
+        state = dict(_unpack(_metadata(path), load_file(path)))
+    optional = {"names"} if about.format == 1 else set()
     missing = [piece for piece in PIECES if piece not in state and piece not in optional]
     if missing:
         raise CorruptError(f"{path}: it lacks {', '.join(missing)}")
+    artefacts.checked(path, _Numbers, {name: state[name] for name in _Numbers.model_fields})
     return state
 
 

@@ -22,10 +22,12 @@ import torch
 import transformers
 
 import crosstill.students as students
-from crosstill import files, teachers
+from crosstill import artefacts, files, teachers
 from crosstill.cache import Listing
 from crosstill.cache.store import QUARANTINE
-from crosstill.errors import ConfigError, InputError, MismatchError, ModelError
+from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError, ModelError
+from crosstill.evaluate import runs
+from crosstill.evaluate.runs import CONFIG, FORMAT
 from crosstill.students.student import RECORD, Student
 from crosstill.teachers.matcher import Matcher
 from crosstill.train import checkpoint
@@ -33,8 +35,22 @@ from crosstill.train.config import TrainConfig, parse
 
 Learner = Student | Matcher
 
-FORMAT = 2  # 1 did not keep the order of the losses
 STARTING = ".starting"  # there while a run is being laid out
+# what a run writes to; a link there would lead out of its folder
+_WRITTEN = (
+    *(CONFIG, "metrics.json", "best.json", "events.jsonl", "nonfinite.json", QUARANTINE, STARTING),
+    *("student", "best", "best.new", "best.old", "checkpoints", "tensorboard"),
+)
+
+
+class _Best(artefacts.Record):
+    epoch: int | None
+    rsum: float
+
+
+class _Metrics(artefacts.Record):
+    best: _Best
+    teacher: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -76,8 +92,16 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The finished run's summary."""
-        return dict(files.read_json(self.folder / "metrics.json"))
+        """The finished run's summary.
+
+        Raises:
+            InputError: the run is not finished.
+            CorruptError: it is a link or damaged.
+        """
+        path = artefacts.member(self.folder, "metrics.json")
+        if not path.is_file():
+            raise InputError(f"{path}: missing; finish the run with `crosstill train … --resume`")
+        return artefacts.checked(path, _Metrics, files.read_json(path)).model_dump()
 
 
 def learner(folder: Path) -> Learner:
@@ -91,17 +115,28 @@ def learner(folder: Path) -> Learner:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `config.json` says of a run.
+    """Read what `config.json` says of a run; settings that it lacks have their defaults.
 
     Raises:
-        CorruptError: it was damaged, or a newer crosstill wrote it.
+        CorruptError: it is missing, a link or damaged, a newer crosstill wrote it, or a field is
+            not what it should be.
     """
-    return files.read_sealed(folder / "config.json", {1, FORMAT})
+    record = runs.read_record(folder)
+    path = folder / CONFIG
+    try:
+        settings = parse(record["settings"])
+    except ConfigError as error:
+        raise CorruptError(f"{path}: settings.{error}; {artefacts.ANEW}") from None
+    if sorted(record["losses"] or settings.losses) != sorted(settings.losses):
+        raise CorruptError(f"{path}: losses: not those of its settings; {artefacts.ANEW}")
+    if not isinstance(settings.balance.get("name"), str):
+        raise CorruptError(f"{path}: settings.balance.name: not a text; {artefacts.ANEW}")
+    return {**record, "settings": settings.model_dump(mode="json")}
 
 
 def is_run(folder: Path) -> bool:
     """Whether a run was started there."""
-    return (folder / "config.json").is_file()
+    return (folder / CONFIG).is_file()
 
 
 def create(
@@ -129,7 +164,7 @@ def create(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     # last, because a folder with it is a run
-    files.write_json(folder / "config.json", files.sealed(record))
+    files.write_json(folder / CONFIG, files.sealed(record))
     (folder / STARTING).unlink()
 
 
@@ -142,6 +177,16 @@ def _clear(folder: Path) -> None:
         raise ConfigError(f"{folder} holds {found[0].name} and no run; give another --out")
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links where a run writes: whoever sent it could have files of others overwritten.
+
+    Raises:
+        CorruptError: there is one.
+    """
+    for name in _WRITTEN:
+        artefacts.member(folder, name)
 
 
 def check_new(folder: Path) -> None:

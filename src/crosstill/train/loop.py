@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from crosstill import files, progress
+from crosstill import artefacts, files, progress
 from crosstill.balance import Rule
 from crosstill.cache import Cache, Listing
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
@@ -87,6 +87,7 @@ def _prepare(
     command: str,
 ) -> None:
     """Lay out or reopen the run's folder; say what of the cache cannot be learnt."""
+    folder.check_links(path)
     if resume:
         folder.reopen(path, config.keep)
         return
@@ -301,7 +302,9 @@ class Session:
     def _load(self) -> None:
         state = checkpoint.load_latest(self.path / "checkpoints")
         if state is not None:
-            self.restore(state)
+            saved = self.path / "checkpoints"
+            with artefacts.readable(saved, LookupError, AttributeError, AssertionError):
+                self.restore(state)
         elif self.config.init_heads == "ridge":
             assert isinstance(self.cache, Cache) and isinstance(self.student, Student)
             several = targets.of(self.losses)
