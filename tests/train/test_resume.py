@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -233,7 +234,13 @@ def check_goes_on(home: Path, cut: Path, whole: Path) -> None:
     crosstill("train", home / "features", "--out", cut, "--resume")
     for name in ("events.jsonl", "metrics.json", "best/model.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
-    assert same(*(checkpoint.load_latest(run / "checkpoints") for run in (cut, whole)))
+    assert same(state_of(cut), state_of(whole))
+
+
+def state_of(run: Path) -> dict[str, object]:
+    """The newest state of a run, without what tells which run it is of."""
+    state = checkpoint.load_latest(run / "checkpoints")
+    return {**state, "names": {k: v for k, v in state["names"].items() if k != "run"}}
 
 
 @pytest.mark.parametrize(
@@ -285,12 +292,70 @@ def test_other_names_are_refused(home, killed):
         assert f"saved for the {kind} " in error and "start it anew" in error
 
 
+def test_damage_costs_no_whole_checkpoint(home, killed):
+    """What is damaged, and what only looks like a checkpoint, goes; what is whole stays."""
+    cut, whole = killed("dsmd", "save_every=2")
+    _, newest = sorted(cut.glob("checkpoints/*.json"))
+    flip = bytearray(newest.with_suffix(".safetensors").read_bytes())
+    flip[-1] ^= 1
+    newest.with_suffix(".safetensors").write_bytes(flip)
+    for name in ("step-000000099.json", "step-abc.json"):
+        (newest.parent / name).write_text("{}")
+    (cut / "checkpoints/step-000000098.json").mkdir()
+    with (cut / "events.jsonl").open("ab") as file:
+        file.write(b"\xff\x00junk\n")
+    crosstill("train", home / "features", "--out", cut, "--resume")
+    shutil.rmtree(cut / "checkpoints/step-000000098.json")
+    (cut / "checkpoints/step-abc.json").unlink()
+    check_equal(cut, whole)
+
+
+def test_a_refused_resume_changes_nothing(home, killed):
+    cut, _ = killed("dsmd", "save_every=2")
+    for path in cut.glob("checkpoints/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    held = content(cut)
+    result = crosstill("train", home / "features", "--out", cut, "--resume", code=1)
+    assert "every checkpoint is damaged; start the run anew" in result.stderr
+    assert content(cut) == held
+
+
+def test_a_checkpoint_of_another_run_is_refused(home, killed, tmp_path):
+    cut, _ = killed("dsmd")
+    typed = words(home, "features", "dsmd", "seed=5")
+    other = {"words": typed, "out": str(tmp_path / "other"), "deaths": LATE, "finish": False}
+    carried_out([other], tmp_path)
+    for path in (tmp_path / "other").glob("checkpoints/*"):
+        shutil.copy(path, cut / "checkpoints")
+    error = refusal("train", home / "features", "--out", cut, "--resume")
+    assert "of a run with other settings, another cache or another live teacher" in error
+
+
+def test_other_threads_are_said(home, killed, caplog):
+    cut, _ = killed("dsmd")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with caplog.at_level("WARNING", "crosstill"):
+            crosstill("train", home / "features", "--out", cut, "--resume")
+    finally:
+        torch.set_num_threads(threads)
+    said = f"this run had 1 processes of {threads} threads and goes on with 1 of {threads + 1}"
+    assert said in caplog.text
+
+
+def test_ctrl_c_before_a_run_has_begun_says_so(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("crosstill.cache.open", lambda _: signal.raise_signal(signal.SIGINT))
+    result = crosstill("train", home / "features", "--out", tmp_path / "run", code=130)
+    assert result.stderr.splitlines()[-1] == "interrupted; the same command starts it"
+
+
 def test_python_resumes_in_the_runs_order_whatever_order_it_gives(home, killed):
     cut, whole = killed("dsmd")
     settings = recipes.resumed(cut)
     backwards = settings.model_copy(update={"losses": dict(reversed(settings.losses.items()))})
     recipes.distill(None, Cache(home / "features"), backwards, out=cut, resume=True)
-    assert same(*(checkpoint.load_latest(run / "checkpoints") for run in (cut, whole)))
+    assert same(state_of(cut), state_of(whole))
 
 
 def test_another_recipe_is_refused(home, killed):

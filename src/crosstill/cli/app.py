@@ -42,10 +42,19 @@ app = typer.Typer(
 GOES_ON = {
     "cache": "; the same command goes on where it was",
     "join": "; the same command goes on where it was",
-    "train": "; the same command with --resume goes on where it was",
     "ablate": "; the same command goes on where it was",
     "index": "; the same command goes on where it was",
 }
+
+
+def _goes_on(verb: str, options: dict[str, Any]) -> str:
+    """How to go on after an interruption."""
+    if verb == "train":
+        begun = (options["out"] / "config.json").is_file()
+        return (
+            f"; the same command {'with --resume goes on where it was' if begun else 'starts it'}"
+        )
+    return GOES_ON.get(verb, "")
 
 
 def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
@@ -65,7 +74,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
             common.note(f"error: {where}{error.strerror or error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            common.note(f"interrupted{GOES_ON.get(verb.__module__.rpartition('.')[2], '')}")
+            common.note(f"interrupted{_goes_on(verb.__module__.rpartition('.')[2], options)}")
             raise typer.Exit(130) from None
 
     return run

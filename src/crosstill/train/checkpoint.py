@@ -28,13 +28,15 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # 1 had no names
 Count = Annotated[int, Field(ge=0)]
 
+STEP = "step-" + 9 * "[0-9]"  # of file names, as a pattern
+
 # What must be in a checkpoint; `load` refuses one that lacks any of it.
 PIECES = (
     "student",
     "optimizer",
     "losses",  # queues and their pointers
     "balance",
-    "names",  # of the losses and of all that learns, in the order of the rows of the others
+    "names",  # of the losses and of all that learns, in the order of the others' rows; whose it is
     "position",  # epoch, step within it, steps so far
     "best",
     "rng_torch",
@@ -74,21 +76,26 @@ def save(folder: Path, step: int, state: State, keep: int) -> None:
     """Write the checkpoint of a step, then drop all but the newest `keep`."""
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    path = folder / f"step-{step:09d}.safetensors"
+    path = folder / f"{_name(step)}.safetensors"
     metadata = {"state": json.dumps(tree)}
     size = sum(value.nbytes for value in tensors.values())
     files.write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata), size)
     record = {"format": FORMAT, "file": path.name, "data_sha256": files.digest_file(path)}
     files.write_json(path.with_suffix(".json"), files.sealed(record))
-    tidy(folder, keep)
+    tidy(folder, step, keep)
 
 
-def tidy(folder: Path, keep: int) -> None:
-    """Drop all checkpoints but the newest `keep`, and what a kill left of others."""
+def tidy(folder: Path, step: int, keep: int) -> None:
+    """Leave the checkpoint of a step, which is whole, and the `keep` - 1 before it.
+
+    Later ones were found damaged, and there may be a part of one that a kill left.
+    """
     files.sweep(folder)
-    for old in sorted(folder.glob("step-*.json"))[:-keep]:
-        old.unlink()
-    for path in folder.glob("step-*.safetensors"):
+    records = _records(folder)
+    upto = [record for record in records if record.stem <= _name(step)]
+    for record in {*records} - {*upto[-keep:]}:
+        record.unlink()
+    for path in folder.glob(f"{STEP}.safetensors"):
         if not path.with_suffix(".json").is_file():
             path.unlink()
 
@@ -101,7 +108,7 @@ def load_latest(folder: Path) -> State | None:
     Raises:
         CorruptError: there are checkpoints and every one is damaged.
     """
-    records = sorted(folder.glob("step-*.json"), reverse=True)
+    records = _records(folder)[::-1]
     for record in records:
         try:
             return load(record)
@@ -126,6 +133,15 @@ def load(record: Path) -> State:
         raise CorruptError(f"{path}: it lacks {', '.join(missing)}")
     artefacts.checked(path, _Numbers, {name: state[name] for name in _Numbers.model_fields})
     return state
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _records(folder: Path) -> list[Path]:
+    """The JSON files of all checkpoints, the oldest first."""
+    return sorted(path for path in folder.glob(f"{STEP}.json") if path.is_file())
 
 
 def seed_rng(seed: int) -> None:

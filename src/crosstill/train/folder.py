@@ -30,7 +30,6 @@ from crosstill.evaluate import runs
 from crosstill.evaluate.runs import CONFIG, FORMAT
 from crosstill.students.student import RECORD, Student
 from crosstill.teachers.matcher import Matcher
-from crosstill.train import checkpoint
 from crosstill.train.config import TrainConfig, parse
 
 Learner = Student | Matcher
@@ -231,10 +230,10 @@ def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> TrainC
     return config if record["format"] == 1 else theirs
 
 
-def reopen(folder: Path, keep: int) -> None:
-    """Tidy up a run that was stopped, and leave its newest `keep` checkpoints."""
+def reopen(folder: Path) -> None:
+    """Tidy up a run that was stopped; its checkpoints wait until one of them was read."""
     files.sweep(folder)
-    checkpoint.tidy(folder / "checkpoints", keep)
+    (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / STARTING).unlink(missing_ok=True)
     _finish_swap(folder)
 
@@ -277,7 +276,7 @@ class Events:
     def __init__(self, folder: Path, step: int) -> None:
         """Open for a run that has taken `step` steps; later lines of a killed run go."""
         path = folder / "events.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= step]
         files.write_bytes(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")

@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from crosstill import artefacts, files, progress
@@ -17,6 +18,7 @@ from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
 from crosstill.teachers.base import truncation_note
+from crosstill.teachers.matcher import Matcher
 from crosstill.train import checkpoint, checks, distributed, folder, optim, targets, warm, work
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
@@ -89,7 +91,7 @@ def _prepare(
     """Lay out or reopen the run's folder; say what of the cache cannot be learnt."""
     folder.check_links(path)
     if resume:
-        folder.reopen(path, config.keep)
+        folder.reopen(path)
         return
     folder.check_new(path)
     if student is None:
@@ -125,6 +127,7 @@ class Session:
         self.stream, self.val = work.data(student, cache, self.losses, config, group)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
+        self._origin = _origin(path, beside)
         self._load()
         learning = (student, self.losses, self.balance, self.optimizer, config, group)
         self.step = work.step(cache, beside, *learning)
@@ -275,14 +278,28 @@ class Session:
         Raises:
             MismatchError: its rows are of other losses or parameters, or in another order.
         """
-        for kind, names in self._names().items():
-            theirs = state.get("names", {}).get(kind, names)  # older checkpoints have no names
-            if theirs != names:
+        place = self.path / "checkpoints"
+        ours = self._names()
+        theirs = ours | state.get("names", {})  # older checkpoints have no names
+        if theirs["run"] != ours["run"]:
+            raise MismatchError(
+                f"{place}: of a run with other settings, another cache or another live teacher; "
+                "put back what this run was started with, or start it anew"
+            )
+        for kind in ("losses", "parameters"):
+            if theirs[kind] != ours[kind]:
                 raise MismatchError(
-                    f"{self.path / 'checkpoints'}: saved for the {kind} {', '.join(theirs)}, and "
-                    f"this run has {', '.join(names)}, so that rows would be taken for others; "
-                    "resume with the crosstill that started the run, or start it anew"
+                    f"{place}: saved for the {kind} {', '.join(theirs[kind])}, and this run has "
+                    f"{', '.join(ours[kind])}, so that rows would be taken for others; resume "
+                    "with the crosstill that started the run, or start it anew"
                 )
+        if theirs["processes"] != ours["processes"] and self.group.leads:
+            log.warning(
+                "this run had %d processes of %d threads and goes on with %d of %d: it will not "
+                "end with the same bits",
+                *theirs["processes"],
+                *ours["processes"],
+            )
         self.student.load_state_dict(state["student"])
         self.losses.load_state_dict(state["losses"])
         self.balance.load_state_dict(state["balance"])
@@ -290,10 +307,15 @@ class Session:
         self.position, self.best = dict(state["position"]), dict(state["best"])
         checkpoint.restore_rng(state)
 
-    def _names(self) -> dict[str, list[str]]:
-        """What the rows of the balancer and of the optimizer belong to."""
+    def _names(self) -> dict[str, Any]:
+        """What a checkpoint's rows belong to, the run it is of, and what its last bits hang on."""
         parameters = optim.names(student=self.student, losses=self.losses, balance=self.balance)
-        return {"losses": list(self.balance.tasks), "parameters": parameters}
+        return {
+            "losses": list(self.balance.tasks),
+            "parameters": parameters,
+            "run": self._origin,
+            "processes": [self.group.world, torch.get_num_threads()],
+        }
 
     def _save(self) -> None:
         saved = self.path / "checkpoints"
@@ -305,6 +327,9 @@ class Session:
             saved = self.path / "checkpoints"
             with artefacts.readable(saved, LookupError, AttributeError, AssertionError):
                 self.restore(state)
+            self.group.wait()  # until all have read it
+            if self.group.leads:
+                checkpoint.tidy(saved, self.position["total"], self.config.keep)
         elif self.config.init_heads == "ridge":
             assert isinstance(self.cache, Cache) and isinstance(self.student, Student)
             several = targets.of(self.losses)
@@ -313,6 +338,14 @@ class Session:
     def _bar(self, total: int) -> Any:
         done = self.position["total"]
         return progress.bar("training", total, done) if self.group.leads else nullcontext()
+
+
+def _origin(path: Path, beside: Any) -> str:
+    """Digest what decides a run: settings, losses' order, cache, and the live teacher's weights."""
+    record = files.read_json(path / "config.json")
+    teacher = beside.identity() if isinstance(beside, Matcher) else None
+    kept = [record["settings"], record.get("losses"), record["cache"]["digest"], teacher]
+    return files.digest_json(kept)
 
 
 def _copied(module: nn.Module) -> dict[str, Any]:
