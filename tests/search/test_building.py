@@ -5,6 +5,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
 import time
 from contextlib import closing
@@ -473,6 +474,29 @@ def test_an_interrupted_build_goes_on_where_it_was(index, published, monkeypatch
     assert len(index.held()) == pytest.approx(100, abs=20)
     assert index.build().encoded == 100
     index.whole(**{f"n{i:04}": i for i in range(250)})
+
+
+def test_ctrl_c_waits_for_the_batch_under_way_alone(index, published, monkeypatch):
+    monkeypatch.setattr(building, "QUEUE", 20)
+    begun = []
+
+    class Slow(FakeEncoder):
+        def encode_images(self, images):
+            begun.append(len(images))
+            if len(begun) == 1:
+                time.sleep(1)  # the others are waiting by now
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            return super().encode_images(images)
+
+    monkeypatch.setattr(building, "Encoder", Slow)
+    index.put(**{f"n{i:04}": i for i in range(150)})
+    with pytest.raises(KeyboardInterrupt):
+        index.build()
+    assert len(begun) <= 3
+    monkeypatch.setattr(building, "Encoder", FakeEncoder)
+    index.build()
+    index.whole(**{f"n{i:04}": i for i in range(150)})
 
 
 def test_an_interrupted_rebuild_goes_on_and_the_old_index_serves(index, tmp_path, monkeypatch):

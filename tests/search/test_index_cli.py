@@ -1,13 +1,19 @@
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from crosstill import files
+from crosstill.search.verify import verify
+from support import flip
 from verbs import crosstill, refusal
 
 NONE = "this model knows none of these words"
@@ -218,6 +224,80 @@ def test_no_torch_is_needed(bundle_folder, photos, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "whole; 40 photos" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_verify_advises_mends_any_flipped_bit(bundle_folder, photos, own, tmp_path):
+    """120 of them, spread over all files of an index; the advised command is run as it stands."""
+    (tmp_path / "photos").mkdir()
+    for name in sorted(os.listdir(photos)):
+        shutil.copy(photos / name, tmp_path / "photos")
+        (tmp_path / "photos" / name).with_suffix(".txt").write_text(f"the scene of {name}")
+    (tmp_path / "photos/bad.jpg").write_bytes(b"no image")
+    index, draw = tmp_path / "i", np.random.default_rng(0)
+    crosstill("index", bundle_folder, tmp_path / "photos", "--out", index)
+    expected = crosstill("search", index, "a red circle", "--top", 40, "--json").stdout
+    whole = tmp_path / "whole"
+    shutil.copytree(index, whole)
+    names = [path.relative_to(index) for path in index.rglob("*") if path.is_file()]
+    names = [name for name in names if name.name not in (".lock", "README.md")]
+    unseen = []
+    for number in range(120):
+        shutil.rmtree(index)
+        shutil.copytree(whole, index)
+        # the memory is the largest, and the one that readers do not check
+        name = Path("work.sqlite") if number % 2 else names[number // 2 % len(names)]
+        (index / name).write_bytes(flip((index / name).read_bytes(), draw))
+        verdict = verify(index)
+        if verdict.problems:
+            assert any(name.name in line for line in verdict.problems), (name, verdict)
+            words = shlex.split(verdict.mend)[1:]
+        else:
+            unseen.append(name.name)
+            words = ["index", "BUNDLE", "FOLDER", "--out", str(index)]
+        real = {"BUNDLE": bundle_folder, "FOLDER": tmp_path / "photos"}
+        crosstill(*(real.get(word, word) for word in words))
+        verified = crosstill("index", "verify", index).stdout
+        assert verified == f"{index}: whole; 40 photos\n", (number, name)
+        found = crosstill("search", index, "a red circle", "--top", 40, "--json").stdout
+        assert found == expected, (number, name)
+    assert set(unseen) <= {"work.sqlite"}, "of which most is empty"
+
+
+SLOW = """
+import time
+from crosstill.cli import main
+from crosstill.search import building
+
+class Slow(building.Encoder):
+    def encode_images(self, images):
+        time.sleep(0.2)
+        return super().encode_images(images)
+
+building.Encoder, building.BATCH = Slow, 1
+main()
+"""
+
+
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_asked_to_stop_it_goes_on_with_the_same_command(
+    bundle_folder, photos, tmp_path, asked, code
+):
+    words = ["index", bundle_folder, photos, "--out", tmp_path / "index"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "index/work.sqlite-wal").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(asked)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in stderr
+    if asked == signal.SIGINT:
+        assert stderr.splitlines()[-1] == "interrupted; the same command goes on where it was"
+    again = crosstill(*words)
+    assert "40 photos; files: 40 new" in again.stdout
+    assert "whole; 40 photos" in crosstill("index", "verify", tmp_path / "index").stdout
 
 
 FULL = """

@@ -1,6 +1,7 @@
 import os
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from crosstill.errors import CrosstillError, DataError, LockedError
 from crosstill.search import building, generations, searcher, verify
 from crosstill.search.building import build
 from crosstill.search.generations import Pointer
+from support import flip
 
 
 @pytest.fixture
@@ -179,3 +181,31 @@ def test_every_flipped_bit_is_noticed(place):
                 searcher.Searcher.open(index)
         path.write_bytes(whole)
     assert check(place).problems == []
+
+
+def rows_of(path: Path) -> list[list[tuple]] | None:
+    """All rows of a memory; None where SQLite cannot read them."""
+    tables = ("meta", "files", "unused", "embeddings")
+    try:
+        with closing(sqlite3.connect(f"file:{path}?immutable=1", uri=True)) as db:
+            return [db.execute(f"SELECT * FROM {table}").fetchall() for table in tables]
+    except (sqlite3.Error, UnicodeDecodeError):
+        return None
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_the_memory_is_noticed_or_is_in_no_row(place, count):
+    put(place / "photos", **{f"more{seed}": seed for seed in range(40)})
+    (place / "photos/a.txt").write_text("a dog on snow")
+    build(place / "bundle", place / "photos", place / "index")
+    path, draw, noticed = place / "index/work.sqlite", np.random.default_rng(0), 0
+    whole, rows = path.read_bytes(), rows_of(path)
+    assert rows is not None and [len(table) for table in rows] == [4, 43, 0, 40]
+    for _ in range(count):
+        path.write_bytes(flip(whole, draw))
+        changed = rows_of(path) != rows
+        problems = check(place).problems
+        assert all("work.sqlite" in line for line in problems)
+        assert problems or not changed
+        noticed += bool(problems)
+    assert noticed > count // 4

@@ -195,7 +195,7 @@ def guarded(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.ProgrammingError, sqlite3.InterfaceError):  # ours, not the file's
         raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # a flipped bit in the name of a column
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
             advice = "mend that, then run the same command again"
             raise RunError(f"{path}: cannot be written ({error}); {advice}") from None
