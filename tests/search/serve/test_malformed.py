@@ -30,9 +30,22 @@ def posted(whole: dict) -> bytes:
     return post(whole["content_type"], whole["body"])
 
 
-def encoded(charset: str) -> bytes:
-    whole = form(PNG, q="a b-c")
-    return post(f"{whole['content_type']}; charset={charset}", whole["body"])
+def encoded(parameter: str, edge: str = "utf-8") -> bytes:
+    """A form in some charset, whose boundary looks like the name of the right one."""
+    head = 'Content-Disposition: form-data; name="q"'
+    body = f"--{edge}\r\n{head}\r\n\r\na b-c\r\n--{edge}--\r\n".encode()
+    return post(f"multipart/form-data; boundary={edge}; {parameter}", body)
+
+
+CHARSETS = {
+    "a codec that decodes nothing": "charset=undefined",
+    "a codec for names of hosts": "charset=punycode",
+    "a codec in quotes": 'CharSet="idna"',
+    "a codec behind UTF-8": "charset=utf-8; charset=undefined",
+    "a codec as RFC 2231 writes it": "charset*=utf-8''punycode",
+    "a codec in pieces": "charset*0=puny; charset*1=code",
+    "no codec": "charset=",
+}
 
 
 def many_parts(count: int) -> bytes:
@@ -70,8 +83,8 @@ MALFORMED = {
     "no kind of body": b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc",
     "no boundary": post("multipart/form-data", b"--x\r\n\r\n--x--"),
     "a boundary that does not come": post("multipart/form-data; boundary=x", b"photo" * 100),
-    "a codec that decodes nothing": encoded("undefined"),
-    "a codec for names of hosts": encoded("punycode"),
+    "a form of an address": post("application/x-www-form-urlencoded; charset=punycode", b"q=a-b"),
+    **{name: encoded(parameter) for name, parameter in CHARSETS.items()},
     "2,000 parts": many_parts(2000),
     "a part of 10 MB that is no file": posted(form(PNG, q="a" * 10_000_000)),
     "two lengths": b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
@@ -149,6 +162,19 @@ def test_a_malformed_request_is_refused_and_the_next_is_served(server, name):
     found = server.raw(MALFORMED[name])
     check_refusal(found, time.monotonic() - began)
     assert server.search(q="a circle")["results"]
+
+
+@pytest.mark.parametrize("name", CHARSETS)
+@pytest.mark.parametrize("target", [b"/search", b"/"])
+def test_a_form_in_another_charset_than_utf_8_is_refused(server, target, name):
+    request = encoded(CHARSETS[name]).replace(b"/search", target)
+    assert server.raw(request).status == 415
+
+
+@pytest.mark.parametrize("parameter", ["charset=utf-8", 'charset="UTF-8"', "charset=utf8", "a=b"])
+def test_a_form_in_utf_8_may_say_so(server, parameter):
+    found = server.raw(encoded(parameter))
+    assert found.status == 400 and "no photo" in found.json["error"]
 
 
 def test_ten_thousand_ranges_are_refused(server, photo_id):
