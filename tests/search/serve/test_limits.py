@@ -21,12 +21,12 @@ class Searcher(SimpleNamespace):
         return 0
 
 
-def exchange(app, pieces=(), pause=0.0, settings=FAST):
-    """Status, headers and body of an answer to a body that comes in pieces."""
+def exchange(app, pieces=(), pause=0.0, settings=FAST, at_once=0):
+    """Status, headers and body of an answer to a body that comes in pieces, some at once."""
     sent, waiting = [], list(pieces)
 
     async def receive():
-        await asyncio.sleep(pause)
+        await asyncio.sleep(pause if len(pieces) - len(waiting) >= at_once else 0)
         piece = waiting.pop(0)
         return {"type": "http.request", "body": piece, "more_body": bool(waiting)}
 
@@ -67,6 +67,14 @@ def test_a_body_that_drips_is_cut():
     status, headers, body = exchange(reader, [b"x"] * 100, pause=0.05)
     assert status == 408 and b"in time" in body
     assert headers[b"connection"] == b"close"
+
+
+def test_what_came_fast_earns_no_time_for_a_drip():
+    began = time.monotonic()
+    pieces = [b"x" * 4000] + [b"x"] * 100  # 4,000 bytes at that rate are four seconds
+    status, headers, body = exchange(reader, pieces, pause=0.05, at_once=1)
+    assert status == 408 and b"in time" in body
+    assert time.monotonic() - began < 3
 
 
 def test_a_body_is_counted_to_the_byte():

@@ -121,6 +121,25 @@ def test_bodies_held_at_once_are_bounded(server, photo):
     assert server.ask("/search", "POST", **form(photo)).status == 200
 
 
+def test_stalled_bodies_of_one_address_lock_no_other_out_and_are_cut(server, photo):
+    """Eight bodies of 20 MiB, of which 200 bytes do not come: as much as the server will hold."""
+    whole = form(photo)
+    request = POST.replace(b"image/png", whole["content_type"].encode())
+    request += b"Content-Length: %d\r\n\r\n" % len(whole["body"]) + whole["body"]
+    with ExitStack() as stack:
+        lines = [stack.enter_context(server.connect()) for _ in range(8)]
+        for line in lines:
+            with suppress(OSError):  # it was refused meanwhile
+                line.sendall(POST + b"Content-Length: %d\r\n\r\n" % (20 * MIB))
+                line.sendall(b"\0" * (20 * MIB - 200))
+        with server.connect(source="127.0.0.2") as other:
+            other.sendall(request)
+            assert reply(other).status == 200
+        statuses = [(last_words(line, within=3 * WITHIN) or b"open")[:12] for line in lines]
+    assert set(statuses) <= {b"HTTP/1.1 408", b"HTTP/1.1 503", b""}, statuses
+    assert statuses.count(b"HTTP/1.1 408") == 4
+
+
 def hang(server, stack, heads, bodies):
     """Clients that have begun a head, their first or another, or a body."""
     lines = [stack.enter_context(server.connect()) for _ in range(heads + bodies)]

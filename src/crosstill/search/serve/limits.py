@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterable
 from urllib.parse import unquote_to_bytes
 
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crosstill.search.serve import hosts
-from crosstill.search.serve.batching import Gate
+from crosstill.search.serve.batching import Gate, Overloaded
 from crosstill.search.serve.metrics import Metrics
 from crosstill.search.serve.settings import Settings
 
@@ -63,6 +64,33 @@ def refusal(error: str) -> bytes:
     return json.dumps({"error": error}).encode()
 
 
+class Bodies(Gate):
+    """Room for the bodies of all requests, in bytes; a client address may have half of it."""
+
+    def __init__(self, most: int, largest: int) -> None:
+        super().__init__(most)
+        self.most_each = max(largest, most // 2)
+        self._held: Counter[str] = Counter()  # by address
+
+    def hold(self, amount: int, address: str) -> None:
+        """Take room; who calls this releases it.
+
+        Raises:
+            Overloaded: there is no room, or none for this address.
+        """
+        if self._held[address] + amount > self.most_each:
+            raise Overloaded("too many large requests at once; try again soon")
+        self.take(amount)
+        self._held[address] += amount
+
+    def release(self, amount: int, address: str) -> None:
+        """Give the room back."""
+        self.inside -= amount
+        self._held[address] -= amount
+        if not self._held[address]:
+            del self._held[address]
+
+
 class Guard:
     """The outermost application: what is inside may forget about limits.
 
@@ -72,7 +100,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.bodies = Gate(settings.bodies)
+        self.bodies = Bodies(settings.bodies, settings.body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +118,9 @@ class _Exchange:
         self.guard, self.settings, self.metrics = guard, guard.settings, guard.metrics
         self.scope, self._receive, self._send = scope, receive, send
         self.headers = Headers(scope=scope)
+        self.address = (scope.get("client") or ("",))[0]
         self.began, self.status = _now(), 0
+        self.due = self.began + self.settings.body_seconds  # when more of the body has to be here
         self.size = 0  # of the body, so far
         self.whole = not {"content-length", "transfer-encoding"} & {*self.headers.keys()}
 
@@ -98,7 +128,7 @@ class _Exchange:
         try:
             await self._timed()
         finally:
-            self.guard.bodies.inside -= self.size
+            self.guard.bodies.release(self.size, self.address)
             # Under the route's pattern: what was asked for is the asker's.
             route = getattr(self.scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(self.status or 499)).inc()
@@ -162,8 +192,7 @@ class _Exchange:
         if self.whole:
             self.clock.reschedule(_now() + settings.timeout)
         else:
-            allowed = settings.body_seconds + self.size / settings.body_rate
-            self.clock.reschedule(self.began + allowed)
+            self.clock.reschedule(self.due)
 
     def _check_head(self) -> None:
         """Refuse what no route may answer."""
@@ -190,8 +219,11 @@ class _Exchange:
     def _count(self, amount: int) -> None:
         if self.size + amount > self.settings.body:
             raise self._too_large()
-        self.guard.bodies.take(amount)
+        self.guard.bodies.hold(amount, self.address)
         self.size += amount
+        # What came fast earns no time for later: a body that stops is cut, however much is here.
+        allowed = self.due + amount / self.settings.body_rate
+        self.due = min(allowed, _now() + self.settings.body_seconds)
 
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"the body is too large; at most {self.settings.body} bytes")

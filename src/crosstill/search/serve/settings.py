@@ -23,9 +23,9 @@ class Settings:
         photo_encoders: threads that encode the photos of searches.
         retry: what a request that was turned away is told to wait.
         body: size of a request's body.
-        bodies: size of all bodies that are held at once.
+        bodies: size of all bodies that are held at once; a client address may have half of it.
         body_seconds, body_rate: a body must arrive within these seconds, and one more for
-            every `body_rate` bytes that have come.
+            every `body_rate` bytes that have come; it never has more than these seconds left.
         chunks, chunk: a body may come in so many chunks, and in one more for every `chunk` bytes.
         head: size of a request line and its headers.
         head_seconds: time in which they must arrive.
