@@ -26,7 +26,8 @@ ANEW = "do not use it, or make it anew"
 MAX_ARCHIVE = 1 << 28  # bytes of all arrays in an .npz
 
 _DAMAGED: tuple[type[Exception], ...] = (
-    *(ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError, SyntaxError),
+    *(ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError),
+    *(OverflowError, MemoryError, SyntaxError),
     *(RuntimeError, zipfile.BadZipFile, zlib.error),  # also RecursionError, NotImplementedError
 )
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")

@@ -98,3 +98,16 @@ def test_texts_that_are_no_utf8_are_refused(folder, name):
     sealed(folder, lambda record: record["files"].update({name: digest}))
     with pytest.raises(CorruptError, match=rf"{name}: not readable"):
         cache.open(folder)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *({"form": "scenes"}, {"form": "scenes", "seed": "x"}, {"form": "scenes", "seed": []}),
+        *({"form": "files"}, {"form": "files", "root": 3}, {"form": "packed", "root": "a"}),
+    ],
+)
+def test_a_source_of_wrong_types_is_refused(folder, source):
+    sealed(folder, lambda record: record["data"].update(source=source))
+    with pytest.raises(CorruptError, match=r"cache\.json: not readable"):
+        cache.open(folder)

@@ -166,3 +166,28 @@ def test_a_checkpoint_is_no_link(run, cached, tmp_path):
         path.symlink_to(tmp_path / path.name)
     said = line("train", cached.folder, "--out", run, "--resume")
     assert "every checkpoint is damaged" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"\xff\xfe", b'{"kind": "epoch", "epoch": 1e999, "val": {"rsum": 1}}', b"[" * 100_000),
+        b'{"kind": "epoch", "epoch": 1, "val": {"rsum": "high"}}',
+        b'{"kind": "step", "step": 1, "losses": {"a": {}}, "weights": {}}',
+    ],
+    ids=range(5),
+)
+def test_a_log_of_wrong_types_is_refused_and_resumed(run, cached, text):
+    lines = (run / "events.jsonl").read_bytes()
+    (run / "events.jsonl").write_bytes(lines + text + b"\n")
+    assert f"events.jsonl, line {len(lines.splitlines()) + 1}: " in line("report", run)
+    crosstill("train", cached.folder, "--out", run, "--resume")
+
+
+@pytest.mark.parametrize("place", ["student", "best"])
+@pytest.mark.parametrize("value", [1.5, [], None])
+def test_a_student_of_wrong_types_is_refused(run, place, value):
+    path = run / place / "student.json"
+    record = json.loads(path.read_text()) | {"preprocess": value}
+    files.write_json(path, files.sealed(record))
+    assert "student.json: not readable" in line("report", run)

@@ -170,7 +170,8 @@ class Listing:
         if len(self.owner) and not 0 <= self.owner.min() <= self.owner.max() < len(self.image_ids):
             raise CorruptError(f"{self.folder / CAPTIONS}: captions of no image; build it anew")
         self.keys = torch.tensor([id_key(i) for i in self.image_ids], dtype=torch.int64)  # (I,)
-        self.read = data.reader(self.header["data"]["source"])
+        with artefacts.readable(self.folder / self.file):
+            self.read = data.reader(self.header["data"]["source"])
 
     @property
     def modalities(self) -> frozenset[str]:

@@ -141,9 +141,9 @@ def reader(record: dict[str, Any]) -> HashedReader:
     if record.get("form") == "files":
         read = partial(read_image, Path(record["root"]))
     elif record.get("form") == "packed":
-        read = partial(read_packed, Path(record["root"]), record["column"])
+        read = partial(read_packed, Path(record["root"]), str(record["column"]))
     elif record.get("form") == "scenes":
-        read = partial(scenes.read_scene, record["seed"])
+        read = partial(scenes.read_scene, int(record["seed"]))
     else:
         raise DataError(f"images of form {record.get('form')!r} cannot be read; upgrade crosstill")
     return HashedReader(read)

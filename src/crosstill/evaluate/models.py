@@ -38,7 +38,7 @@ def cuts(source: str | Path) -> list[str]:
     """RUN@32, RUN@64, … for the smaller widths that a student has learnt; else nothing."""
     for folder in (Path(source), Path(source) / "best"):
         if (folder / RECORD).is_file():
-            with artefacts.readable(folder / RECORD, AttributeError):
+            with artefacts.readable(folder / RECORD):
                 config = files.read_json(folder / RECORD)["config"]
                 dim, widths = config["dim"], config.get("widths", ())
                 return [f"{source}@{width}" for width in reversed(widths) if width != dim]

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from crosstill import artefacts
 from crosstill.errors import CorruptError, InputError
+
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass
@@ -21,8 +24,8 @@ class Curve:
     values: list[float] = field(default_factory=list)
 
     def add(self, at: int, value: float) -> None:
-        self.at.append(at)
-        self.values.append(value)
+        self.at.append(int(at))
+        self.values.append(float(value))
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ def read(folder: Path) -> Events:
         InputError: it has no events.jsonl.
         CorruptError: a line of it is no JSON, or not one that crosstill wrote.
     """
-    path = folder / "events.jsonl"
+    path = artefacts.member(folder, "events.jsonl")
     if not path.is_file():
         raise InputError(f"{path}: the run's log is gone; restore it, or run it again")
     found = Events({}, {}, Curve())
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             _add(found, json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except _DAMAGED:
             raise CorruptError(
                 f"{path}, line {number}: not a line of a run's log; restore it from a copy"
             ) from None

@@ -125,7 +125,7 @@ def load(record: Path) -> State:
     path = record.with_suffix(".safetensors")
     about = artefacts.read(record, _Record, {1, FORMAT})
     artefacts.check_files(path.parent, {path.name: about.data_sha256})
-    with artefacts.readable(path, SafetensorError, AttributeError):
+    with artefacts.readable(path, SafetensorError):
         state = dict(_unpack(_metadata(path), load_file(path)))
     optional = {"names"} if about.format == 1 else set()
     missing = [piece for piece in PIECES if piece not in state and piece not in optional]

@@ -276,9 +276,9 @@ class Events:
     def __init__(self, folder: Path, step: int) -> None:
         """Open for a run that has taken `step` steps; later lines of a killed run go."""
         path = folder / "events.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        files.write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        files.write_bytes(path, b"".join(line + b"\n" for line in kept))
         self._file = path.open("a")
         self._board = _tensorboard(folder / "tensorboard", step)
 
@@ -297,11 +297,11 @@ class Events:
             self._board.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line; a torn last line counts as later than any."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 

@@ -324,8 +324,7 @@ class Session:
     def _load(self) -> None:
         state = checkpoint.load_latest(self.path / "checkpoints")
         if state is not None:
-            saved = self.path / "checkpoints"
-            with artefacts.readable(saved, LookupError, AttributeError, AssertionError):
+            with artefacts.readable(self.path / "checkpoints"):
                 self.restore(state)
             self.group.wait()  # until all have read it
             if self.group.leads:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from crosstill import artefacts
 from crosstill.errors import CorruptError
 from crosstill.images import Preprocess, normalise
 from crosstill.teachers import storage, towers
@@ -138,7 +139,7 @@ class Meter(Matcher):
             CorruptError: one of its files was damaged; it is named.
         """
         record, weights, tokenizer = storage.read(folder, RECORD)
-        with torch.random.fork_rng():
+        with artefacts.readable(folder / RECORD), torch.random.fork_rng():
             parts = Parts(
                 image_tower=_restore(record["towers"]["image"], record["pooling"]["image"]),
                 text_tower=_restore(record["towers"]["text"], record["pooling"]["text"]),
