@@ -328,7 +328,7 @@ class Session:
                 self.restore(state)
             self.group.wait()  # until all have read it
             if self.group.leads:
-                checkpoint.tidy(saved, self.position["total"], self.config.keep)
+                checkpoint.tidy(self.path / "checkpoints", self.position["total"], self.config.keep)
         elif self.config.init_heads == "ridge":
             assert isinstance(self.cache, Cache) and isinstance(self.student, Student)
             several = targets.of(self.losses)
