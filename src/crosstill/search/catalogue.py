@@ -11,7 +11,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -94,6 +94,7 @@ class Catalogue:
         where = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"
         with guarded(path):
             artefacts.member(path.parent, path.name)
+            self._file = path.stat()
             self._db = sqlite3.connect(where, uri=True, check_same_thread=False)
             check_tables(self._db, _TABLES)
             self._check_types()
@@ -131,6 +132,16 @@ class Catalogue:
     def close(self) -> None:
         self._db.close()
 
+    def _check_size(self) -> None:
+        """Notice a file that was cut or emptied in place: SQLite goes on with the pages it has.
+
+        Another file at the path, or none, is no fault: this one stays open.
+        """
+        with suppress(OSError):
+            file = self.path.stat()
+            if file.st_ino == self._file.st_ino and file.st_size != self._file.st_size:
+                raise damaged(self.path, f"{file.st_size} bytes, {self._file.st_size} when opened")
+
     def _check_types(self) -> None:
         """SQLite keeps a value of any type in any column."""
         for query in _WRONG:
@@ -139,6 +150,7 @@ class Catalogue:
 
     def _all(self, query: str, *values: object) -> list[tuple]:
         with self._lock, guarded(self.path):
+            self._check_size()
             return self._db.execute(query, values).fetchall()
 
 

@@ -14,7 +14,8 @@ from verbs import refusal
 
 REBOUND = ["evil.example", "evil.example:{port}", "localhost.evil.example", "127.0.0.1.nip.io",
            "192.0.2.7", "[2001:db8::1]", "localhost@evil.example", "evil.example@localhost",
-           "localhost:80:80", "[::1", "", "local host", "xn--localhost"]  # fmt: skip
+           "127.0.0.1%evil.example", "[::1%evil.example]", "localhost:80:80", "[::1", "",
+           "local host", "xn--localhost"]  # fmt: skip
 
 
 def status(server, host, target="/search?q=a"):

@@ -72,7 +72,7 @@ def test_a_body_that_drips_is_cut():
 def test_what_came_fast_earns_no_time_for_a_drip():
     began = time.monotonic()
     pieces = [b"x" * 4000] + [b"x"] * 100  # 4,000 bytes at that rate are four seconds
-    status, headers, body = exchange(reader, pieces, pause=0.05, at_once=1)
+    status, _, body = exchange(reader, pieces, pause=0.05, at_once=1)
     assert status == 408 and b"in time" in body
     assert time.monotonic() - began < 3
 

@@ -275,3 +275,10 @@ def _orientation(turn: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = turn
     return exif
+
+
+@pytest.mark.parametrize("kind", ["images", "thumbnails"])
+def test_an_unknown_photo_is_not_found_whatever_the_asker_has(server, kind):
+    unknown = "0" * 64
+    for mark in (f'"{unknown}"', f'"{unknown}-320"'):
+        assert server.ask(f"/{kind}/{unknown}", if_none_match=mark).status == 404

@@ -179,6 +179,19 @@ def test_ctrl_c_leaves_with_130(index_folder, tmp_path):
         assert server.log() == "interrupted\n"
 
 
+def test_ctrl_c_twice_leaves_at_once_and_says_one_line(index_folder, tmp_path):
+    """Under an upload that does not end, for which the first one waits."""
+    with serving(index_folder, tmp_path) as server, server.connect() as line:
+        line.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n")
+        line.sendall(b"Content-Length: 1000\r\n\r\nbegun")
+        wait_for(lambda: server.metric("crosstill_connections") == 2)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(QUICK) == 130
+        assert server.log() == "interrupted\n"
+
+
 def test_it_is_ready_when_both_towers_are_warm_and_warns_when_all_may_come(index_folder, tmp_path):
     """Alive and not ready first; once it is ready, the first answer is no slower than others."""
     port, seen = free_port(), []
@@ -251,7 +264,8 @@ def test_it_is_not_ready_while_searches_fail(searcher, monkeypatch, name, error,
         with monkeypatch.context() as patch:
             patch.setattr(searcher, name, broken)
             for _ in range(3):
-                assert client.get("/search?q=a").status_code == 500
+                damaged = isinstance(error, CorruptError)
+                assert client.get("/search?q=a").status_code == (503 if damaged else 500)
                 found = client.get("/readyz")
                 assert found.status_code == 503 and found.headers["retry-after"] == "1"
                 assert reason in found.json()["error"] and "secret" not in found.text
@@ -283,6 +297,22 @@ def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
         wait_for(lambda: server.ask("/readyz").status == 200)
         assert server.search(q="a circle")["results"]
         assert "not ready: " in server.log()
+
+
+def test_a_catalogue_that_is_emptied_costs_no_traceback(bundle_folder, photos, tmp_path):
+    index = tmp_path / "index"
+    building.build(bundle_folder, photos, index)
+    with serving(index, tmp_path) as server:
+        photo_id = server.search(q="a circle")["results"][0]["id"]
+        catalogue = next(index.glob("g-*/photos.sqlite"))
+        catalogue.open("wb").close()  # in place: the server has it open
+        for target in [f"/images/{photo_id}", f"/thumbnails/{photo_id}", "/search?q=a"] * 2:
+            found = server.ask(target)
+            assert found.status == 503 and found.headers["retry-after"] == "1", found
+            assert catalogue.name in found.json["error"] and str(tmp_path) not in str(found.json)
+        assert len(server.log().splitlines()) == 1 and catalogue.name in server.log()
+        found = server.ask("/readyz")
+        assert found.status == 503 and catalogue.name in found.json["error"]
 
 
 def test_an_error_of_ours_tells_the_asker_nothing(searcher, monkeypatch):

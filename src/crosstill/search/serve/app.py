@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 import crosstill
-from crosstill.errors import ConfigError, ImageError, printable
+from crosstill.errors import ConfigError, CorruptError, ImageError, printable
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
 from crosstill.search.serve import page, photos, uploads
 from crosstill.search.serve.batching import Overloaded
@@ -101,9 +101,11 @@ def create(searcher: Searcher, settings: Settings) -> App:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.close()
-        store.close()
+        try:
+            yield
+        finally:  # also where a second Ctrl-C cuts it short
+            service.close()
+            store.close()
 
     app = App(
         title="crosstill",
@@ -216,6 +218,10 @@ def _handle_errors(app: App) -> None:
         retry = {"retry-after": str(app.service.settings.retry)} if status == 503 else None
         return Json({"error": str(error)}, status, retry)
 
+    async def damaged(request: Request, error: Any) -> Response:
+        retry = {"retry-after": str(app.service.settings.retry)}
+        return Json({"error": app.service.damage(error)}, 503, retry)
+
     async def http(request: Request, error: Any) -> Response:
         return Json({"error": str(error.detail).lower()}, error.status_code, error.headers)
 
@@ -228,6 +234,7 @@ def _handle_errors(app: App) -> None:
 
     for kind in STATUS:
         app.add_exception_handler(kind, known)
+    app.add_exception_handler(CorruptError, damaged)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, broken)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from crosstill.errors import ConfigError
 
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,252}[a-z0-9_])?")
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(:[0-9]*)?")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@%\[\]]+)(:[0-9]*)?")
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 

@@ -173,9 +173,11 @@ class _Exchange:
                     if self.status:
                         raise
                     await self._refuse(error.status_code, error.detail)
-        except asyncio.CancelledError:  # the server stops and cannot wait any longer
-            if not self.status:
-                await self._refuse(503, "the server is stopping")
+                except asyncio.CancelledError:
+                    if self.clock.expired():
+                        raise
+                    if not self.status:  # the server stops and cannot wait any longer
+                        await self._refuse(503, "the server is stopping")
         except TimeoutError:
             if self.status or not self.clock.expired():
                 raise

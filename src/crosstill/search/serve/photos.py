@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from PIL import Image
@@ -38,6 +38,7 @@ TYPES = {
 ID = re.compile("[0-9a-f]{64}")
 KEPT = "private, max-age=31536000, immutable"  # another content has another id
 POLICY = "default-src 'none'; sandbox; frame-ancestors 'none'"
+T = TypeVar("T")
 _CHUNK, _QUALITY = 64 * 1024, 82
 
 
@@ -64,6 +65,10 @@ class Store:
         """The photo itself; None where there is none with that id, or no longer."""
         return await self._work(self._photo, photo_id)
 
+    async def holds(self, photo_id: str) -> bool:
+        """Whether the index has a photo with that id."""
+        return await self._work(self.searcher.photo, photo_id) is not None
+
     async def thumbnail(self, photo_id: str) -> Picture | None:
         """An upright JPEG of it, small; from memory where it was made before."""
         if photo_id in self._kept:
@@ -78,9 +83,10 @@ class Store:
         """Let go of the threads."""
         self._workers.close()
 
-    async def _work(self, job: Callable[[str], Picture | None], photo_id: str) -> Picture | None:
+    async def _work(self, job: Callable[[str], T], photo_id: str) -> T:
         with self._gate.enter():
-            return await self._workers(partial(job, photo_id))
+            answer: T = await self._workers(partial(job, photo_id))
+            return answer
 
     def _keep(self, photo_id: str, picture: Picture) -> None:
         self._kept[photo_id] = picture
@@ -173,7 +179,8 @@ async def _answer(
     if "," in request.headers.get("range", ""):
         raise HTTPException(416, "ask for the whole photo")
     headers = {"etag": mark, "cache-control": KEPT, "content-security-policy": POLICY}
-    if mark in request.headers.get("if-none-match", ""):  # whose bytes cannot have changed
+    known = mark in request.headers.get("if-none-match", "")
+    if known and await store.holds(photo_id):  # its bytes cannot have changed
         return Response(status_code=304, headers=headers)
     picture = await make(photo_id)
     if picture is None:

@@ -103,6 +103,18 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
+class _Server(uvicorn.Server):
+    """uvicorn, whose requests say nothing when a second Ctrl-C cuts them."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop in good order at the first signal, at once at a second one that is SIGINT."""
+        if self.should_exit and sig == signal.SIGINT:
+            logging.disable()  # each request and each task would tell a traceback
+            self.force_exit = True
+        else:
+            super().handle_exit(sig, frame)
+
+
 async def _serve(app: App, listener: socket.socket, ready: Callable[[], object]) -> None:
     """Listen at once, be ready when both towers are warm, follow the index until told to stop."""
     settings = app.service.settings
@@ -121,7 +133,7 @@ async def _serve(app: App, listener: socket.socket, ready: Callable[[], object])
         timeout_keep_alive=settings.idle_seconds,
         timeout_graceful_shutdown=_GRACE,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     beside = asyncio.create_task(_follow(app, ready))
     beside.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from crosstill import decoding
-from crosstill.errors import ConfigError, CrosstillError
+from crosstill.errors import ConfigError, CorruptError, CrosstillError
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
 from crosstill.search.serve.batching import Batcher, Gate, Overloaded, jobs
 from crosstill.search.serve.compute import NoSuchPhotoError, Query, answer
@@ -71,7 +71,7 @@ class Service:
         compute, told = partial(answer, searcher), metrics.batches.observe
         self._answer = Batcher(compute, settings.workers, settings.batch, told)
         self._encode = jobs(settings.photo_encoders)
-        self._fault = ""
+        self._fault, self._damage = "", ""
 
     async def text(self, q: str, top: int | None = None, threshold: Threshold = None) -> Found:
         """Photos that fit the words.
@@ -140,7 +140,7 @@ class Service:
         except TimeoutError:
             fault = f"a search took more than {patience:g} s"
         except CrosstillError as error:
-            fault = f"searches fail: {error}".replace(str(self.searcher.index), "INDEX")
+            fault = f"searches fail: {self._public(error)}"
         except Exception as error:
             fault = f"searches fail: {type(error).__name__}; the server's log says more"
             if fault != self._fault:
@@ -150,11 +150,21 @@ class Service:
         self._fault = fault
         return fault
 
+    def damage(self, error: CorruptError) -> str:
+        """Log what is damaged, once, and say what an asker may know of it."""
+        if str(error) != self._damage:
+            log.error("%s", error)
+        self._damage = str(error)
+        return self._public(error)
+
     def close(self) -> None:
         """Shut down the threads: cancel what has not begun, kill what decodes a photo."""
         self._answer.close()
         self._encode.close()
         decoding.stop()
+
+    def _public(self, error: Exception) -> str:
+        return str(error).replace(str(self.searcher.index), "INDEX")
 
     def _enter(self) -> AbstractContextManager[None]:
         if not self.ready:
