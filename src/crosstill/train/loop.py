@@ -41,7 +41,8 @@ def train(
     """Train a student to say what the cache's teacher said.
 
     Args:
-        student: the student to train; None when resuming, since the run keeps its own.
+        student: the student to train, which has the last weights afterwards; None when resuming,
+            since the run keeps its own.
         cache: what the teacher said.
         config: all settings.
         out: the run's folder.
@@ -72,11 +73,13 @@ def train(
         # read back even where it was just written: a run that is killed before its first
         # checkpoint starts from this folder, where tensors lie otherwise in memory, and the last
         # bits of a product depend on that
-        student = folder.learner(path / "student")
-        beside = work.fit(student, cache, losses, config)
-        session = Session(path, student, (losses, rule, beside), cache, config, group)
+        learner = folder.learner(path / "student")
+        beside = work.fit(learner, cache, losses, config)
+        session = Session(path, learner, (losses, rule, beside), cache, config, group)
         stack.callback(session.close)
         session.run()
+        if student is not None:
+            student.load_state_dict(learner.state_dict())
     return Run(path)
 
 
