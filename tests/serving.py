@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,20 @@ def proxied(server: Server, prefix: str = "/photos") -> Iterator[str]:
                 self.send_error(404)
                 return
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=QUICK)
-            kind = {"Content-Type": self.headers["content-type"]} if body else {}
-            line.request(self.command, self.path[len(prefix) :], body or None, kind)
-            answer = line.getresponse()
-            data = answer.read()
-            self.send_response(answer.status)
-            for name in ("Content-Type", "Content-Security-Policy"):
-                self.send_header(name, answer.headers.get(name, ""))
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-            line.close()
+            with closing(
+                http.client.HTTPConnection("127.0.0.1", server.port, timeout=QUICK)
+            ) as line:
+                kind = {"Content-Type": self.headers["content-type"]} if body else {}
+                line.request(self.command, self.path[len(prefix) :], body or None, kind)
+                answer = line.getresponse()
+                data = answer.read()
+            with suppress(ConnectionError):  # a browser that leaves a page waits for no picture
+                self.send_response(answer.status)
+                for name in ("Content-Type", "Content-Security-Policy"):
+                    self.send_header(name, answer.headers.get(name, ""))
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
 
         do_POST = do_GET
 
