@@ -262,13 +262,20 @@ class _Worker:
             yield
         except TimeoutError:
             raise ImageError(path, OVERTIME) from None
-        except (OSError, EOFError):
+        except (ConnectionError, EOFError):
             raise ImageError(path, self._cause()) from None
+        except OSError:  # of this process, such as a limit on its files, and not of the photo
+            self.kill()
+            raise
         self.ready = True
 
     def _cause(self) -> str:
         """Say why the worker died."""
-        code = self._process.wait()
+        try:
+            code = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:  # it lives and does not talk
+            self.kill()
+            return OVERTIME
         if self._stopped:
             return "not decoded, since the work was stopped"
         if code == -signal.SIGPROF:

@@ -299,6 +299,8 @@ def serve(connection: socket.socket) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)  # counts memory that is shared as a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     Image.init()
     send(connection, {"ready": True})
     raster: Raster | None = None
