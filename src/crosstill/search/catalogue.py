@@ -94,9 +94,9 @@ class Catalogue:
         where = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"
         with guarded(path):
             artefacts.member(path.parent, path.name)
-            self._file = path.stat()
             self._db = sqlite3.connect(where, uri=True, check_same_thread=False)
-            check_tables(self._db, _TABLES)
+            check_tables(self._db, _TABLES)  # which says so where there is no such file
+            self._file = path.stat()
             self._check_types()
             self._count = self._all("SELECT count(*) FROM photos")[0][0]
 
