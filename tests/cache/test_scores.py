@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crosstill import cache, data, images
-from crosstill.cache import Cache, ScoreCache, build, build_scores, derived
+from crosstill.cache import Cache, ScoreCache, build, build_scores, memo
 from crosstill.data import scenes as scenery
 from crosstill.errors import (
     ConfigError,
@@ -129,7 +129,7 @@ def test_it_is_a_listing_like_the_other_cache(thirty, scored, tmp_path):
     split = scored.split("val")
     store = cache.pixels(scored, split, images.Preprocess(size=(8, 8)))
     assert len(store) == 3
-    assert torch.equal(derived.rows(scored, "x", lambda: torch.ones(2)), torch.ones(2))
+    assert torch.equal(memo.memoised_tensor(scored, "x", lambda: torch.ones(2)), torch.ones(2))
 
 
 def test_without_a_teacher_there_are_pairs_and_no_scores(thirty, scored, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 from crosstill import files, images
 from crosstill.cache import Cache, build, pixels
-from crosstill.cache.views import NAME
+from crosstill.cache.format import VIEWS
 from crosstill.errors import ConfigError, CorruptError, MismatchError
 from crosstill.images import Preprocess, View
 from support import SmallTeacher
@@ -73,7 +73,7 @@ def test_what_was_seen_is_kept_and_not_drawn_again(scenes, tmp_path, monkeypatch
     drawn = [images.draw_view(cache.image_ids[row], v, 0) for row in split.images for v in (1, 2)]
     assert [cache.view(int(row), v) for row in split.images for v in (1, 2)] == drawn
     assert cache.view(0, 0) is None
-    assert pq.read_table(tmp_path / "c" / NAME).num_rows == 2 * len(cache.image_ids)
+    assert pq.read_table(tmp_path / "c" / VIEWS).num_rows == 2 * len(cache.image_ids)
 
     def never(*_):
         raise AssertionError("drawn again")
@@ -93,7 +93,7 @@ def test_another_augmentation_is_another_cache(scenes, tmp_path):
 
 def test_one_view_is_the_photo_whatever_augments(scenes, tmp_path):
     cache = build(SmallTeacher(), scenes, tmp_path / "c", augment=("flip",))
-    assert "augment" not in cache.header["key"] and not (tmp_path / "c" / NAME).exists()
+    assert "augment" not in cache.header["key"] and not (tmp_path / "c" / VIEWS).exists()
     assert build(SmallTeacher(), scenes, tmp_path / "c").digest == cache.digest
 
 
@@ -101,7 +101,7 @@ def test_a_cache_that_kept_no_views_says_so(scenes, tmp_path):
     build(SmallTeacher(), scenes, tmp_path / "c", views=2)
     path = tmp_path / "c/cache.json"
     header = json.loads(path.read_text())
-    del header["files"][NAME]
+    del header["files"][VIEWS]
     files.write_json(path, files.sealed(header))
     with pytest.raises(CorruptError, match="build it anew"):
         Cache(tmp_path / "c")

@@ -19,7 +19,7 @@ from crosstill import files
 from crosstill.ablate import grid, plan
 from crosstill.ablate.results import Cell, Row, Table, latex, markdown
 from crosstill.ablate.tables import TABLES
-from crosstill.cache import Listing, ScoreCache
+from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import InputError, RunError
 from crosstill.evaluate import bootstrap, teacher_recall
 from crosstill.evaluate.recall import Retrieval
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def run(
     table: str,
-    cache: Listing,
+    cache: CacheBase,
     out: str | Path,
     *,
     student: str | Sequence[str] = (),
@@ -61,7 +61,7 @@ def run(
     return fill(plan.make(table, cache, chosen, changes, seeds), cache, Path(out), workers)
 
 
-def fill(made: plan.Plan, cache: Listing, folder: Path, workers: int | None = None) -> Table:
+def fill(made: plan.Plan, cache: CacheBase, folder: Path, workers: int | None = None) -> Table:
     """Run what a plan asks for, and write its table into the grid's folder."""
     grid.run(made, cache, folder, workers)
     found = _table(plan.load(folder / f"{made.table}.json"), folder)

@@ -22,7 +22,7 @@ import torch
 from crosstill import cache as caches
 from crosstill import files, progress, students
 from crosstill.ablate.plan import Job, Plan
-from crosstill.cache import Listing, ScoreCache
+from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import ConfigError, CrosstillError, DiskFullError, RunError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
@@ -36,7 +36,7 @@ ANSWERS = "answers.npz"
 DONE = "done.json"
 
 
-def run(plan: Plan, cache: Listing, out: Path, workers: int | None = None) -> None:
+def run(plan: Plan, cache: CacheBase, out: Path, workers: int | None = None) -> None:
     """Do the runs that are still to do.
 
     Args:
@@ -101,7 +101,7 @@ def answers(path: Path) -> Answers:
 
 
 def _results(
-    todo: list[Job], cache: Listing, out: Path, workers: int
+    todo: list[Job], cache: CacheBase, out: Path, workers: int
 ) -> Iterator[tuple[Job, float | Exception]]:
     """Each job with its RSUM or its error, as they finish."""
     if workers == 1 or len(todo) < 2:
@@ -129,7 +129,7 @@ def _results(
             pool.shutdown(cancel_futures=True)
 
 
-def _tried(job: Job, cache: Listing, out: Path) -> float | Exception:
+def _tried(job: Job, cache: CacheBase, out: Path) -> float | Exception:
     """One run; what it raises on purpose is handed back, so that the others go on."""
     try:
         return _one(job, cache, out / "runs" / job.key)
@@ -139,7 +139,7 @@ def _tried(job: Job, cache: Listing, out: Path) -> float | Exception:
         return error
 
 
-def _one(job: Job, cache: Listing, path: Path) -> float:
+def _one(job: Job, cache: CacheBase, path: Path) -> float:
     """Start a run or go on with it, and write down how its best student answers."""
     began = time.perf_counter()
     resume = folder.is_run(path)
@@ -159,7 +159,7 @@ def _one(job: Job, cache: Listing, path: Path) -> float:
     return found.rsum
 
 
-def _answers(path: Path, job: Job, cache: Listing) -> Answers:
+def _answers(path: Path, job: Job, cache: CacheBase) -> Answers:
     """A dual encoder's in the whole split, a fusion model's among each query's candidates."""
     best = folder.learner(path / "best")
     split = cache.split(job.settings.val_split)

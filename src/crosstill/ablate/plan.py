@@ -11,7 +11,7 @@ from typing import Any
 
 from crosstill import files, objectives, recipes, students
 from crosstill.ablate.tables import Design, Setting, design
-from crosstill.cache import Listing, ScoreCache
+from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
 from crosstill.objectives import contrastive
@@ -81,7 +81,7 @@ def load(path: Path) -> Plan:
 
 def make(
     table: str,
-    cache: Listing,
+    cache: CacheBase,
     chosen: Sequence[str],
     changes: Sequence[str],
     seeds: Sequence[int],
@@ -134,14 +134,14 @@ def make(
     return Plan(json.loads(json.dumps(record)))
 
 
-def _note(what: Design, cache: Listing, configs: Sequence[TrainConfig]) -> str:
+def _note(what: Design, cache: CacheBase, configs: Sequence[TrainConfig]) -> str:
     """The table's note, and where the recall of fusion models was measured."""
     assert isinstance(cache, ScoreCache)
     return f"{what.note} {matched.Listed(cache, cache.split(configs[0].val_split)).said}".strip()
 
 
 def _row(
-    setting: Setting, config: TrainConfig, student: str, cache: Listing, seeds: Sequence[int]
+    setting: Setting, config: TrainConfig, student: str, cache: CacheBase, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """A row of the record, after what it would refuse has been tried."""
     _check_row(setting.name, config, cache)
@@ -219,7 +219,7 @@ def _check_used(table: str, configs: Sequence[TrainConfig], changes: Sequence[st
             raise ConfigError(f"--set {change}: no row of {table} has that loss; leave it out")
 
 
-def _check_width(student: str, dim: int | None, cache: Listing) -> None:
+def _check_width(student: str, dim: int | None, cache: CacheBase) -> None:
     if cache.dim is not None and dim not in (None, cache.dim):
         raise MismatchError(
             f"student {student}: its dim = {dim} does not fit the teacher's {cache.dim} in "
@@ -227,7 +227,7 @@ def _check_width(student: str, dim: int | None, cache: Listing) -> None:
         )
 
 
-def _check_cache(table: str, what: Design, cache: Listing) -> None:
+def _check_cache(table: str, what: Design, cache: CacheBase) -> None:
     """Refuse a cache of the other kind than the table's."""
     scored = isinstance(cache, ScoreCache)
     if what.lists and not (isinstance(cache, ScoreCache) and cache.scores is not None):
@@ -243,7 +243,9 @@ def _check_cache(table: str, what: Design, cache: Listing) -> None:
         )
 
 
-def _check_lists(table: str, what: Design, configs: Sequence[TrainConfig], cache: Listing) -> None:
+def _check_lists(
+    table: str, what: Design, configs: Sequence[TrainConfig], cache: CacheBase
+) -> None:
     """Refuse rows that a score cache cannot teach, or whose difference a setting undoes."""
     if what.lists and configs[0].teacher is not None:
         raise ConfigError(
@@ -261,7 +263,7 @@ def _check_lists(table: str, what: Design, configs: Sequence[TrainConfig], cache
             )
 
 
-def _check_fusion(named: Sequence[str], configs: Sequence[TrainConfig], cache: Listing) -> bool:
+def _check_fusion(named: Sequence[str], configs: Sequence[TrainConfig], cache: CacheBase) -> bool:
     """Whether the students are fusion models; refuse those that cannot learn or be compared."""
     fusion = [isinstance(students.load_config(name), FusionConfig) for name in named]
     if not any(fusion):
@@ -285,7 +287,7 @@ def _check_fusion(named: Sequence[str], configs: Sequence[TrainConfig], cache: L
     return True
 
 
-def _check_images(cache: Listing, changes: Sequence[str]) -> None:
+def _check_images(cache: CacheBase, changes: Sequence[str]) -> None:
     split = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None]).val_split
     count = len(cache.split(split).images)
     if count < FEWEST:
@@ -295,7 +297,7 @@ def _check_images(cache: Listing, changes: Sequence[str]) -> None:
         )
 
 
-def _check_row(name: str, config: TrainConfig, cache: Listing) -> None:
+def _check_row(name: str, config: TrainConfig, cache: CacheBase) -> None:
     """Everything that a run would refuse at its start, before the first one starts."""
     losses, _ = checks.prepare(config, cache, Group())
     pairs = len(cache.split(config.train_split).captions)

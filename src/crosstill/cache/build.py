@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosstill import files, images, progress
-from crosstill.cache import sources, store, views, work
+from crosstill.cache import format, sources, work
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ModelError, unknown
 from crosstill.teachers.base import Teacher
@@ -43,7 +43,7 @@ class Options(work.Reading):
 
 def build(
     teacher: Teacher | FeaturesTeacher | None, pairs: Pairs, folder: str | Path, **options: Any
-) -> store.Cache:
+) -> format.Cache:
     """Make the cache of `pairs` under `teacher`, or finish it, or find it already there.
 
     Args:
@@ -75,10 +75,10 @@ def build(
     return _Build(teacher, pairs, folder, settings).make()
 
 
-class _Build(work.Work[store.Cache]):
+class _Build(work.Work[format.Cache]):
     """One build of a feature cache."""
 
-    opened = store.Cache
+    opened = format.Cache
     kinds = ("image", "text")
     words: ClassVar = {
         "data": "dataset",
@@ -127,8 +127,8 @@ class _Build(work.Work[store.Cache]):
         options = self.options
         if options.views == 1:
             return {}
-        views.write(self.folder, readable, options.views, options.seed, options.augment)
-        return {views.NAME: files.digest_file(self.folder / views.NAME)}
+        format.write_views(self.folder, readable, options.views, options.seed, options.augment)
+        return {format.VIEWS: files.digest_file(self.folder / format.VIEWS)}
 
     def _text_shards(self, texts: Sequence[str]) -> None:
         if self.teacher is None or "text" not in self.teacher.modalities:

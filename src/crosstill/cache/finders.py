@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crosstill import decoding, images, progress
 from crosstill.cache import candidates, sources
-from crosstill.cache.store import Cache
+from crosstill.cache.format import Cache
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.teachers.base import Teacher

@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import normalize
 
 from crosstill import files, progress
-from crosstill.cache import sources, store, work
+from crosstill.cache import format, sources, work
 from crosstill.cache.build import DTYPES
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ImageError, MismatchError
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # of a cache's key; whatever else is in it has to be the same in all
 _MAY_DIFFER = frozenset({"teacher", "modalities", "data", "dtype"})
-_OWN_FILES = frozenset({store.IMAGES, store.CAPTIONS, store.QUARANTINE})
+_OWN_FILES = frozenset({format.IMAGES, format.CAPTIONS, format.QUARANTINE})
 
 
 class Part(NamedTuple):
@@ -47,7 +47,7 @@ class Part(NamedTuple):
         return int(self.columns.stop - self.columns.start)
 
 
-def parts(cache: store.Listing) -> tuple[Part, ...]:
+def parts(cache: format.CacheBase) -> tuple[Part, ...]:
     """The teachers of a joined cache; none of a cache of one teacher's own."""
     found: list[Part] = []
     told = cache.teacher.get("parts", ())
@@ -61,10 +61,10 @@ def parts(cache: store.Listing) -> tuple[Part, ...]:
 
 
 def join(
-    caches: Sequence[str | Path | store.Cache],
+    caches: Sequence[str | Path | format.Cache],
     out: str | Path,
     weights: Sequence[float] | None = None,
-) -> store.Cache:
+) -> format.Cache:
     """Make one feature cache of several, or finish it, or find it already there.
 
     It has the sides, image and text, that all of them have, and is as precise as the most precise.
@@ -83,7 +83,7 @@ def join(
     if not caches:
         raise ConfigError("join: give at least one cache")
     chosen = _checked(weights, len(caches))
-    opened = [c if isinstance(c, store.Cache) else store.Cache(c) for c in caches]
+    opened = [c if isinstance(c, format.Cache) else format.Cache(c) for c in caches]
     for place, cache in enumerate(opened):
         _check_alike(opened[0], cache)
         if cache.folder.resolve() in [other.folder.resolve() for other in opened[:place]]:
@@ -94,15 +94,15 @@ def join(
     return _Join(opened, chosen, out).make()
 
 
-class _Join(work.Work[store.Cache]):
+class _Join(work.Work[format.Cache]):
     """One joining: what a build does, with other caches' rows in place of a teacher."""
 
-    opened = store.Cache
+    opened = format.Cache
     kinds = ("image", "text")
     words: ClassVar = {"data": "dataset", "modalities": "teacher", "views": "number of views"}
 
     def __init__(
-        self, caches: list[store.Cache], weights: Sequence[float], folder: str | Path
+        self, caches: list[format.Cache], weights: Sequence[float], folder: str | Path
     ) -> None:
         first, self.caches, self.weights = caches[0], caches, weights
         about = _describe(caches, weights)
@@ -147,7 +147,7 @@ class _Join(work.Work[store.Cache]):
         }
 
 
-def _describe(caches: Sequence[store.Cache], weights: Sequence[float]) -> dict[str, Any]:
+def _describe(caches: Sequence[format.Cache], weights: Sequence[float]) -> dict[str, Any]:
     """The joined teacher as the header tells of it, its parts included."""
     keep = ("name", "source", "dim", "licence", "parameters", "identity")
     told = [
@@ -181,7 +181,7 @@ def _licence(told: Sequence[str | None]) -> str | None:
     return " and ".join([*known, *(["not known"] if None in told and known else [])]) or None
 
 
-def _pairs(cache: store.Cache) -> Pairs:
+def _pairs(cache: format.Cache) -> Pairs:
     """The dataset of a cache, all splits, as it was found."""
     by_split = [cache.pairs(name) for name in sorted(set(cache.splits))]
     pairs = replace(
@@ -189,7 +189,7 @@ def _pairs(cache: store.Cache) -> Pairs:
         examples=tuple(example for some in by_split for example in some.examples),
         licence=cache.header["data"].get("licence"),
     )
-    for line in (cache.folder / store.QUARANTINE).read_text().splitlines():
+    for line in (cache.folder / format.QUARANTINE).read_text().splitlines():
         row = json.loads(line)
         pairs.quarantine.add(ImageError(row["path"], row["reason"]), row["bytes"])
     return pairs
@@ -206,7 +206,7 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
-def _check_alike(first: store.Cache, other: store.Cache) -> None:
+def _check_alike(first: format.Cache, other: format.Cache) -> None:
     """Refuse what cannot stand beside the first, row by row."""
     if not other.modalities:
         raise MismatchError(f"{other.folder}: made without a teacher, it has no features; leave it")
@@ -226,7 +226,7 @@ def _check_alike(first: store.Cache, other: store.Cache) -> None:
             )
 
 
-def _differences(first: store.Cache, other: store.Cache) -> list[tuple[str, list[str]]]:
+def _differences(first: format.Cache, other: format.Cache) -> list[tuple[str, list[str]]]:
     """Paths of the images that two caches do not share, or tell another split or captions of."""
     mine, theirs = _told(first), _told(other)
     both = mine.keys() & theirs.keys()
@@ -246,7 +246,7 @@ def _differences(first: store.Cache, other: store.Cache) -> list[tuple[str, list
     ]
 
 
-def _told(cache: store.Cache) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+def _told(cache: format.Cache) -> dict[str, tuple[str, str, tuple[str, ...]]]:
     """By image id: path, split, captions."""
     return {
         example.image_id: (example.path, example.split, example.captions)

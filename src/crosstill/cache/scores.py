@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from crosstill import artefacts
-from crosstill.cache import store
+from crosstill.cache import format
 from crosstill.errors import CorruptError
 
 FORMAT = 1
+HEADER = "scores.json"
 INDPTR = "indptr.npy"
 PAIRS = "captions.npy"
 
@@ -45,7 +46,7 @@ class Partners(NamedTuple):
         return self.indptr[queries + 1] - self.indptr[queries]
 
 
-class ScoreCache(store.Listing):
+class ScoreCache(format.CacheBase):
     """An opened score cache.
 
     Attributes:
@@ -58,9 +59,12 @@ class ScoreCache(store.Listing):
         by_caption: false images of each caption.
     """
 
-    file = store.SCORES
+    file = HEADER
     version = FORMAT
-    model = store.Header
+    model = format.Header
+    noun = "a score cache"
+    contents = "scores of pairs"
+    remedy = "a score cache with `crosstill cache` and a fusion model"
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -114,17 +118,6 @@ class ScoreCache(store.Listing):
 
     def _load(self, name: str, kinds: str) -> np.ndarray:
         return artefacts.array(self.folder / name, kinds, 1)
-
-
-def open(folder: str | Path) -> store.Cache | ScoreCache:
-    """Open a cache of either kind.
-
-    Raises:
-        InputError: there is no finished cache in the folder.
-        CorruptError: a file is damaged, missing, or written by a newer crosstill.
-    """
-    scored = (Path(folder) / store.SCORES).is_file()
-    return ScoreCache(folder) if scored else store.Cache(folder)
 
 
 def _grouped(queries: np.ndarray, partners: np.ndarray, false: np.ndarray, count: int) -> Partners:

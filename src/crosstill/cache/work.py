@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, files, images, progress
-from crosstill.cache import journal, sources, store
+from crosstill.cache import format, journal, sources
 from crosstill.cache.journal import Journal
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CorruptError, DataError, ImageError, MismatchError
@@ -28,8 +28,7 @@ from crosstill.types import Example
 log = logging.getLogger(__name__)
 
 SHARD_ROWS = 2048  # rows in a shard, and so what a kill can cost at most
-_HELD = {store.HEADER: "a feature cache", store.SCORES: "a score cache"}
-Opened = TypeVar("Opened", bound=store.Listing)
+Opened = TypeVar("Opened", bound=format.CacheBase)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class Work(ABC, Generic[Opened]):
         reading: how images are read.
     """
 
-    opened: ClassVar[type[store.Listing]]
+    opened: ClassVar[type[format.CacheBase]]
     kinds: ClassVar[tuple[str, ...]]  # of the shards; "image" is the first
     words: ClassVar[Mapping[str, str]]  # what the parts of the key are called
 
@@ -95,11 +94,10 @@ class Work(ABC, Generic[Opened]):
         if names & {self.opened.file, journal.NAME}:
             return
         others = sorted(n for n in names if n != ".lock" and not n.startswith(files.TEMPORARY))
-        held = next((_HELD[name] for name in others if name in _HELD), None)
         if others:
-            raise ConfigError(
-                f"{self.folder} holds {held or f'{others[0]} and no cache'}; give another --out"
-            )
+            other = format.kind_of(self.folder)
+            contents = other.noun if other else f"{others[0]} and no cache"
+            raise ConfigError(f"{self.folder} holds {contents}; give another --out")
 
     def _reuse(self) -> Opened | None:
         """The finished cache of the same key, if there is one.
@@ -110,7 +108,7 @@ class Work(ABC, Generic[Opened]):
         if not path.is_file():
             return None
         header = files.read_sealed(path, {self.opened.version})
-        self._refuse_other(header["key"], _HELD[self.opened.file])
+        self._refuse_other(header["key"], self.opened.noun)
         try:
             cache = self._open()
         except CorruptError as error:
@@ -125,7 +123,7 @@ class Work(ABC, Generic[Opened]):
         as_it_was = (data, teacher) == (header["data"], header["teacher"])
         if as_it_was and [example.path for example in moved] == cache.paths:
             return cache
-        header["files"] |= store.write_manifest(self.folder, moved)
+        header["files"] |= format.write_tables(self.folder, moved)
         header |= {"data": data, "teacher": teacher}
         files.write_json(path, files.sealed(header))
         return self._open()
@@ -234,14 +232,14 @@ class Work(ABC, Generic[Opened]):
         quarantine = images.Quarantine()
         for row in [*self.pairs.quarantine.rows, *self._unreadable()]:
             quarantine.add(ImageError(row["path"], row["reason"]), row["bytes"])
-        files.write_atomic(self.folder / store.QUARANTINE, quarantine.write)
-        listed = {store.QUARANTINE: files.digest_file(self.folder / store.QUARANTINE)}
+        files.write_atomic(self.folder / format.QUARANTINE, quarantine.write)
+        listed = {format.QUARANTINE: files.digest_file(self.folder / format.QUARANTINE)}
         common = {
             "format": self.opened.version,
             "key": self.key,
             "teacher": self.about,
             "data": self._data(),
-            "files": store.write_manifest(self.folder, readable) | listed | more.pop("files", {}),
+            "files": format.write_tables(self.folder, readable) | listed | more.pop("files", {}),
             "quarantined": len(quarantine),
         }
         files.write_json(self.folder / self.opened.file, files.sealed(common | more))

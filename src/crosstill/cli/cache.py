@@ -12,7 +12,7 @@ from crosstill.cli import common
 from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crosstill.cache import Listing
+    from crosstill.cache import CacheBase
 
 FEATURES = ("views", "augment", "dtype", "batch_size")  # options that only a feature cache has
 SCORES = ("false", "false_images", "find")
@@ -116,7 +116,7 @@ def command(
     _describe(made)
 
 
-def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> Listing:
+def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> CacheBase:
     """The cache that suits the teacher; options of the other kind are refused."""
     from crosstill import cache
     from crosstill.evaluate import open_model
@@ -141,12 +141,11 @@ def _finder(find: str | None) -> Any:
     """What the option names: a way to draw, an opened cache of features, or a model."""
     from crosstill import cache
     from crosstill.cache.candidates import FINDERS
-    from crosstill.cache.store import HEADER, SCORES
     from crosstill.evaluate import open_encoder
 
     if find is None or find in FINDERS:
         return find or "random"
-    if any((Path(find) / name).is_file() for name in (HEADER, SCORES)):
+    if cache.is_cache(find):
         return cache.Cache(find)
     return open_encoder(find)
 
@@ -157,7 +156,7 @@ def _verify(folder: Path) -> None:
     _describe(cache.open(folder))
 
 
-def _describe(cache: Listing) -> None:
+def _describe(cache: CacheBase) -> None:
     splits = ", ".join(
         f"{name} {len(cache.split(name).images):,}" for name in sorted(set(cache.splits))
     )
@@ -167,7 +166,7 @@ def _describe(cache: Listing) -> None:
     )
 
 
-def _held(cache: Listing) -> str:
+def _held(cache: CacheBase) -> str:
     from crosstill.cache import ScoreCache
 
     if not isinstance(cache, ScoreCache):

@@ -14,7 +14,7 @@ from crosstill.cli import common
 from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crosstill.cache import Listing
+    from crosstill.cache import CacheBase
     from crosstill.train import Learner, TrainConfig
 
 
@@ -87,7 +87,7 @@ def command(
 
 
 def _build(
-    student: str | None, layers: str | None, cache: Listing, settings: TrainConfig
+    student: str | None, layers: str | None, cache: CacheBase, settings: TrainConfig
 ) -> Learner:
     from crosstill import students
     from crosstill.train import work

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosstill import images, progress
-from crosstill.cache import Cache, Listing, PixelStore, Split, derived, pixels
+from crosstill.cache import Cache, CacheBase, PixelStore, Split, memo, pixels
 from crosstill.data import Pairs
 from crosstill.errors import DataError
 from crosstill.evaluate import truth as truths
@@ -110,7 +110,7 @@ class CachedSplit:
     """
 
     def __init__(
-        self, cache: Listing, split: Split, student: Student, frozen: str = "none"
+        self, cache: CacheBase, split: Split, student: Student, frozen: str = "none"
     ) -> None:
         self._cache, self._split = cache, split
         self.truth = cached_truth(cache, split)
@@ -140,7 +140,7 @@ class CachedSplit:
         return teacher_recall(self._cache, self._split)
 
 
-def teacher_recall(cache: Listing, split: Split) -> Retrieval | None:
+def teacher_recall(cache: CacheBase, split: Split) -> Retrieval | None:
     """The recall of the features that a cache holds of a split."""
     if not isinstance(cache, Cache) or not {"image", "text"} <= cache.modalities:
         return None
@@ -148,27 +148,27 @@ def teacher_recall(cache: Listing, split: Split) -> Retrieval | None:
     return retrieval(image, text, cached_truth(cache, split))
 
 
-def cached_truth(cache: Listing, split: Split) -> Truth:
+def cached_truth(cache: CacheBase, split: Split) -> Truth:
     """Which images and captions of a split of a cache belong together."""
     texts = [cache.texts[row] for row in split.captions]
     return truths.of_texts(torch.from_numpy(split.owner), texts)
 
 
-def frozen_images(student: Student, cache: Listing, split: Split, views: int = 1) -> Tensor:
+def frozen_images(student: Student, cache: CacheBase, split: Split, views: int = 1) -> Tensor:
     """`pool_images` of a tower that will not change: computed once for all runs with it."""
     name = f"pooled-{student.tower_digest('image')[:16]}-{views}-{split.name}"
-    return derived.rows(
+    return memo.memoised_tensor(
         cache,
         name,
         lambda: pool_images(student, pixels(cache, split, student.preprocess), views),
     )
 
 
-def frozen_texts(student: Student, cache: Listing, split: Split) -> Tensor:
+def frozen_texts(student: Student, cache: CacheBase, split: Split) -> Tensor:
     """`pool_texts` of a tower that will not change: computed once for all runs with it."""
     texts = [cache.texts[row] for row in split.captions]
     name = f"pooled-{student.tower_digest('text')[:16]}-{split.name}"
-    return derived.rows(cache, name, lambda: pool_texts(student, student.tokenize(texts)))
+    return memo.memoised_tensor(cache, name, lambda: pool_texts(student, student.tokenize(texts)))
 
 
 def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosstill import artefacts, files, students, teachers
-from crosstill.cache.store import HEADER, SCORES
+from crosstill.cache import is_cache
 from crosstill.errors import ModelError
 from crosstill.students.student import RECORD, Student
 from crosstill.teachers import fusion
@@ -29,7 +29,7 @@ def open_model(source: str | Path) -> Student | Teacher | FeaturesTeacher | Matc
             return student if width is None else students.shorten(student, width)
         if fusion.find(candidate):
             return teachers.load(candidate)
-    if any((folder / header).is_file() for header in (HEADER, SCORES)):
+    if is_cache(folder):
         raise ModelError(f"{source}: a cache, not a model; give a run, a student or a teacher")
     return teachers.load(str(source))
 

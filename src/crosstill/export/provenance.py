@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstill import __version__, files, students
-from crosstill.cache import Listing
+from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
 from crosstill.evaluate import open_live
@@ -139,7 +139,7 @@ def _of_run(origin: Provenance, folder: Path) -> Provenance:
         return origin
     split = record["settings"]["val_split"]
     try:
-        cache: Listing = gather.open_cache(folder, record)
+        cache: CacheBase = gather.open_cache(folder, record)
         rows = cache.split(split)
         pairs = cache.pairs(split)
         if pairs.examples:

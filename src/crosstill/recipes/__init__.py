@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crosstill.cache import Listing
+from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, unknown
 from crosstill.train import Learner, Run, TrainConfig, train
 from crosstill.train import folder as runs
@@ -208,7 +208,7 @@ def _typed(command: str) -> TrainConfig | None:
 
 def distill(
     student: Learner | None,
-    cache: Listing,
+    cache: CacheBase,
     recipe: str | TrainConfig = "dsmd",
     *,
     out: str | Path,

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstill import cache as caches
-from crosstill.cache import Cache, Listing, ScoreCache, Split
-from crosstill.cache.store import HEADER, SCORES
+from crosstill.cache import Cache, CacheBase, ScoreCache, Split, is_cache
 from crosstill.errors import CrosstillError, InputError, MismatchError
 from crosstill.evaluate import (
     CachedSplit,
@@ -43,7 +42,7 @@ class Gathered:
 
     run: Run
     record: dict[str, Any]
-    cache: Listing
+    cache: CacheBase
     split: Split
     log: events.Events
     licences: dict[str, str | None]
@@ -103,10 +102,10 @@ def run(folder: Path, latency: bool) -> Gathered:
     return found
 
 
-def open_cache(folder: Path, record: dict[str, Any]) -> Listing:
+def open_cache(folder: Path, record: dict[str, Any]) -> CacheBase:
     """The cache that a run learnt from, whole and unchanged."""
     place = Path(record["cache"]["folder"])
-    if not any((place / header).is_file() for header in (HEADER, SCORES)):
+    if not is_cache(place):
         raise InputError(
             f"{folder} learnt from the cache {place}, which is gone; put it back there, "
             "the report needs what it holds"
@@ -188,7 +187,7 @@ def _teacher_row(found: Gathered, recall: Retrieval) -> None:
     found.rows["teacher"] = Evaluation(f"teacher ({name})", recall, teacher["parameters"])
 
 
-def _left(cache: Listing) -> str:
+def _left(cache: CacheBase) -> str:
     """What a cache holds that gives its teacher no row."""
     if not isinstance(cache, ScoreCache):
         return f"the cache holds {' and '.join(sorted(cache.modalities)) or 'no'} features"
@@ -198,7 +197,7 @@ def _left(cache: Listing) -> str:
 
 
 def _measure(
-    student: Student, cache: Listing, split: Split, frozen: str
+    student: Student, cache: CacheBase, split: Split, frozen: str
 ) -> tuple[Features, Evaluation]:
     """A student's features of the plain photos of a split, and its recall."""
     encoded = CachedSplit(cache, split, student, frozen)

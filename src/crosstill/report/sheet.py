@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from crosstill import images
-from crosstill.cache import Listing, Split
+from crosstill.cache import CacheBase, Split
 from crosstill.types import Features
 
 QUERIES = 10
@@ -47,7 +47,7 @@ class Query:
 
 
 def queries(
-    cache: Listing, split: Split, seen: Mapping[str, Features], count: int = QUERIES
+    cache: CacheBase, split: Split, seen: Mapping[str, Features], count: int = QUERIES
 ) -> list[Query]:
     """Captions spread evenly over the split, always the same ones.
 
@@ -74,7 +74,7 @@ def _query(row: int, split: Split, seen: Mapping[str, Features], photos: _Photos
 class _Photos:
     """Small JPEGs of a split's photos, each decoded once."""
 
-    def __init__(self, cache: Listing, split: Split) -> None:
+    def __init__(self, cache: CacheBase, split: Split) -> None:
         self.cache, self.split = cache, split
         self._made: dict[int, str] = {}
         owners, first = np.unique(split.owner, return_index=True)
@@ -87,7 +87,7 @@ class _Photos:
         return Found(self._made[place], self.cache.texts[self._caption[place]], right)
 
 
-def _thumbnail(cache: Listing, row: int) -> str:
+def _thumbnail(cache: CacheBase, row: int) -> str:
     pixels = images.decode(cache.photo(row), cache.paths[row])
     picture = Image.fromarray(torch.Tensor.numpy(pixels))
     picture.thumbnail((SIDE, SIDE))

@@ -6,7 +6,7 @@ from torch import nn
 
 from crosstill import balance, objectives
 from crosstill.balance import Rule
-from crosstill.cache import Listing, ScoreCache
+from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.train import inside, targets, work
 from crosstill.train.config import TrainConfig
@@ -15,7 +15,7 @@ from crosstill.train.sampler import Sampler
 from crosstill.train.step import check_precision
 
 
-def prepare(config: TrainConfig, cache: Listing, group: Group) -> tuple[nn.ModuleDict, Rule]:
+def prepare(config: TrainConfig, cache: CacheBase, group: Group) -> tuple[nn.ModuleDict, Rule]:
     """Losses and balancer of a run, after all that can be checked has been."""
     check_precision(config, group.device)
     group.check(config.batch_size)
@@ -39,7 +39,7 @@ def prepare(config: TrainConfig, cache: Listing, group: Group) -> tuple[nn.Modul
     return losses, rule
 
 
-def build_losses(config: TrainConfig, cache: Listing) -> nn.ModuleDict:
+def build_losses(config: TrainConfig, cache: CacheBase) -> nn.ModuleDict:
     """The losses of a run, each refused by name if the teacher did not leave what it reads."""
     keys = cache.keys[cache.split(config.train_split).images]
 

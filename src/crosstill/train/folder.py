@@ -23,8 +23,8 @@ import transformers
 
 import crosstill.students as students
 from crosstill import artefacts, files, teachers
-from crosstill.cache import Listing
-from crosstill.cache.store import QUARANTINE
+from crosstill.cache import CacheBase
+from crosstill.cache.format import QUARANTINE
 from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError, ModelError
 from crosstill.evaluate import runs
 from crosstill.evaluate.runs import CONFIG, FORMAT
@@ -139,7 +139,7 @@ def is_run(folder: Path) -> bool:
 
 
 def create(
-    folder: Path, config: TrainConfig, student: Learner, cache: Listing, command: str
+    folder: Path, config: TrainConfig, student: Learner, cache: CacheBase, command: str
 ) -> None:
     """Lay out a new run; the folder is held by the caller.
 
@@ -198,7 +198,7 @@ def check_new(folder: Path) -> None:
         raise ConfigError(f"{folder} already holds a run; give --resume, or another --out")
 
 
-def check_resumable(folder: Path, config: TrainConfig, cache: Listing) -> TrainConfig:
+def check_resumable(folder: Path, config: TrainConfig, cache: CacheBase) -> TrainConfig:
     """Refuse to go on with a run in another way than it was started.
 
     Returns:

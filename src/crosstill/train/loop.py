@@ -13,7 +13,7 @@ from torch import nn
 
 from crosstill import artefacts, files, progress
 from crosstill.balance import Rule
-from crosstill.cache import Cache, Listing
+from crosstill.cache import Cache, CacheBase
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.student import Student
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def train(
     student: Learner | None,
-    cache: Listing,
+    cache: CacheBase,
     config: TrainConfig,
     out: str | Path,
     *,
@@ -87,7 +87,7 @@ def _prepare(
     path: Path,
     config: TrainConfig,
     student: Learner | None,
-    cache: Listing,
+    cache: CacheBase,
     resume: bool,
     command: str,
 ) -> None:
@@ -116,7 +116,7 @@ class Session:
         path: Path,
         student: Learner,
         parts: tuple[nn.ModuleDict, Rule, Any],
-        cache: Listing,
+        cache: CacheBase,
         config: TrainConfig,
         group: Group,
     ) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstill import objectives
-from crosstill.cache import Cache, Listing
+from crosstill.cache import Cache, CacheBase
 from crosstill.errors import MismatchError
 from crosstill.objectives import Objective
 from crosstill.students import matryoshka
@@ -58,7 +58,7 @@ class Nested(Objective):
             loss.update(matryoshka.cut(teacher, self.axes[:, : int(width)]), ids)
 
 
-def fit(student: Student, losses: nn.ModuleDict, cache: Listing, config: TrainConfig) -> None:
+def fit(student: Student, losses: nn.ModuleDict, cache: CacheBase, config: TrainConfig) -> None:
     """Find a new student's axes, and let losses of embeddings see each of its widths.
 
     Losses that read layers stay as they are: layers have no widths. Nothing happens to a student

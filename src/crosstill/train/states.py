@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosstill import images
-from crosstill.cache import PixelStore, ScoreCache, Split, derived, pixels
+from crosstill.cache import PixelStore, ScoreCache, Split, memo, pixels
 from crosstill.teachers.matcher import Matcher
 from crosstill.types import States
 
@@ -102,7 +102,7 @@ class Sides:
         """Tokens of all inputs, one behind the other: (N, ...)."""
         name = f"states-{side}-{model.towers_digest()[:16]}-{split.name}"
         parts = self._looks if side == "image" else self._reads
-        path = derived.kept(cache, name, lambda new: _write(new, *parts(model)))
+        path = memo.memoised(cache, name, lambda new: _write(new, *parts(model)))
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def _looks(self, model: Matcher) -> tuple[int, Iterator[tuple[np.ndarray, Tensor]]]:
@@ -153,7 +153,7 @@ def _write(path: Path, count: int, parts: Iterator[tuple[np.ndarray, Tensor]]) -
         for places, values in parts:
             kind = np.float16 if values.is_floating_point() else np.int32
             if out is None:
-                out = derived.new_array(path, kind, (count, *values.shape[1:]))
+                out = memo.new_array(path, kind, (count, *values.shape[1:]))
             out[places] = values.cpu().numpy().astype(kind)
     if isinstance(out, np.memmap):
         out.flush()

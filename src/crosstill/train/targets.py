@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from crosstill.cache import Listing, joined
+from crosstill.cache import CacheBase, joined
 from crosstill.errors import MismatchError
 from crosstill.objectives import Objective
 from crosstill.train.config import TrainConfig
@@ -109,7 +109,7 @@ class OfTeacher(Objective):
 
 
 def build(
-    config: TrainConfig, cache: Listing, make: Callable[[str, int], Objective]
+    config: TrainConfig, cache: CacheBase, make: Callable[[str, int], Objective]
 ) -> dict[str, Objective]:
     """The losses of a run: `loss@teacher` of each that reads a teacher's rows, others once.
 

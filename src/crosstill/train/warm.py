@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstill import files
-from crosstill.cache import Cache, Split, derived, pixels
+from crosstill.cache import Cache, Split, memo, pixels
 from crosstill.evaluate import pool_images, pool_texts
 from crosstill.students import matryoshka
 from crosstill.students.student import Student
@@ -64,7 +64,7 @@ def _kept(student: Student, cache: Cache, split: Split, side: str, rows: Side) -
     head = getattr(student, f"{side}_head")
     bias = head.bias is not None
     key = files.digest_json([student.tower_digest(side), bias, PENALTY, MOST])
-    return derived.rows(
+    return memo.memoised_tensor(
         cache, f"ridge-{key[:16]}-{split.name}", lambda: _fit(*rows(student, cache, split), bias)
     )
 

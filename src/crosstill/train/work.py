@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from crosstill import evaluate, students
-from crosstill.cache import Cache, Listing, ScoreCache
+from crosstill.cache import Cache, CacheBase, ScoreCache
 from crosstill.errors import MismatchError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.students.config import FusionConfig, StudentConfig
@@ -34,7 +34,7 @@ class Validation(Protocol):
     def teacher_recall(self) -> Retrieval | None: ...
 
 
-def make(student: StudentConfig | FusionConfig, cache: Listing, config: TrainConfig) -> Learner:
+def make(student: StudentConfig | FusionConfig, cache: CacheBase, config: TrainConfig) -> Learner:
     """The untrained student of a run.
 
     Raises:
@@ -51,7 +51,7 @@ def make(student: StudentConfig | FusionConfig, cache: Listing, config: TrainCon
     return students.fuse(student, captions, config.seed, cache.teacher["source"])
 
 
-def check(losses: nn.ModuleDict, cache: Listing, config: TrainConfig, group: Group) -> None:
+def check(losses: nn.ModuleDict, cache: CacheBase, config: TrainConfig, group: Group) -> None:
     """Refuse what cannot be learnt from this cache, before there is a student.
 
     Raises:
@@ -66,7 +66,7 @@ def check(losses: nn.ModuleDict, cache: Listing, config: TrainConfig, group: Gro
 
 
 def fit(
-    student: Learner, cache: Listing, losses: nn.ModuleDict, config: TrainConfig
+    student: Learner, cache: CacheBase, losses: nn.ModuleDict, config: TrainConfig
 ) -> Inside | Matcher | None:
     """Refuse a student that does not fit; open what runs beside it, if anything does.
 
@@ -98,7 +98,7 @@ def freeze(student: Learner, config: TrainConfig) -> None:
 
 
 def data(
-    student: Learner, cache: Listing, losses: nn.ModuleDict, config: TrainConfig, group: Group
+    student: Learner, cache: CacheBase, losses: nn.ModuleDict, config: TrainConfig, group: Group
 ) -> tuple[Stream | ListStream, Validation]:
     """The stream of batches and the validation of a run."""
     split, val = cache.split(config.train_split), cache.split(config.val_split)
@@ -118,7 +118,7 @@ def data(
     return Stream(cache, split, student, config, group), seen
 
 
-def step(cache: Listing, beside: Inside | Matcher | None, *parts: Any) -> Step:
+def step(cache: CacheBase, beside: Inside | Matcher | None, *parts: Any) -> Step:
     """The step of a run; `parts` are the arguments of `Step`."""
     if not isinstance(cache, ScoreCache):
         made = Step(*parts)
@@ -130,7 +130,7 @@ def step(cache: Listing, beside: Inside | Matcher | None, *parts: Any) -> Step:
     return listed
 
 
-def check_width(student: Student, cache: Listing) -> None:
+def check_width(student: Student, cache: CacheBase) -> None:
     """Refuse a student whose embeddings are not as wide as the teacher's."""
     if cache.dim is not None and student.dim != cache.dim:
         raise MismatchError(
@@ -139,7 +139,7 @@ def check_width(student: Student, cache: Listing) -> None:
         )
 
 
-def _no_lists(name: str, cache: Listing) -> MismatchError:
+def _no_lists(name: str, cache: CacheBase) -> MismatchError:
     return MismatchError(
         f"{name} is a fusion model, which learns candidate lists, and {cache.folder} holds none; "
         "make a score cache: crosstill cache FUSION-MODEL DATA --out DIR, or, to train a new "

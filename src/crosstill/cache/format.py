@@ -1,6 +1,6 @@
-"""A finished cache: what a teacher said about a dataset, read back by row.
+"""The format of a cache on disk, and the classes that open it and read it back by row.
 
-A cache is a folder:
+A feature cache is a folder:
 
     cache.json         sealed header: teacher, data, views, dtype, SHA-256 of every other file
     images.parquet     one row an image: image_id, path, split
@@ -12,26 +12,29 @@ A cache is a folder:
     pixels/            decoded photos for students, made on demand
 
 Rows are in the order of the image ids, so neither the order nor the place of the photos matters.
+A student's photos are made from the views in `views.parquet`, not drawn again, so that they stay
+what the teacher saw whatever a later version draws.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from crosstill import artefacts, data, files
-from crosstill.cache import tables, views
 from crosstill.errors import (
     ChangedError,
     CorruptError,
@@ -40,31 +43,34 @@ from crosstill.errors import (
     InputError,
     MismatchError,
 )
-from crosstill.images import Quarantine, View
+from crosstill.images import Quarantine, View, draw_view
 from crosstill.types import Example, Features, id_key
 
 FORMAT = 1
 HEADER = "cache.json"
-SCORES = "scores.json"  # the header of a score cache, see crosstill.cache.scores
 IMAGES = "images.parquet"
 CAPTIONS = "captions.parquet"
+VIEWS = "views.parquet"
 QUARANTINE = "quarantine.jsonl"
 
-# by the header that is there, when the other is asked for
-_WRONG_KIND = {
-    HEADER: "holds a teacher's features, and scores of pairs are needed here; make a score cache "
-    "with `crosstill cache` and a fusion model",
-    SCORES: "holds scores of pairs, and a teacher's features are needed here; make a cache with "
-    "`crosstill cache` and a dual encoder",
+# kinds of caches: file of the header → the class that opens it
+KINDS = {
+    "scores.json": "crosstill.cache.scores:ScoreCache",
+    HEADER: "crosstill.cache.format:Cache",
 }
-
 
 _IMAGES = {"image_id": "string", "path": "binary", "split": "string"}
 _CAPTIONS = {"image": "int32", "text": "string"}
+_VIEWS = {"image": "int64", "view": "int64"}
+_OF_VIEW = {f.name: "bool" if f.name == "flip" else "double" for f in fields(View)}
+
+FEW_ROWS = 100_000  # that a table may hold whatever the size of its file
+SWELLING = 50  # bytes of text in memory for each byte of a table's file
+LEAST = 1 << 26  # bytes of text that a table may always hold
 
 
 class _Teacher(artefacts.Record):
-    name: str | None = None  # of none, where a cache was made without a teacher
+    name: str | None = None  # None for a cache that was made without a teacher
     dim: int | None = None
 
 
@@ -74,7 +80,7 @@ class _Data(artefacts.Record):
 
 
 class Header(artefacts.Record):
-    """What the headers of all caches say."""
+    """The fields that the headers of all kinds of caches share."""
 
     key: dict[str, Any]
     teacher: _Teacher
@@ -93,7 +99,7 @@ class _Key(artefacts.Record):
     views: int = Field(ge=1)
 
 
-class _Features(Header):
+class _FeatureHeader(Header):
     """`cache.json`."""
 
     key: _Key  # type: ignore[assignment]
@@ -102,7 +108,7 @@ class _Features(Header):
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split: what training and evaluation walk over."""
+    """The rows of one split of a cache."""
 
     name: str
     images: np.ndarray  # (I,) rows of images.parquet
@@ -110,7 +116,7 @@ class Split:
     owner: np.ndarray  # (T,) position in `images` of each caption's image
 
 
-class Rows:
+class ShardedRows:
     """Feature rows spread over memory-mapped shards."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -128,22 +134,27 @@ class Rows:
         return self._shards[0].shape[1] if self._shards else None
 
     def take(self, rows: np.ndarray) -> Tensor:
-        """The asked rows, in the asked order, as float32 (len(rows), D)."""
+        """Read rows, in the order in which they are given, as float32 (len(rows), D)."""
         rows = np.asarray(rows)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows outside 0..{len(self) - 1}")
-        which = np.searchsorted(self._starts, rows, side="right") - 1
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         out = np.empty((len(rows), self._shards[0].shape[1]), dtype=np.float32)
-        for shard in np.unique(which):
-            mine = which == shard
-            out[mine] = self._shards[shard][rows[mine] - self._starts[shard]]
+        for shard in np.unique(shard_of):
+            places = shard_of == shard
+            out[places] = self._shards[shard][rows[places] - self._starts[shard]]
         return torch.from_numpy(out)
 
 
-class Listing:
-    """What every cache holds: which images and captions there are, in order of the image ids.
+class CacheBase:
+    """The images and captions of any kind of cache, in the order of the image ids.
 
     Opening one checks every checksum before anything is used.
+
+    Attributes:
+        noun: what the kind is called, in messages.
+        contents: what a cache of the kind holds, in messages.
+        remedy: how to make one, in messages.
 
     Raises:
         InputError: there is no finished cache of this kind in the folder.
@@ -153,15 +164,18 @@ class Listing:
     file: ClassVar[str]  # of the header
     version: ClassVar[int]  # of the format
     model: ClassVar[type[artefacts.Record]]  # of the header
+    noun: ClassVar[str]
+    contents: ClassVar[str]
+    remedy: ClassVar[str]
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._find()
+        self._require_header()
         header = artefacts.read(self.folder / self.file, self.model, {self.version})
         self.header: dict[str, Any] = header.model_dump()
         self._check()
-        images = tables.read(self.folder / IMAGES, _IMAGES).to_pydict()
-        captions = tables.read(self.folder / CAPTIONS, _CAPTIONS)
+        images = read_table(self.folder / IMAGES, _IMAGES).to_pydict()
+        captions = read_table(self.folder / CAPTIONS, _CAPTIONS)
         self.image_ids: list[str] = images["image_id"]
         self.paths: list[str] = [path.decode("utf-8", "surrogateescape") for path in images["path"]]
         self.splits = np.array(images["split"], dtype=object)
@@ -175,7 +189,7 @@ class Listing:
 
     @property
     def modalities(self) -> frozenset[str]:
-        """Which features are stored: a subset of {"image", "text"}."""
+        """Sides of which features are stored: a subset of {"image", "text"}."""
         return frozenset()
 
     @property
@@ -189,16 +203,16 @@ class Listing:
 
     @property
     def views(self) -> int:
-        """How many views of each image the teacher saw."""
+        """Number of views of each image that the teacher saw."""
         return 1
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides what is stored."""
+        """SHA-256 of the key: everything that decides what is stored."""
         return files.digest_json(self.header["key"])
 
     def split(self, name: str) -> Split:
-        """The rows of one split.
+        """Find the rows of one split.
 
         Raises:
             DataError: no image of the cache is in it; the message names the splits there are.
@@ -213,25 +227,25 @@ class Listing:
         return Split(name, images, captions, position[self.owner[captions]])
 
     def captions(self, split: str) -> list[str]:
-        """The captions of a split: what a trimmed or learnt vocabulary is made from."""
+        """List the captions of a split, from which a vocabulary can be trimmed or learnt."""
         return [self.texts[row] for row in self.split(split).captions]
 
     def pairs(self, split: str) -> data.Pairs:
-        """The photos and captions of a split, as a dataset.
+        """Make a dataset of the photos and captions of a split.
 
         Raises:
             DataError: no image of the cache is in it.
         """
         rows = self.split(split)
-        told: defaultdict[int, list[str]] = defaultdict(list)
+        captions: defaultdict[int, list[str]] = defaultdict(list)
         for caption, position in zip(rows.captions, rows.owner, strict=True):
-            told[int(position)].append(self.texts[caption])
+            captions[int(position)].append(self.texts[caption])
         examples = tuple(
-            Example(self.image_ids[row], self.paths[row], tuple(told[position]), split)
+            Example(self.image_ids[row], self.paths[row], tuple(captions[position]), split)
             for position, row in enumerate(rows.images)
         )
-        about = self.header["data"]
-        return data.Pairs(about["name"], examples, Quarantine(), about["source"], self.read)
+        origin = self.header["data"]
+        return data.Pairs(origin["name"], examples, Quarantine(), origin["source"], self.read)
 
     def photo(self, row: int) -> bytes:
         """Read the photo of an image row: the bytes that the cache was made from.
@@ -256,32 +270,37 @@ class Listing:
             ) from None
 
     def view(self, image: int, number: int) -> View | None:
-        """What the teacher saw as that view of the image in that row; None for the whole photo."""
+        """Return the parameters of a view of the image in a row; None for the whole photo."""
         return self._seen[image, number] if number else None
 
     @cached_property
     def _seen(self) -> dict[tuple[int, int], View]:
-        return views.read(self.folder)
+        return read_views(self.folder)
 
-    def _find(self) -> None:
-        for name in {HEADER, SCORES} - {self.file}:
-            if (self.folder / name).is_file() and not (self.folder / self.file).is_file():
-                raise MismatchError(f"{self.folder}: {_WRONG_KIND[name]}")
-        if not (self.folder / self.file).is_file():
-            raise InputError(
-                f"{self.folder}: no finished cache there; make one with `crosstill cache`"
+    def _require_header(self) -> None:
+        if (self.folder / self.file).is_file():
+            return
+        other = kind_of(self.folder)
+        if other is not None:
+            raise MismatchError(
+                f"{self.folder}: holds {other.contents}, and {self.contents} are needed here; "
+                f"make {self.remedy}"
             )
+        raise InputError(f"{self.folder}: no finished cache there; make one with `crosstill cache`")
 
     def _check(self) -> None:
         artefacts.check_files(self.folder, {IMAGES: "", CAPTIONS: ""} | self.header["files"])
 
 
-class Cache(Listing):
+class Cache(CacheBase):
     """An opened feature cache: `image_features` and `text_features` of its rows."""
 
     file = HEADER
     version = FORMAT
-    model = _Features
+    model = _FeatureHeader
+    noun = "a feature cache"
+    contents = "a teacher's features"
+    remedy = "a cache with `crosstill cache` and a dual encoder"
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -310,18 +329,18 @@ class Cache(Listing):
     def features(
         self, images: np.ndarray, captions: np.ndarray, view: int | np.ndarray = 0
     ) -> Features:
-        """Both sides of matched rows."""
+        """Teacher features of matched rows, image and text."""
         return Features(self.image_features(images, view), self.text_features(captions))
 
-    def _kind(self, kind: str) -> Rows:
+    def _kind(self, kind: str) -> ShardedRows:
         if kind not in self._rows:
             raise InputError(
                 f"{self.folder}: the teacher {self.teacher['name']!r} left no {kind} features"
             )
         return self._rows[kind]
 
-    def _open(self, kind: str) -> Rows:
-        rows = Rows([self.folder / shard["file"] for shard in self.header["shards"][kind]])
+    def _open(self, kind: str) -> ShardedRows:
+        rows = ShardedRows([self.folder / shard["file"] for shard in self.header["shards"][kind]])
         header, count = self.header, {"image": len(self.image_ids) * self.views}
         if len(rows) != count.get(kind, len(self.texts)) or rows.dim not in (
             header["teacher"]["dim"],
@@ -332,7 +351,7 @@ class Cache(Listing):
 
     def _check(self) -> None:
         super()._check()
-        if self.views > 1 and views.NAME not in self.header["files"]:
+        if self.views > 1 and VIEWS not in self.header["files"]:
             raise CorruptError(
                 f"{self.folder}: made before caches kept which views a teacher saw; build it anew"
             )
@@ -360,3 +379,115 @@ def write_manifest(folder: Path, examples: Sequence[Any]) -> dict[str, str]:
     for name, table in ((IMAGES, images), (CAPTIONS, captions)):
         files.write_atomic(folder / name, partial(pq.write_table, table))
     return {name: files.digest_file(folder / name) for name in (IMAGES, CAPTIONS)}
+
+
+def kind_of(folder: str | Path) -> type[CacheBase] | None:
+    """Find the class that opens the cache in a folder; None where there is no finished cache."""
+    for file, kind in KINDS.items():
+        if (Path(folder) / file).is_file():
+            opener: type[CacheBase] = resolve_name(kind)
+            return opener
+    return None
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Tell whether a folder holds a finished cache of any kind."""
+    return any((Path(folder) / file).is_file() for file in KINDS)
+
+
+def open(folder: str | Path) -> CacheBase:
+    """Open a cache of any kind, as the class of its kind.
+
+    Raises:
+        InputError: there is no finished cache in the folder.
+        CorruptError: a file is damaged, missing, or written by a newer crosstill.
+    """
+    return (kind_of(folder) or Cache)(folder)
+
+
+def write_tables(folder: Path, examples: Sequence[Any]) -> dict[str, str]:
+    """Write the two Parquet tables of readable images; return file name → SHA-256."""
+    images = pa.table(
+        {
+            "image_id": [example.image_id for example in examples],
+            # bytes, because a file name need not be valid UTF-8
+            "path": [example.path.encode("utf-8", "surrogateescape") for example in examples],
+            "split": [example.split for example in examples],
+        }
+    )
+    owner = [row for row, example in enumerate(examples) for _ in example.captions]
+    texts = [text for example in examples for text in example.captions]
+    captions = pa.table({"image": pa.array(owner, pa.int32()), "text": texts})
+    for name, table in ((IMAGES, images), (CAPTIONS, captions)):
+        files.write_atomic(folder / name, partial(pq.write_table, table))
+    return {name: files.digest_file(folder / name) for name in (IMAGES, CAPTIONS)}
+
+
+def write_views(
+    folder: Path, examples: Sequence[Example], views: int, seed: int, kinds: Collection[str]
+) -> None:
+    """Draw views 1, 2, … of every image and write their parameters, one row a view."""
+    rows = []
+    for image, example in enumerate(examples):
+        for number in range(1, views):
+            view = draw_view(example.image_id, number, seed, kinds)
+            rows.append({"image": image, "view": number, **(asdict(view) if view else {})})
+    table = pa.Table.from_pylist(rows)
+    files.write_atomic(folder / VIEWS, partial(pq.write_table, table))
+
+
+def read_views(folder: Path) -> dict[tuple[int, int], View]:
+    """Read the parameters of views, by the row of the image and the number of the view."""
+    with artefacts.readable(folder / VIEWS):
+        rows = read_table(folder / VIEWS, _VIEWS, _OF_VIEW).to_pylist()
+        return {(row.pop("image"), row.pop("view")): View(**row) for row in rows}
+
+
+def read_table(
+    path: Path, schema: Mapping[str, str], optional: Mapping[str, str] | None = None
+) -> pa.Table:
+    """Read a Parquet table that is no larger than its file lets expect.
+
+    A run of equal values takes a few bytes of a file and any number of rows: a table has at most
+    a row for each byte of the file, `FEW_ROWS` aside, and swells at most `SWELLING` times.
+
+    Args:
+        path: the file.
+        schema: Arrow's type of each column that is read, as text.
+        optional: the same of columns that may be absent.
+
+    Raises:
+        CorruptError: it is a link, damaged, lacks a column, or would be too large.
+    """
+    artefacts.member(path.parent, path.name)
+    with artefacts.readable(path, pa.ArrowException):
+        size = path.stat().st_size
+        with pq.ParquetFile(path) as file:
+            about = file.schema_arrow
+            there = {k: v for k, v in (optional or {}).items() if k in about.names}
+            schema = {**schema, **there}
+            for name, kind in schema.items():
+                if name not in about.names or str(about.field(name).type) != kind:
+                    raise ValueError(f"no column {name} of {kind}")
+            rows = file.metadata.num_rows
+            if rows > max(FEW_ROWS, size):
+                raise ValueError(f"{rows} rows in {files.amount(size)}")
+        texts = [name for name, kind in schema.items() if kind in ("string", "binary")]
+        packed = pq.read_table(path, columns=list(schema), read_dictionary=texts, memory_map=False)
+        packed.validate(full=True)  # that texts are UTF-8
+        _check_swelling(packed, size)
+        return packed.cast(pa.schema([about.field(name) for name in schema]))
+
+
+def _check_swelling(packed: pa.Table, size: int) -> None:
+    """Refuse a table whose texts, written out, would take far more than its file."""
+    total = 0
+    for column in packed.itercolumns():
+        if column.null_count:
+            raise ValueError("an empty cell")
+        for chunk in column.chunks:
+            if hasattr(chunk, "dictionary") and len(chunk):
+                lengths = pc.take(pc.binary_length(chunk.dictionary), chunk.indices)
+                total += pc.sum(lengths.cast("int64")).as_py() or 0
+    if total > max(LEAST, SWELLING * size):
+        raise ValueError(f"{files.amount(total)} of text in {files.amount(size)}")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from crosstill import cache, evaluate
-from crosstill.cache import derived
+from crosstill.cache import memo
 from support import small_student
 
 
@@ -19,19 +19,21 @@ def test_it_is_computed_once_and_made_again_when_damaged(cached):
         return torch.arange(6.0).view(2, 3)
 
     for _ in range(2):
-        assert torch.equal(derived.rows(cached, "once", compute), torch.arange(6.0).view(2, 3))
+        assert torch.equal(
+            memo.memoised_tensor(cached, "once", compute), torch.arange(6.0).view(2, 3)
+        )
     assert len(calls) == 1
     path = cached.folder / "pixels/once.npy"
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    assert torch.equal(derived.rows(cached, "once", compute), torch.arange(6.0).view(2, 3))
+    assert torch.equal(memo.memoised_tensor(cached, "once", compute), torch.arange(6.0).view(2, 3))
     assert len(calls) == 2
 
 
 def test_one_may_be_computed_from_another(cached):
-    inner = lambda: derived.rows(cached, "inner", lambda: torch.ones(2))  # noqa: E731
-    assert derived.rows(cached, "outer", lambda: 2 * inner()).tolist() == [2, 2]
+    inner = lambda: memo.memoised_tensor(cached, "inner", lambda: torch.ones(2))  # noqa: E731
+    assert memo.memoised_tensor(cached, "outer", lambda: 2 * inner()).tolist() == [2, 2]
 
 
 def test_a_second_process_waits_and_finds_it_done(cached):
@@ -43,7 +45,7 @@ def test_a_second_process_waits_and_finds_it_done(cached):
         return torch.ones(1)
 
     threads = [
-        threading.Thread(target=lambda: found.append(derived.rows(cached, "race", slow)))
+        threading.Thread(target=lambda: found.append(memo.memoised_tensor(cached, "race", slow)))
         for _ in range(4)
     ]
     for thread in threads:
