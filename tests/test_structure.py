@@ -60,7 +60,7 @@ def test_tests_for_kinds_count_outside_of_annexes():
 
 def test_files_of_one_name_but_for_those_that_every_package_may_have():
     paths = ("room.py", "cli/room.py", "a/base.py", "b/base.py", "a/__init__.py", "b/__init__.py")
-    table = rows(dict.fromkeys(paths, ""))
+    table = rows(dict.fromkeys(paths, "COUNT = 1\n"))
     assert table["source files"] == "6"
     assert table["file names that several files have"] == "1"
 
