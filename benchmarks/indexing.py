@@ -23,10 +23,9 @@ from PIL import Image
 from benchmarks import models
 from benchmarks.timing import report
 from crosstill import data, export, progress, students
+from crosstill.bundle import BATCH, Bundle, Encoder
 from crosstill.data.scenes import write
 from crosstill.search import building
-from crosstill.search.bundle import Bundle
-from crosstill.search.encoder import BATCH, Encoder
 from crosstill.students.config import StudentConfig
 
 COUNT, SIDE = 500, 224  # JPEGs, of the size of those in docs/flickr8k.md

@@ -33,11 +33,10 @@ import numpy as np
 from benchmarks import models
 from benchmarks.vectors import repeated, unit
 from crosstill import data, export, students
+from crosstill.bundle import Bundle, Encoder
 from crosstill.data.scenes import write
 from crosstill.search import building, catalogue, generations
-from crosstill.search.bundle import Bundle
 from crosstill.search.catalogue import Row
-from crosstill.search.encoder import Encoder
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.students.config import StudentConfig
 

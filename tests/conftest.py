@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosstill import data
+from crosstill import data, export
+from crosstill.bundle import Bundle, Encoder
 from crosstill.cache import Cache, build
 from crosstill.data import Pairs
 from crosstill.students.student import Student
 from crosstill.train import TrainConfig
-from support import SETTINGS, SmallTeacher, small_student
+from support import SETTINGS, SmallTeacher, once, small_student
 
 torch.set_num_threads(1)
 
@@ -58,3 +59,23 @@ def settings() -> TrainConfig:
 @pytest.fixture
 def student(cached: Cache) -> Student:
     return small_student(cached)
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(cached, scenes, tmp_path_factory) -> Path:
+    """A small student, not trained, as a bundle with calibration."""
+
+    def make(place: Path) -> None:
+        export.onnx(small_student(cached), place, pairs=scenes.split("val"), split="val")
+
+    return once(tmp_path_factory, "bundle", make)
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_folder) -> Bundle:
+    return Bundle.open(bundle_folder)
+
+
+@pytest.fixture(scope="session")
+def encoder(bundle) -> Encoder:
+    return Encoder(bundle)

@@ -1,15 +1,17 @@
 """What several tests use: a teacher and a student so small that a whole run takes a second."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crosstill import students
+from crosstill import files, students
 from crosstill.cache import Cache
 from crosstill.images import Preprocess
 from crosstill.students.config import StudentConfig
@@ -175,3 +177,16 @@ def flip(whole: bytes, choose: np.random.Generator) -> bytes:
 def cut(whole: bytes, choose: np.random.Generator) -> bytes:
     """The end gone."""
     return whole[: choose.integers(len(whole) - 1)]
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first process that asks for it fills; read it, never write to it."""
+    root = tmp_path_factory.getbasetemp()
+    # processes that share a test run have base folders side by side
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    place, done = root / name, root / f"{name}.done"
+    with files.locked(root, wait=True, name=f"{name}.lock"):
+        if not done.exists():
+            make(place)
+            done.touch()
+    return place

@@ -26,6 +26,17 @@ def test_readme_docstring_and_import_contract_are_one_list():
     assert listed(section) == layers[::-1]
 
 
+def test_the_contracts_hold_the_groups_of_the_list():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    _, annexes, torchless = contracts["contracts"]
+    heads = re.split(r"^(?=\S.*:$)", crosstill.__doc__, flags=re.MULTILINE)
+    floor, distiller, doors, _ = (listed(head) for head in heads if listed(head))
+    assert set(annexes["source_modules"]) == {f"crosstill.{part}" for part in floor + distiller}
+    assert set(annexes["forbidden_modules"]) == {f"crosstill.{part}" for part in doors}
+    assert set(torchless["source_modules"]) == {f"crosstill.{part}" for part in [*floor, "search"]}
+    assert {"torch", "transformers", "pyarrow"} <= set(torchless["forbidden_modules"])
+
+
 def test_every_part_is_on_the_list():
     parts = {p.stem for p in (ROOT / "src/crosstill").iterdir() if p.suffix in ("", ".py")}
     assert parts - {"__init__", "__main__", "__pycache__", "py"} == set(listed(crosstill.__doc__))

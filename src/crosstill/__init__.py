@@ -1,33 +1,45 @@
 """crosstill: distil a large vision-language teacher into a small, fast dual encoder.
 
+The floor, which needs no torch:
+
     errors      every exception raised on purpose
     formats     names and texts as people have them: endings, hidden files, UTF-8, lines
     files       atomic writes, checksums, locks
     artefacts   names, records and arrays that a stranger may have written
     progress    bars on stderr
-    preprocess  how a model wants its images
-    resize      antialiased, in numpy, the bits of torch's
-    rasters     what Pillow decodes, strip by strip
-    decoding    worker processes for it, and a budget of memory
+    preprocess  how a model wants its images: size, cut, filter, normalisation
+    rasters     Pillow's formats, decoded strip by strip
+    decoding    worker processes that decode, within one budget of memory
     jpeg        JPEG, whole or refused
     pixels      bytes → upright RGB → resized, one path for the whole project
-    search      bundle → index → HTTP service and page; up to here nothing needs torch
+    onnx_files  checks of ONNX graphs before they run
+    bundle      exported students: the files, and the encoder that runs them
+
+The distiller, which imports no annex:
+
     types       the nouns and the dimension key
     images      the same pixels for torch, and views of them
     data        sources → examples
     teachers    frozen big models
-    cache       what a teacher said, on disk
+    cache       a teacher's outputs on disk
     students    image tower + text tower + heads
     objectives  one loss a file
     balance     one weighting rule a file
     evaluate    recall and cost
     train       settings, loop, checkpoints, run folders
     recipes     published settings
+    export      student → bundle, or a folder for other libraries
+
+Annexes, each with one door:
+
+    search      bundle → index → searcher → HTTP service and page, without torch
     ablate      grids of runs, and their tables
     report      one page a run or a grid
-    export      student → bundle, or a folder for other libraries
+    doctor      checks of a machine and a dataset
     demo        the whole path on rendered scenes
-    doctor      is this machine ready, is this dataset sound
+
+The command line over all of it:
+
     cli         one file a verb
 
 Imports only point up this list; a test holds that it agrees with the import contract. The parts

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from crosstill import cache, data, evaluate, export, recipes, students, teachers
+from crosstill.bundle import Bundle, calibration
 from crosstill.errors import ConfigError, ExportError, ModelError
 from crosstill.export import graphs, provenance, quality
-from crosstill.search.bundle import Bundle, calibration
 from support import FAST, SmallTeacher, small_student
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from crosstill import bundle as bundles
 from crosstill import files, pixels
+from crosstill.bundle import Bundle
 from crosstill.preprocess import Preprocess
-from crosstill.search import bundle as bundles
-from crosstill.search.bundle import Bundle
 
 DIM = 48
 PREPROCESS = Preprocess(size=(4, 4))

@@ -123,12 +123,12 @@ def mutate(folder: Path, home: Path, choose: np.random.Generator) -> str:
 
 
 def open_bundle(folder: Path) -> None:
-    from crosstill.search import bundle, encoder
+    from crosstill import bundle
 
     opened = bundle.Bundle.open(folder)
     bundle.calibration(opened)
-    encoder.Encoder(opened).warm()
-    encoder.Encoder(opened).count_truncated(["a red circle on a table"])
+    bundle.Encoder(opened).warm()
+    bundle.Encoder(opened).count_truncated(["a red circle on a table"])
 
 
 def open_index(folder: Path) -> None:

@@ -6,10 +6,10 @@ import torch
 from torch.nn.functional import normalize
 
 from crosstill import data, evaluate, export, files, objectives, students
+from crosstill.bundle import Bundle
 from crosstill.cache import Cache, build
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.recipes import distill
-from crosstill.search.bundle import Bundle
 from crosstill.students import matryoshka
 from crosstill.students.config import StudentConfig, parse
 from crosstill.students.student import Student

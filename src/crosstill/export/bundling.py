@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from crosstill import bundle as bundles
 from crosstill import files
 from crosstill.errors import ConfigError
 from crosstill.export import graphs, quality
@@ -13,7 +14,6 @@ from crosstill.export.card import card
 from crosstill.export.facts import Facts, Rounding
 from crosstill.export.provenance import Provenance
 from crosstill.export.quality import Measured
-from crosstill.search import bundle as bundles
 from crosstill.students.student import Student
 from crosstill.teachers.bundle import BundleModel
 

@@ -67,8 +67,8 @@ crosstill search INDEX "two dogs on snow"
 
 ```python
 from pathlib import Path
-from crosstill.search.bundle import Bundle
-from crosstill.search.encoder import Encoder
+from crosstill.bundle import Bundle
+from crosstill.bundle import Encoder
 
 encoder = Encoder(Bundle.open(Path("BUNDLE")))
 pixels = encoder.load(Path("photo.jpg").read_bytes(), "photo.jpg")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from crosstill import bundle as bundles
+from crosstill.bundle import runtime
 from crosstill.errors import ConfigError, ExportError
-from crosstill.search import bundle as bundles
-from crosstill.search.encoder import runtime
 from crosstill.students.student import Student
 
 BATCH = 4096  # the greatest batch that the graphs promise to take

@@ -16,7 +16,6 @@ from crosstill.evaluate.models import split_width
 from crosstill.evaluate.recall import Retrieval
 from crosstill.evaluate.report import six
 from crosstill.export.facts import Facts, Origin, Score
-from crosstill.report import gather
 from crosstill.students.student import Student
 from crosstill.train import Run
 from crosstill.train import folder as runs
@@ -139,7 +138,7 @@ def _of_run(origin: Provenance, folder: Path) -> Provenance:
         return origin
     split = record["settings"]["val_split"]
     try:
-        cache: CacheBase = gather.open_cache(folder, record)
+        cache: CacheBase = runs.open_cache(folder, record)
         rows = cache.split(split)
         pairs = cache.pairs(split)
         if pairs.examples:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crosstill import cache as caches
-from crosstill.cache import Cache, CacheBase, ScoreCache, Split, is_cache
+from crosstill.cache import Cache, CacheBase, ScoreCache, Split
 from crosstill.errors import CrosstillError, InputError, MismatchError
 from crosstill.evaluate import (
     CachedSplit,
@@ -88,7 +87,7 @@ def run(folder: Path, latency: bool) -> Gathered:
             f"{folder}: the run is not finished; finish it with "
             f"`crosstill train {record['cache']['folder']} --out {folder} --resume`"
         )
-    cache = open_cache(folder, record)
+    cache = runs.open_cache(folder, record)
     best = runs.learner(folder / "best")
     split = cache.split(record["settings"]["val_split"])
     found = Gathered(opened, record, cache, split, events.read(folder), _licences(best))
@@ -100,23 +99,6 @@ def run(folder: Path, latency: bool) -> Gathered:
     if latency and isinstance(best, Student):
         _latency(found, best)
     return found
-
-
-def open_cache(folder: Path, record: dict[str, Any]) -> CacheBase:
-    """The cache that a run learnt from, whole and unchanged."""
-    place = Path(record["cache"]["folder"])
-    if not is_cache(place):
-        raise InputError(
-            f"{folder} learnt from the cache {place}, which is gone; put it back there, "
-            "the report needs what it holds"
-        )
-    cache = caches.open(place)
-    if cache.digest != record["cache"]["digest"]:
-        raise MismatchError(
-            f"{place} is no longer the cache that {folder} learnt from; put that one back, "
-            "the report needs what it holds"
-        )
-    return cache
 
 
 def _licences(best: runs.Learner) -> dict[str, str | None]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from crosstill import files, progress
+from crosstill.bundle import Bundle, Encoder, check_same
 from crosstill.errors import (
     ConfigError,
     CorruptError,
@@ -34,9 +35,7 @@ from crosstill.errors import (
     printable,
 )
 from crosstill.search import generations, quarantine
-from crosstill.search.bundle import Bundle, check_same
 from crosstill.search.catalogue import Row
-from crosstill.search.encoder import Encoder
 from crosstill.search.generations import Pointer
 from crosstill.search.milvus_vectors import LITE
 from crosstill.search.publishing import Publisher, milvus_uri

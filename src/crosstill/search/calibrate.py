@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from crosstill.bundle import Bundle, calibration
 from crosstill.errors import ConfigError
-from crosstill.search.bundle import Bundle, calibration
 from crosstill.search.vectors import VectorIndex
 
 CAPTIONS = 1000  # that are searched at most: enough for a rate of one in a hundred

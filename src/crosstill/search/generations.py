@@ -23,9 +23,9 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field
 
 from crosstill import artefacts, files
+from crosstill.bundle import Bundle
 from crosstill.errors import ConfigError, CorruptError, CrosstillError, DataError
 from crosstill.search import catalogue, faiss_vectors, milvus_vectors, vectors
-from crosstill.search.bundle import Bundle
 from crosstill.search.catalogue import damaged
 from crosstill.search.milvus_vectors import LITE
 from crosstill.search.vectors import VectorIndex

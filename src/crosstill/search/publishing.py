@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from crosstill import files
+from crosstill.bundle import Bundle
 from crosstill.errors import ConfigError
 from crosstill.search import calibrate, catalogue, generations, vectors
-from crosstill.search.bundle import Bundle
 from crosstill.search.catalogue import Catalogue, Change, Row
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.generations import Kind, Pointer

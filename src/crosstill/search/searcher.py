@@ -12,11 +12,10 @@ from threading import Lock
 import numpy as np
 
 from crosstill import artefacts
+from crosstill.bundle import Bundle, Encoder, check_same
 from crosstill.errors import ConfigError, CrosstillError
 from crosstill.search import calibrate, catalogue, generations
-from crosstill.search.bundle import Bundle, check_same
 from crosstill.search.catalogue import Catalogue
-from crosstill.search.encoder import Encoder
 from crosstill.search.generations import Pointer
 from crosstill.search.vectors import VectorIndex
 

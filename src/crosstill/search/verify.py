@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from crosstill import artefacts, files
+from crosstill.bundle import Bundle, check_same
 from crosstill.errors import CorruptError, CrosstillError, ImageError, printable
 from crosstill.search import catalogue, generations, quarantine, walk, work
-from crosstill.search.bundle import Bundle, check_same
 from crosstill.search.catalogue import Catalogue, damaged
 from crosstill.search.generations import Pointer
 from crosstill.search.milvus_vectors import LITE

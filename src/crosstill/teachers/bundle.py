@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crosstill.search import bundle as bundles
-from crosstill.search.encoder import Encoder
+from crosstill import bundle as bundles
+from crosstill.bundle import Encoder
 from crosstill.teachers.base import unit
 
 

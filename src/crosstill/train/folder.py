@@ -23,7 +23,8 @@ import transformers
 
 import crosstill.students as students
 from crosstill import artefacts, files, teachers
-from crosstill.cache import CacheBase
+from crosstill import cache as caches
+from crosstill.cache import CacheBase, is_cache
 from crosstill.cache.format import QUARANTINE
 from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError, ModelError
 from crosstill.evaluate import runs
@@ -321,3 +322,29 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def open_cache(folder: Path, record: dict[str, Any]) -> CacheBase:
+    """Open the cache that a run learnt from, whole and unchanged.
+
+    Args:
+        folder: of the run.
+        record: its `config.json`.
+
+    Raises:
+        InputError: the cache is gone.
+        MismatchError: another cache is in its place.
+    """
+    place = Path(record["cache"]["folder"])
+    if not is_cache(place):
+        raise InputError(
+            f"{folder} learnt from the cache {place}, which is gone; put it back there, "
+            "the report needs what it holds"
+        )
+    cache = caches.open(place)
+    if cache.digest != record["cache"]["digest"]:
+        raise MismatchError(
+            f"{place} is no longer the cache that {folder} learnt from; put that one back, "
+            "the report needs what it holds"
+        )
+    return cache

@@ -9,10 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from crosstill import export
+from crosstill.bundle import BATCH, Bundle, Encoder
 from crosstill.data import scenes as rendered
 from crosstill.errors import CorruptError, ImageError
-from crosstill.search.bundle import Bundle
-from crosstill.search.encoder import BATCH, Encoder
 from support import small_student
 
 TEXTS = ["a red circle", "", "two blue squares beside a green triangle " * 9, "\ud800 odd", "x"]
@@ -130,11 +129,11 @@ import sys
 for name in ("torch", "transformers", "pyarrow", "torchvision", "sentence_transformers"):
     sys.modules[name] = None  # as if it were not installed
 import pkgutil, importlib, pathlib
-import crosstill.search, crosstill.cli.app
+import crosstill.bundle, crosstill.search, crosstill.cli.app
 for found in pkgutil.walk_packages(crosstill.search.__path__, "crosstill.search."):
     importlib.import_module(found.name)
-from crosstill.search.bundle import Bundle
-from crosstill.search.encoder import Encoder
+from crosstill.bundle import Bundle
+from crosstill.bundle import Encoder
 encoder = Encoder(Bundle.open(pathlib.Path({str(bundle_folder)!r})))
 pixels = encoder.load(pathlib.Path({str(tmp_path / "000000.png")!r}).read_bytes(), "")
 print(encoder.encode_texts(["a"]).shape, encoder.encode_images(pixels[None]).shape)

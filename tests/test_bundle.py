@@ -4,10 +4,10 @@ import shutil
 import numpy as np
 import pytest
 
+from crosstill import bundle as bundles
 from crosstill import files
+from crosstill.bundle import Bundle, check_same
 from crosstill.errors import CorruptError, MismatchError, ModelError
-from crosstill.search import bundle as bundles
-from crosstill.search.bundle import Bundle, check_same
 
 
 @pytest.fixture
