@@ -9,7 +9,7 @@ from transformers import BridgeTowerImageProcessorPil, ViltImageProcessorPil
 from crosstill import images
 from crosstill.errors import ConfigError, ImageError
 from crosstill.images import Preprocess, View
-from crosstill.teachers.processors import preprocess_from
+from crosstill.towers.processors import preprocess_from
 
 SHAPES = [
     (480, 640),

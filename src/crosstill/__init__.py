@@ -20,6 +20,7 @@ The distiller, which imports no annex:
     types       the nouns and the dimension key
     images      the same pixels for torch, and views of them
     data        sources → examples
+    towers      Hugging Face towers and processors, of which models are made
     teachers    frozen big models
     cache       a teacher's outputs on disk
     students    image tower + text tower + heads

@@ -106,3 +106,8 @@ def lines(text: str) -> list[str]:
 def captions(text: str) -> list[str]:
     """Return the captions in a text, one a line; blank lines are none."""
     return [line for line in lines(text) if line.strip()]
+
+
+def encodable(text: str) -> str:
+    """The text with lone surrogates replaced: tokenizers take UTF-8 only."""
+    return text.encode("utf-8", "replace").decode()

@@ -14,7 +14,7 @@ from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViltImageProc
 
 from crosstill import cache, data, images, students, teachers
 from crosstill.data import scenes as scenery
-from crosstill.students import vocabulary
+from crosstill.towers import vocabulary
 from support import small_config
 from verbs import crosstill, refusal
 

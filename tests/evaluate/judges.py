@@ -11,10 +11,10 @@ from torch import nn
 from crosstill import students
 from crosstill.data import Pairs
 from crosstill.images import Preprocess, Quarantine
-from crosstill.students import vocabulary
 from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter import CoAttention, Meter, Shape
 from crosstill.teachers.meter.model import Parts
+from crosstill.towers import vocabulary
 from crosstill.types import Example, States, image_id
 from support import small_config
 

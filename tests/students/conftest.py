@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, MobileNetV1Config, MobileNetV1Model
 
-from crosstill.students import vocabulary
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig
+from crosstill.towers import vocabulary
 
 COLOURS = ["red", "blue", "green", "yellow", "violet"]
 SHAPES = ["cube", "ball", "cone", "ring"]

@@ -8,9 +8,9 @@ from transformers import AutoModel
 
 from crosstill import export, students
 from crosstill.errors import ConfigError
-from crosstill.students import narrow
 from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
+from crosstill.towers import narrow
 
 CAPTIONS = families.CAPTIONS
 

@@ -20,7 +20,7 @@ from crosstill.export import dual_encoder, sentence
 from crosstill.recipes import distill
 from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
-from crosstill.teachers.towers import pool
+from crosstill.towers.build import pool
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "students.md"
 ONE_STEP = (

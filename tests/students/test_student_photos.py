@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from crosstill import images, students
+from crosstill.students.assembly import image_part
 from crosstill.students.config import ImageTowerConfig, StudentConfig
-from crosstill.students.towers import image_part
 
 FAMILIES = {family.type: family for family in IMAGE}
 SQUARE = {"height": 128, "width": 128}

@@ -16,7 +16,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from crosstill.errors import ConfigError, ModelError
-from crosstill.students import vocabulary
+from crosstill.towers import vocabulary
 
 CORPUS = [
     "the quick brown foxes jumped over the laziest dogs in the harbour",

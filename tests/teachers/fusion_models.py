@@ -19,7 +19,7 @@ from transformers import (
     ViltImageProcessorPil,
 )
 
-from crosstill.students import vocabulary
+from crosstill.towers import vocabulary
 
 TEXTS = ["a red cube", "a blue ball left of a red cube and far from it", "two cones", "ünüsual 🎈"]
 LAYERS = 3

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from crosstill import teachers
 from crosstill.errors import ConfigError, ModelError
 from crosstill.teachers.meter import Meter, released
-from crosstill.teachers.meter.visual import ClipVisual, resized_positions
+from crosstill.teachers.meter.visual import ClipVisual
+from crosstill.towers.build import resized_positions
 from crosstill.types import States
 from teachers.released_files import PRETRAIN, RETRIEVAL, STUDENT, on_meta, small, write_tokenizer
 from teachers.slow_meter import MEAN, STD, SlowMeter

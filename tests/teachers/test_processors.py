@@ -4,7 +4,7 @@ import torch
 from crosstill import images
 from crosstill.errors import ModelError
 from crosstill.images import Preprocess
-from crosstill.teachers.processors import preprocess_from
+from crosstill.towers.processors import preprocess_from
 
 SQUASH = {
     "do_resize": True,

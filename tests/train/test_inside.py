@@ -17,7 +17,7 @@ from transformers import (
 
 from crosstill import cache, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
-from crosstill.students import vocabulary
+from crosstill.towers import vocabulary
 from crosstill.train import train
 from crosstill.train.inside import Taps, as_map, blank
 from support import same, small_student

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from crosstill.preprocess import Preprocess
-from crosstill.students import narrow
 from crosstill.students.student import Student
+from crosstill.towers import narrow
 
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 

@@ -26,7 +26,7 @@ from crosstill.export import processor
 from crosstill.export.folder import aside
 from crosstill.export.parity import Parity, measure
 from crosstill.students.student import Student
-from crosstill.teachers.hugging_face import quiet
+from crosstill.towers.hub import quiet
 
 FORM = "sentence-transformers"
 _ROW, _ROWS = "sentence_embedding", "token_embeddings"  # what its modules call (B, W), (B, L, W)

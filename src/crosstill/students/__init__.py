@@ -46,7 +46,7 @@ def build(
         ModelError: a source that does not load.
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
-    from crosstill.students import building
+    from crosstill.students import assembly
     from crosstill.students.config import FusionConfig
 
     config = load_config(student) if isinstance(student, str | Path) else student
@@ -63,7 +63,7 @@ def build(
             f"student {config.name}: widths up to {config.widths[-1]} do not fit embeddings "
             f"of {width}; give smaller ones"
         )
-    return building.build(config.model_copy(update={"dim": width}), captions, seed)
+    return assembly.assemble(config.model_copy(update={"dim": width}), captions, seed)
 
 
 def fuse(

@@ -13,15 +13,14 @@ from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProce
 
 from crosstill import files, teachers
 from crosstill.errors import ConfigError, ModelError, unknown
-from crosstill.students import narrow, vocabulary
 from crosstill.students.config import FusionConfig
 from crosstill.students.student import RECORD, Student
-from crosstill.teachers import hugging_face
 from crosstill.teachers.dual import DualEncoder
 from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter import CoAttention, Meter, Shape
 from crosstill.teachers.meter.model import Parts
 from crosstill.teachers.vilt import Vilt
+from crosstill.towers import hub, narrow, vocabulary
 
 
 def build(
@@ -156,7 +155,7 @@ def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:
     tokenizer.model_max_length = config.max_length
     try:
         model_config = ViltConfig(**{**values, "vocab_size": len(tokenizer)})
-        with hugging_face.quiet():
+        with hub.quiet():
             model = ViltForImageAndTextRetrieval(model_config)
     except Exception as error:  # TypeError, ValueError, ZeroDivisionError, ... by field
         line = " ".join(str(error).split())[:160]
@@ -167,7 +166,7 @@ def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:
     with (
         files.writing(Path(tempfile.gettempdir()), size),
         tempfile.TemporaryDirectory() as place,
-        hugging_face.quiet(),
+        hub.quiet(),
     ):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)

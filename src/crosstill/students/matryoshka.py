@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from crosstill.errors import ConfigError
 from crosstill.students.student import Student
-from crosstill.students.towers import ImagePart, TextPart
+from crosstill.towers.build import ImagePart, TextPart
 from crosstill.types import Features
 
 MOST = 20_000  # rows a side: far more than there are axes

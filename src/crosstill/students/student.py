@@ -15,20 +15,21 @@ from transformers import PreTrainedTokenizerFast
 
 from crosstill import artefacts, files
 from crosstill.errors import ConfigError, CorruptError
+from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
-from crosstill.students import narrow, towers
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, parse
-from crosstill.students.vocabulary import plain
-from crosstill.teachers import storage
-from crosstill.teachers.base import (
-    TEXTS,
-    embed_by_length,
-    embed_pixels,
-    encodable,
-    tensors_digest,
-    unit,
+from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, tensors_digest, unit
+from crosstill.towers import narrow, saved
+from crosstill.towers.build import (
+    ImagePart,
+    TextPart,
+    assemble,
+    describe,
+    pool,
+    restore,
+    token_embeddings,
 )
-from crosstill.teachers.towers import assemble, describe, pool, restore
+from crosstill.towers.vocabulary import plain
 from crosstill.types import Features
 
 # Some Hugging Face towers carry TensorFlow's 0.9997, which in torch forgets all but the last batch.
@@ -64,9 +65,7 @@ class Student(nn.Module):
     modalities = frozenset({"image", "text"})
     axes: Tensor
 
-    def __init__(
-        self, config: StudentConfig, image: towers.ImagePart, text: towers.TextPart
-    ) -> None:
+    def __init__(self, config: StudentConfig, image: ImagePart, text: TextPart) -> None:
         super().__init__()
         if config.dim is None:
             raise ValueError("a student is built with a dim")
@@ -234,7 +233,7 @@ class Student(nn.Module):
             "preprocess": self.preprocess.to_json(),
             "licences": self.licences,
         }
-        storage.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
+        saved.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Student:
@@ -244,13 +243,13 @@ class Student(nn.Module):
             ModelError: the folder holds no student.
             CorruptError: one of its files was damaged; it is named.
         """
-        record, weights, tokenizer = storage.read(folder, RECORD)
+        record, weights, tokenizer = saved.read(folder, RECORD)
         with artefacts.readable(folder / RECORD):
             student = cls._assembled(folder, record, tokenizer)
         try:
             student.load_state_dict(weights)
         except RuntimeError as error:
-            path = folder / storage.WEIGHTS
+            path = folder / saved.WEIGHTS
             raise CorruptError(f"{path}: not the weights of this student ({error})") from None
         student.source = str(folder.absolute())
         return student.eval()
@@ -271,8 +270,8 @@ class Student(nn.Module):
         with torch.random.fork_rng():
             return cls(
                 config,
-                towers.ImagePart(image, preprocess, licences["image"]),
-                towers.TextPart(text, plain(tokenizer), licences["text"]),
+                ImagePart(image, preprocess, licences["image"]),
+                TextPart(text, plain(tokenizer), licences["text"]),
             )
 
     def parameters_by_part(self) -> dict[str, int]:
@@ -280,7 +279,7 @@ class Student(nn.Module):
         counts = {
             "image tower": _count(self.image_tower),
             "text tower": _count(self.text_tower),
-            "text embeddings": _count(towers.token_embeddings(self.text_tower)),
+            "text embeddings": _count(token_embeddings(self.text_tower)),
             "heads": _count(self.image_head) + _count(self.text_head),
         }
         return {**counts, "total": _count(self)}

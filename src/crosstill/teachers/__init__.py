@@ -37,15 +37,16 @@ def load(
         ModelError: it cannot be found, or it is not one of these.
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
-    from crosstill.teachers import checkpoints, hugging_face, open_clip
+    from crosstill.teachers import checkpoints, open_clip
+    from crosstill.towers import hub
 
     text = str(source)
     if text.startswith(open_clip.PREFIX):
         return open_clip.OpenClip(text, device=device)
     source = text.removeprefix(DUAL)
     checkpoints.refuse_file(Path(source))
-    folder = hugging_face.locate(source)
-    name = hugging_face.display_name(source)
+    folder = hub.locate(source)
+    name = hub.display_name(source)
     if text.startswith(DUAL):
         return _dual_heads(folder, name, device)
     return _by_contents(folder, name, device)

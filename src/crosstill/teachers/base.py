@@ -180,11 +180,6 @@ def truncation_note(models: Mapping[str, TextReader], texts: Sequence[str]) -> s
     return f"captions longer than a model reads, cut: {', '.join(told)}" if told else ""
 
 
-def encodable(text: str) -> str:
-    """The text with lone surrogates replaced: tokenizers take UTF-8 only."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def tensors_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, shapes, types and values."""
     total = hashlib.sha256()

@@ -23,7 +23,7 @@ from crosstill.images import Preprocess, normalise
 from crosstill.teachers.base import TwoTowers, tensors_digest
 from crosstill.teachers.beit3_network import Network, Shape
 from crosstill.teachers.beit3_tokenizer import Tokenizer
-from crosstill.teachers.storage import WEIGHTS, Saved
+from crosstill.towers.saved import WEIGHTS, Saved
 
 RECORD, PIECES = "beit3.json", "beit3.spm"
 LENGTH = 64  # ids of a caption in the released retrieval settings

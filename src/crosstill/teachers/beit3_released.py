@@ -18,7 +18,7 @@ from crosstill.errors import ConfigError, ModelError
 from crosstill.teachers.beit3 import Beit3
 from crosstill.teachers.beit3_network import SIZES, Network, Shape
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
-from crosstill.teachers.meter.visual import grid_of, resized_positions
+from crosstill.towers.build import grid_of, resized_positions
 
 HEAD = 64  # width of an attention head, but for the giant's
 _HEADS = ("language_head.weight", "vision_head.weight")

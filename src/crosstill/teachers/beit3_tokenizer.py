@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosstill.errors import ConfigError, ModelError
-from crosstill.teachers.base import encodable
+from crosstill.formats import encodable
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
 from crosstill.images import normalise
-from crosstill.teachers import hugging_face
 from crosstill.teachers.dual import DualEncoder
-from crosstill.teachers.pretrained import Pretrained, check_size, log_odds
+from crosstill.teachers.pretrained import Pretrained, log_odds
+from crosstill.towers import hub
+from crosstill.towers.processors import check_size
 from crosstill.types import States
 
 
@@ -84,7 +85,7 @@ class BlipDual(DualEncoder):
         check_size(self.folder, self.preprocess, config.vision_config.image_size)
         # without an image to look at, the text encoder's cross-attention does nothing
         config.text_config.is_decoder = False
-        model = hugging_face.read_model(self.folder, config, kind=BlipForImageTextRetrieval)
+        model = hub.read_model(self.folder, config, kind=BlipForImageTextRetrieval)
         self.family = "blip-itc"
         return _Heads(model).requires_grad_(False).to(self.device)
 

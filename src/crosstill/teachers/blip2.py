@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Blip2ForImageTextRetrieval
 
-from crosstill.teachers import hugging_face
 from crosstill.teachers.dual import DualEncoder
-from crosstill.teachers.pretrained import check_size
+from crosstill.towers import hub
+from crosstill.towers.processors import check_size
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Blip2Dual(DualEncoder):
         check_size(self.folder, self.preprocess, config.vision_config.image_size)
         # older folders say so by another name, and the heads cannot do without
         config.qformer_config.use_qformer_text_input = True
-        model = hugging_face.read_model(self.folder, config, kind=Blip2ForImageTextRetrieval)
+        model = hub.read_model(self.folder, config, kind=Blip2ForImageTextRetrieval)
         self.family = "blip-2-itc-mean"
         _log.warning(
             "%s: an image's row is the mean of BLIP-2's %d query rows; BLIP-2 itself scores by the "

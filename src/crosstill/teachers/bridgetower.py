@@ -12,9 +12,11 @@ from transformers import BridgeTowerForContrastiveLearning, BridgeTowerForImageA
 
 from crosstill.errors import ConfigError
 from crosstill.images import normalise
-from crosstill.teachers import hugging_face
 from crosstill.teachers.dual import DualEncoder
-from crosstill.teachers.pretrained import Pretrained, additive, check_size, log_odds
+from crosstill.teachers.pretrained import Pretrained, log_odds
+from crosstill.towers import hub
+from crosstill.towers.build import additive
+from crosstill.towers.processors import check_size
 from crosstill.types import States
 
 _TYPES = {"text": 0, "image": 1}  # rows of the token type embeddings
@@ -115,7 +117,7 @@ class BridgeTowerDual(DualEncoder):
         limit = min(self.tokenizer.model_max_length, _positions(config))
         self.tokenizer.model_max_length = limit
         kind = BridgeTowerForContrastiveLearning
-        model = hugging_face.read_model(self.folder, config, kind=kind)
+        model = hub.read_model(self.folder, config, kind=kind)
         self.family = "bridgetower-itc"
         return _Heads(model).requires_grad_(False).to(self.device)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crosstill.errors import CorruptError, ModelError
-from crosstill.teachers.hugging_face import weight_files
+from crosstill.towers.hub import weight_files
 
 Size = tuple[int, ...]
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")

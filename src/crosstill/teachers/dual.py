@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from crosstill import files
 from crosstill.data.base import read_licence
 from crosstill.errors import ModelError
+from crosstill.formats import encodable
 from crosstill.images import normalise
-from crosstill.teachers import hugging_face
-from crosstill.teachers.base import TwoTowers, encodable
+from crosstill.teachers.base import TwoTowers
+from crosstill.towers import hub, processors
 
 FAMILIES = (
     "align",
@@ -52,14 +53,14 @@ class DualEncoder(TwoTowers):
     """
 
     def __init__(self, folder: Path, name: str, device: torch.device | None = None) -> None:
-        config = hugging_face.read_config(folder)
+        config = hub.read_config(folder)
         self.folder, self.name, self.family = folder, name, str(config.model_type)
         self.source = str(folder.absolute())
         # The cheap parts first, so that a folder that lacks one says so at once.
-        self.tokenizer = hugging_face.read_tokenizer(folder, fast=False)
+        self.tokenizer = hub.read_tokenizer(folder, fast=False)
         if self.family == "siglip":
             _lower_gemma(self.tokenizer)
-        self.preprocess = hugging_face.read_preprocess(folder)
+        self.preprocess = processors.read_preprocess(folder)
         self.licence = read_licence(folder)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self._read_model(config)
@@ -76,14 +77,14 @@ class DualEncoder(TwoTowers):
                 f"{self.folder}: {kind}Model is no dual encoder (an image tower and a text tower "
                 f"with one joint space) that crosstill reads; it reads {', '.join(FAMILIES)}"
             )
-        model = hugging_face.read_model(self.folder, config)
+        model = hub.read_model(self.folder, config)
         # Half the time for convolutions on a CPU; nothing changes for matrix products.
         return model.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     def _try_out(self) -> int:
         """Embed a little, so that parts that do not fit each other say so at once → D."""
         black = torch.zeros(1, 3, *self.preprocess.size, dtype=torch.uint8)
-        with hugging_face.reading(self.folder, "model, fed by its tokenizer and image processor,"):
+        with hub.reading(self.folder, "model, fed by its tokenizer and image processor,"):
             texts, image = self.embed_texts(["a", "a a a"]), self.embed_images(black)
         if texts.shape[1] != image.shape[1]:
             raise ModelError(
@@ -102,7 +103,7 @@ class DualEncoder(TwoTowers):
         towers = (config.vision_config, config.text_config)
         rules = {**self._tokenizer_rules, "max_length": self.max_length}
         return {
-            "weights": hugging_face.weights_digest(self.folder),
+            "weights": hub.weights_digest(self.folder),
             "preprocess": self.preprocess.digest(),
             "tokenizer": files.digest_json(rules),
             "activation": "/".join(str(getattr(t, "hidden_act", "none")) for t in towers),

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from crosstill.errors import ConfigError, ModelError, unknown
-from crosstill.teachers import beit3, beit3_released, checkpoints, fusion, hugging_face, towers
+from crosstill.teachers import beit3, beit3_released, checkpoints, fusion
 from crosstill.teachers.beit3_network import Network
 from crosstill.teachers.checkpoints import Findings
 from crosstill.teachers.meter import Meter, released
 from crosstill.teachers.meter.visual import ClipVisual
+from crosstill.towers import build, hub
 
 FAMILIES = ("beit3", "meter")  # whose released files are known by their names
 # what is told of a part's sizes, under the names of ClipVisual, transformers and Shape
@@ -168,7 +169,7 @@ def _find(source: str) -> Path:
     """A file, or the folder that holds the weights: of a run, that of its best."""
     if Path(source).is_file():
         return Path(source)
-    folder = hugging_face.locate(source)
+    folder = hub.locate(source)
     best = folder / "best"
     found = best if best.is_dir() and not list(folder.glob("*.safetensors")) else folder
     if (found / "student.json").is_file():
@@ -181,7 +182,7 @@ def _find(source: str) -> Path:
 
 def _of_transformers(folder: Path) -> Inspection:
     """A Hugging Face folder, as transformers itself reports what it missed and what was over."""
-    config = hugging_face.read_config(folder)
+    config = hub.read_config(folder)
     held = {name: tuple(value.shape) for name, value in checkpoints.read(folder).items()}
     model, report = _loaded(folder, _architecture(config))
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -206,7 +207,7 @@ def _architecture(config: Any) -> Any:
 def _loaded(folder: Path, kind: Any) -> tuple[Any, dict[str, Any]]:
     """The model, with random values where the folder has none, and transformers' report."""
     try:
-        with hugging_face.quiet(), torch.random.fork_rng():
+        with hub.quiet(), torch.random.fork_rng():
             return kind.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -228,8 +229,8 @@ def _of_beit3(network: Network, found: Findings | None = None) -> Inspection:
 
 def _sizes(model: Meter) -> dict[str, dict[str, Any]]:
     """What decides a METER's shapes; a Hugging Face tower is called by its name."""
-    image, text = model.image_tower, towers.describe(model.text_tower.config)
-    described = image.config if isinstance(image, ClipVisual) else towers.describe(image.config)
+    image, text = model.image_tower, build.describe(model.text_tower.config)
+    described = image.config if isinstance(image, ClipVisual) else build.describe(image.config)
     return {
         "image": {k: described[k] for k in _TOLD if k in described},
         "text": {k: text[k] for k in _TOLD if k in text},

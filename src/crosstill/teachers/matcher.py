@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from crosstill import files
 from crosstill.errors import ConfigError, ModelError
+from crosstill.formats import encodable
 from crosstill.images import Preprocess
-from crosstill.teachers.base import embed_pixels, encodable, tensors_digest
+from crosstill.teachers.base import embed_pixels, tensors_digest
 from crosstill.types import States
 
 PAIRS = 64  # pairs in one pass on a CPU; more only spill its cache

@@ -19,9 +19,11 @@ from torch import Tensor
 from crosstill import files
 from crosstill.data.base import read_licence
 from crosstill.errors import ConfigError, ModelError
+from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
-from crosstill.teachers import dual, hugging_face
-from crosstill.teachers.base import TwoTowers, encodable
+from crosstill.teachers import dual
+from crosstill.teachers.base import TwoTowers
+from crosstill.towers import hub
 
 PREFIX = "open_clip:"
 CONFIG = "open_clip_config.json"
@@ -70,7 +72,7 @@ class OpenClip(TwoTowers):
         self, source: str | Path, name: str | None = None, device: torch.device | None = None
     ) -> None:
         library = _library()
-        with _quiet(), hugging_face.reading(str(source), "OpenCLIP model"):
+        with _quiet(), hub.reading(str(source), "OpenCLIP model"):
             found = _find(library, str(source))
             model = library.create_model(
                 found.model,
@@ -91,7 +93,7 @@ class OpenClip(TwoTowers):
         self.logit_scale, self.logit_bias = dual.logits(self.model, str(source))
         self._weights = found.weights
         black = torch.zeros(1, 3, *self.preprocess.size, dtype=torch.uint8)
-        with hugging_face.reading(str(source), "OpenCLIP model"):
+        with hub.reading(str(source), "OpenCLIP model"):
             self.dim = self.embed_texts(["a"]).shape[1]
             self.embed_images(black)
 
@@ -150,13 +152,13 @@ def _quiet() -> Iterator[None]:
 def _find(library: Any, source: str) -> _Found:
     if not source.startswith(PREFIX):
         folder = Path(source)
-        weights = hugging_face.weight_files(folder)
+        weights = hub.weight_files(folder)
         if len(weights) != 1:
             raise ModelError(
                 f"{folder}: {len(weights)} .safetensors beside {CONFIG}, one is needed; pickled "
                 "weights are never read"
             )
-        name, licence = hugging_face.display_name(folder), read_licence(folder)
+        name, licence = hub.display_name(folder), read_licence(folder)
         return _Found(f"local-dir:{folder}", name, weights[0], {}, licence)
     model, _, wanted = source.removeprefix(PREFIX).partition(":")
     if model not in library.list_models():

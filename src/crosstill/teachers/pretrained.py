@@ -12,9 +12,9 @@ from torch import Tensor
 from crosstill import files
 from crosstill.data.base import read_licence
 from crosstill.errors import ModelError
-from crosstill.images import Preprocess
-from crosstill.teachers import hugging_face
 from crosstill.teachers.matcher import Matcher
+from crosstill.towers import hub, processors
+from crosstill.towers.processors import check_size
 
 # what stands beside config and weights: the tokenizer and the image processor, as they came
 _BESIDE = (
@@ -46,19 +46,19 @@ class Pretrained(Matcher):
 
     def __init__(self, folder: Path, name: str, device: torch.device | None = None) -> None:
         super().__init__()
-        config = hugging_face.read_config(folder)
+        config = hub.read_config(folder)
         if config.model_type != self.family:
             raise ModelError(f"{folder}: a {config.model_type} model; {self.family} is needed here")
         self.name, self.source = name, str(folder.absolute())
         # The cheap parts first, so that a folder that lacks one says so at once.
-        self.tokenizer = hugging_face.read_tokenizer(folder)
-        self.preprocess = hugging_face.read_preprocess(folder)
+        self.tokenizer = hub.read_tokenizer(folder)
+        self.preprocess = processors.read_preprocess(folder)
         self.licence = read_licence(folder)
         if hasattr(config, "vision_config"):
             check_size(folder, self.preprocess, config.vision_config.image_size)
         present = (folder / file for file in _BESIDE)
         self._beside = {path.name: path.read_bytes() for path in present if path.is_file()}
-        self.model = hugging_face.read_model(folder, config, kind=self.kind)
+        self.model = hub.read_model(folder, config, kind=self.kind)
         self.max_length = int(min(self.tokenizer.model_max_length, self.positions))
         self.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
@@ -81,26 +81,11 @@ class Pretrained(Matcher):
             files.write_bytes(folder / name, data)
         size = sum(value.nbytes for value in self.model.state_dict().values())
         with files.writing(folder, size), files.scratch(folder, "model") as new:
-            with hugging_face.quiet():
+            with hub.quiet():
                 self.model.save_pretrained(new)
             # the config comes last: a folder with one is complete
             for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
                 files.write_atomic(folder / path.name, path.rename)
-
-
-def check_size(folder: Path, preprocess: Preprocess, side: int) -> None:
-    """Refuse an image processor whose images a vision model of that square size cannot take."""
-    if preprocess.resize == "fit" or preprocess.size != (side, side):
-        sizes = "many sizes" if preprocess.resize == "fit" else "{} x {}".format(*preprocess.size)
-        raise ModelError(
-            f"{folder}: its image processor gives images of {sizes}, and its vision model takes "
-            f"{side} x {side}; put the processor that it was trained with beside the weights"
-        )
-
-
-def additive(mask: Tensor) -> Tensor:
-    """What to add to attention scores: (B, L), 1 where real → float32 (B, 1, 1, L)."""
-    return (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
 
 
 def log_odds(logits: Tensor) -> Tensor:

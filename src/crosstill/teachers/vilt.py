@@ -10,7 +10,8 @@ from torch.nn import functional
 from transformers import ViltForImageAndTextRetrieval
 
 from crosstill.images import normalise
-from crosstill.teachers.pretrained import Pretrained, additive
+from crosstill.teachers.pretrained import Pretrained
+from crosstill.towers.build import additive
 from crosstill.types import States
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional
 from crosstill import artefacts
 from crosstill.errors import CorruptError
 from crosstill.images import Preprocess, normalise
-from crosstill.teachers import storage, towers
 from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter.stack import CoAttention, Shape
 from crosstill.teachers.meter.visual import ClipVisual
+from crosstill.towers import build, saved
 from crosstill.types import States
 
 RECORD = "matcher.json"
@@ -82,7 +82,7 @@ class Meter(Matcher):
             hidden = hidden.flatten(2).transpose(1, 2)
         if self._pooling[side] == "cls":
             return hidden
-        pooled = towers.pool(output, self._pooling[side], mask)
+        pooled = build.pool(output, self._pooling[side], mask)
         return torch.cat([pooled[:, None], hidden], dim=1)
 
     def enter(self, states: States, side: str) -> States:
@@ -116,7 +116,7 @@ class Meter(Matcher):
     def save(self, folder: Path) -> None:
         described = {
             "image": _describe(self.image_tower),
-            "text": towers.describe(self.text_tower.config),
+            "text": build.describe(self.text_tower.config),
         }
         record = {
             "family": self.family,
@@ -128,7 +128,7 @@ class Meter(Matcher):
             "max_length": self.max_length,
             "licence": self.licence,
         }
-        storage.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
+        saved.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | None = None) -> Meter:
@@ -138,7 +138,7 @@ class Meter(Matcher):
             ModelError: the folder holds no such model.
             CorruptError: one of its files was damaged; it is named.
         """
-        record, weights, tokenizer = storage.read(folder, RECORD)
+        record, weights, tokenizer = saved.read(folder, RECORD)
         with artefacts.readable(folder / RECORD), torch.random.fork_rng():
             parts = Parts(
                 image_tower=_restore(record["towers"]["image"], record["pooling"]["image"]),
@@ -154,7 +154,7 @@ class Meter(Matcher):
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            path = folder / storage.WEIGHTS
+            path = folder / saved.WEIGHTS
             raise CorruptError(f"{path}: not the weights of this model ({error})") from None
         model.source = str(folder.absolute())
         where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,10 +164,10 @@ class Meter(Matcher):
 def _describe(tower: nn.Module) -> dict[str, Any]:
     if isinstance(tower, ClipVisual):
         return {"model_type": CLIP_VISUAL, **tower.config}
-    return towers.describe(tower.config)
+    return build.describe(tower.config)
 
 
 def _restore(record: dict[str, Any], pooling: str) -> nn.Module:
     if record["model_type"] == CLIP_VISUAL:
         return ClipVisual(**{k: v for k, v in record.items() if k != "model_type"})
-    return towers.assemble(towers.restore(record), pooling)
+    return build.assemble(build.restore(record), pooling)

@@ -18,11 +18,12 @@ from transformers import RobertaConfig, RobertaModel
 
 from crosstill.errors import ConfigError, ModelError
 from crosstill.preprocess import Preprocess
-from crosstill.teachers import hugging_face
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
 from crosstill.teachers.meter.model import Meter, Parts
 from crosstill.teachers.meter.stack import CoAttention, Shape
-from crosstill.teachers.meter.visual import ClipVisual, grid_of, resized_positions
+from crosstill.teachers.meter.visual import ClipVisual
+from crosstill.towers import hub
+from crosstill.towers.build import grid_of, resized_positions
 
 HEAD = 64  # width of an attention head
 LENGTH = 40  # tokens of a caption in METER's retrieval settings
@@ -130,7 +131,7 @@ def load(
 
 
 def _read_tokenizer(folder: Path, words: int) -> Any:
-    tokenizer = hugging_face.read_tokenizer(folder)
+    tokenizer = hub.read_tokenizer(folder)
     if tokenizer.pad_token_id != PAD or len(tokenizer) > words:
         raise ModelError(
             f"{folder}: {len(tokenizer)} tokens with padding {tokenizer.pad_token_id}, where the "

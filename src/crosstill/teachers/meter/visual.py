@@ -6,14 +6,13 @@ projection.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from crosstill.errors import ConfigError
+from crosstill.towers.build import grid_of
 
 
 class Perceptron(nn.Module):
@@ -110,25 +109,3 @@ class ClipVisual(nn.Module):
         first = self.class_embedding.expand(len(patches), 1, -1)
         tokens = torch.cat([first, patches], dim=1) + self.positional_embedding
         return self.ln_post(self.transformer(self.ln_pre(tokens)))
-
-
-def resized_positions(table: Tensor, grid: int) -> Tensor:
-    """Positions for another grid of patches: (1 + G·G, W) → (1 + grid·grid, W).
-
-    Row 0, the class token's, stays; the others are a picture of the old grid, resized bicubically.
-    """
-    side = math.isqrt(len(table) - 1)
-    picture = table[1:].T.reshape(1, -1, side, side)
-    picture = functional.interpolate(picture, (grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], picture[0].flatten(1).T])
-
-
-def grid_of(image_size: int, patch_size: int) -> int:
-    """Patches along a side of an image, both in pixels.
-
-    Raises:
-        ConfigError: they do not tile it.
-    """
-    if image_size < 1 or image_size % patch_size:
-        raise ConfigError(f"image_size = {image_size} is not a multiple of patches of {patch_size}")
-    return image_size // patch_size

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from crosstill.errors import ConfigError, ModelError
-from crosstill.teachers.base import encodable
+from crosstill.formats import encodable
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what SentencePiece falls back to
 _BATCH = 4096

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crosstill import artefacts, files
 from crosstill.errors import CorruptError, ModelError
-from crosstill.teachers.hugging_face import quiet
+from crosstill.towers.hub import quiet
 
 WEIGHTS = "model.safetensors"
 _FORMAT = 1

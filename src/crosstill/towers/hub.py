@@ -17,13 +17,11 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from crosstill import files
 from crosstill.errors import ModelError
-from crosstill.images import Preprocess
-from crosstill.teachers.processors import preprocess_from
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = (".json", ".txt", ".model", ".safetensors", "README.md")
@@ -170,25 +168,6 @@ def read_tokenizer(folder: Path, fast: bool = True) -> Any:
         if fast and not hasattr(tokenizer, "backend_tokenizer"):
             raise ModelError(f"{folder}: its tokenizer is not a fast one; save a tokenizer.json")
     return tokenizer
-
-
-def read_preprocess(folder: Path) -> Preprocess:
-    """What the folder's image processor does.
-
-    Raises:
-        ModelError: there is none, or it does something that `Preprocess` cannot say.
-    """
-    if not any(
-        (folder / f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor")
-    ):
-        raise ModelError(
-            f"{folder}: no image processor (preprocessor_config.json); put it beside the weights"
-        )
-    with reading(folder, "image processor"):
-        processor = AutoImageProcessor.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-        return preprocess_from(processor.to_dict(), str(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
