@@ -11,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from crosstill import data, formats, pixels
 from crosstill.data.shards import stream
+from crosstill.formats import by_length, encodable
 from verbs import crosstill, refusal
 
 TWO_LINES = ("A dog runs{}on grass", "A second one")
@@ -346,3 +349,15 @@ def test_a_listing_of_vectors_is_read_as_other_texts(photos):
     assert "filenames.txt, line 1: not UTF-8" in refusal(
         "cache", vectors, photos / "t.csv", "--out", photos / "other"
     )
+
+
+@given(st.lists(st.integers(0, 5)), st.integers(1, 4))
+def test_rows_go_from_short_to_long_each_once_in_chunks_of_the_size(lengths, size):
+    chunks = by_length(lengths, size)
+    order = [row for chunk in chunks for row in chunk]
+    assert order == sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    assert all(len(chunk) == size for chunk in chunks[:-1]) and all(chunks)
+
+
+def test_lone_surrogates_become_question_marks():
+    assert encodable("a\udcffb é 🐕") == "a?b é 🐕"

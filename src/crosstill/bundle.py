@@ -23,6 +23,7 @@ from pydantic import Field
 
 from crosstill import artefacts, files, onnx_files, pixels
 from crosstill.errors import ConfigError, CorruptError, MismatchError, ModelError
+from crosstill.formats import by_length, encodable
 from crosstill.preprocess import Preprocess
 
 RECORD = "bundle.json"
@@ -231,10 +232,8 @@ class Encoder:
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Encode B texts → unit rows float32 (B, D). Texts of similar length share a pass."""
         ids = [encoding.ids for encoding in self._encoded(texts)]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         out = np.empty((len(ids), self.dim), np.float32)
-        for at in range(0, len(order), self._batch):
-            rows = order[at : at + self._batch]
+        for rows in by_length(map(len, ids), self._batch):
             out[rows] = self._run(TEXT, self._padded([ids[row] for row in rows]))
         return out
 
@@ -246,7 +245,7 @@ class Encoder:
         """Return a sentence for each part of a query that the text tower cannot use."""
         if not text.strip():
             return []
-        encoding = self._tokenizer.encode(*_encodable([text]))
+        encoding = self._tokenizer.encode(encodable(text))
         marked = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
         words = [(number, token) for number, token, special in marked if not special]
         notes = []
@@ -264,7 +263,7 @@ class Encoder:
 
     def _encoded(self, texts: Sequence[str]) -> list[Any]:
         with artefacts.foreign(self.bundle.folder / TOKENIZER, "not a tokenizer"):
-            encodings: list[Any] = self._tokenizer.encode_batch(_encodable(texts))
+            encodings: list[Any] = self._tokenizer.encode_batch([encodable(text) for text in texts])
             return encodings
 
     def _run(self, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -287,11 +286,6 @@ class Encoder:
 
     def _rows(self, chunks: list[np.ndarray]) -> np.ndarray:
         return np.concatenate(chunks) if chunks else np.empty((0, self.dim), np.float32)
-
-
-def _encodable(texts: Sequence[str]) -> list[str]:
-    """Replace lone surrogates, which no tokenizer takes, by question marks."""
-    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def runtime() -> Any:

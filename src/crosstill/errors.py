@@ -131,15 +131,25 @@ class NonFiniteError(RunError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """One line for a name that does not exist: what was asked, the likely meant, all known.
+    """Make the error of a name that does not exist; it gives the nearest name and all known ones.
 
     >>> str(unknown("loss", "rdk", ["rkd", "contrastive"]))
     "no loss named 'rdk'; did you mean 'rkd'? Known: contrastive, rkd"
     """
     names = sorted(known)
-    near = get_close_matches(name, names, n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else ";"
-    return ConfigError(f"no {kind} named {name!r}{meant} Known: {', '.join(names)}")
+    return ConfigError(
+        f"no {kind} named {name!r}{did_you_mean(name, names)} Known: {', '.join(names)}"
+    )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Name the known name that is nearest to a mistyped one, between two parts of a message.
+
+    >>> did_you_mean("rdk", ["rkd", "contrastive"]), did_you_mean("x", ["rkd"])
+    ("; did you mean 'rkd'?", ';')
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ";"
 
 
 def printable(text: str) -> str:

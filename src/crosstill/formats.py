@@ -4,6 +4,7 @@ r"""Rules for file names and texts, the same for folders, shards, tables, vector
     endings          in any case; `PHOTOS` are read, `UNSUPPORTED` are listed as left out
     Unicode forms    é as one character (NFC) or as two (NFD, from macOS) is one name
     texts            UTF-8, with or without a byte-order mark
+    lengths          texts of similar length share a pass
     lines            end at \n, \r\n or \r and nowhere else: U+2028 is part of a caption
 
 A listing that names a hidden file means it: only what is met in a folder or an archive is passed
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 
 from crosstill.errors import DataError
 
@@ -109,5 +111,23 @@ def captions(text: str) -> list[str]:
 
 
 def encodable(text: str) -> str:
-    """The text with lone surrogates replaced: tokenizers take UTF-8 only."""
+    """Replace lone surrogates, as in odd file names, by "?": tokenizers take UTF-8 only."""
     return text.encode("utf-8", "replace").decode()
+
+
+def by_length(lengths: Iterable[int], size: int) -> list[list[int]]:
+    """Cut rows into chunks of similar length, so that little of a padded chunk is padding.
+
+    Args:
+        lengths: of every row, in characters or tokens.
+        size: rows of a chunk.
+
+    Returns:
+        Numbers of rows, the shortest first, equal ones in their order.
+
+    >>> by_length([7, 3, 5], 2)
+    [[1, 2], [0]]
+    """
+    counts = list(lengths)
+    order = sorted(range(len(counts)), key=counts.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,11 +1,17 @@
-"""Progress on stderr: bars on a terminal, a line every tenth of the way elsewhere."""
+"""Progress on stderr: bars on a terminal, a line every tenth of the way elsewhere.
+
+What other libraries would write there is kept back by `quiet`.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -70,3 +76,36 @@ def bar(label: str, total: int, done: int = 0) -> Iterator[Bar]:
     with Progress(*columns, console=console, disable=silent) as progress:
         task = progress.add_task(label, total=total, completed=done, rate="", note="")
         yield Bar(progress, task)
+
+
+@contextmanager
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keep other libraries' warnings, bars and log lines back while the block runs.
+
+    Our own log lines come through. Not for threads: filters of warnings are the whole process's.
+
+    Args:
+        level: of the log lines that are kept back, and of all below it.
+    """
+    own = logging.getLogger("crosstill")
+    levels = {own: own.level}
+    own.setLevel(own.getEffectiveLevel())
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if not isinstance(logger, logging.Logger) or logger.name.split(".")[0] == own.name:
+            continue
+        if logger.level:  # those without inherit from one that has
+            levels[logger] = logger.level
+            logger.setLevel(max(logger.level, level + 1))
+    transformers: Any = sys.modules.get("transformers.utils.logging")
+    bars = transformers is not None and transformers.is_progress_bar_enabled()
+    if bars:
+        transformers.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, before in levels.items():
+            logger.setLevel(before)
+        if bars:
+            transformers.enable_progress_bar()

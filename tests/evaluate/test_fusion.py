@@ -64,7 +64,7 @@ def test_true_models_in_blocks_equal_one_pair_at_a_time(family, tmp_path, monkey
 
 def small_blocks(monkeypatch, rows: int) -> None:
     monkeypatch.setattr(reading, "BATCH", rows)
-    monkeypatch.setattr(fusion, "by_length", lambda texts: reading.by_length(texts, rows))
+    monkeypatch.setattr(fusion, "BATCH", rows)
 
 
 def test_blocks_change_nothing(monkeypatch):

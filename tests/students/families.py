@@ -20,8 +20,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from crosstill.progress import quiet
 from crosstill.towers import vocabulary
-from crosstill.towers.hub import quiet
 
 COLOURS = ["red", "blue", "green", "yellow", "violet"]
 SHAPES = ["cube", "ball", "cone", "ring"]

@@ -16,6 +16,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from crosstill.errors import ConfigError, ModelError
+from crosstill.formats import encodable
 from crosstill.towers import vocabulary
 
 CORPUS = [
@@ -135,7 +136,7 @@ def test_captions_keep_their_tokens_and_rows_follow(make: Make) -> None:
 def test_any_text_still_encodes(make: Make) -> None:
     full = make()
     small, rows = vocabulary.trim(full, CAPTIONS)
-    for text in map(vocabulary.encodable, ODD):
+    for text in map(encodable, ODD):
         after = small(text)["input_ids"]
         assert all(0 <= i < len(rows) for i in after)
         assert (full.unk_token in small.tokenize(text)) == (full.unk_token in full.tokenize(text))

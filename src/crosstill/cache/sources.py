@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crosstill import images, progress
 from crosstill.errors import ImageError, ModelError
-from crosstill.teachers.base import Teacher
+from crosstill.teachers.base import Teacher, embed_by_length
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
 
@@ -94,13 +93,7 @@ def embed_texts(
     """
     if isinstance(teacher, FeaturesTeacher):
         return _looked_up(teacher, texts, bar)
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    out = torch.empty(len(texts), teacher.dim)
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        out[rows] = teacher.embed_texts([texts[row] for row in rows]).cpu()
-        bar.advance(len(rows))
-    return out
+    return embed_by_length(texts, lambda some: teacher.embed_texts(some).cpu(), size, bar)
 
 
 def _looked_up(teacher: FeaturesTeacher, texts: Sequence[str], bar: progress.Bar) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from crosstill import files, formats
 from crosstill.data.base import Copy, HashedReader, Pairs, place, read_image, regular, unreadable
 from crosstill.errors import DataError, ImageError, MissingError
+from crosstill.formats import encodable
 from crosstill.images import Quarantine
 from crosstill.types import Example
 
@@ -165,7 +166,7 @@ def _hint(bad: Sequence[ImageError]) -> str:
 def _clean(entry: Entry, notes: Counter[str]) -> Entry:
     captions = []
     for text in entry.captions:
-        whole = text.encode("utf-8", "replace").decode()
+        whole = encodable(text)
         notes["captions with broken Unicode, each now a '?'"] += whole != text
         captions.append(whole.strip())
     kept = [text for text in captions if any(map(_visible, text))]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +15,17 @@ from crosstill.data import Pairs
 from crosstill.errors import DataError
 from crosstill.evaluate import truth as truths
 from crosstill.evaluate.efficiency import Stopwatch
-from crosstill.evaluate.reading import BATCH, by_length, captions, photos, quarantined
+from crosstill.evaluate.reading import BATCH, captions, photos, quarantined
 from crosstill.evaluate.recall import Retrieval, retrieval
 from crosstill.evaluate.truth import Truth
 from crosstill.students.student import Student
-from crosstill.teachers.base import Teacher, embed_pixels
+from crosstill.teachers.base import (
+    Teacher,
+    embed_by_length,
+    embed_pixels,
+    encode_by_length,
+    evaluating,
+)
 from crosstill.types import Example, Features
 
 
@@ -88,12 +93,10 @@ def _embed_images(
 
 def embed_texts(model: Teacher, texts: Sequence[str]) -> Tensor:
     """Unit rows (T, D); captions of one length share a pass, so that little is padding."""
-    out = torch.empty(len(texts), model.dim)
+    if not texts:
+        return torch.empty(0, model.dim)
     with progress.bar("captions", len(texts)) as bar:
-        for rows in by_length(texts):
-            out[rows] = model.embed_texts([texts[row] for row in rows]).cpu()
-            bar.advance(len(rows))
-    return out
+        return embed_by_length(texts, lambda some: model.embed_texts(some).cpu(), BATCH, bar)
 
 
 class CachedSplit:
@@ -186,27 +189,12 @@ def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:
 
 def pool_texts(student: Student, tokens: Sequence[list[int]]) -> Tensor:
     """Pooled text states (T, W) of tokenized captions, in their order."""
-    order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
-    out: list[Tensor] = []
-    with evaluating(student), progress.bar("encoding captions", len(order)) as bar:
-        for start in range(0, len(order), BATCH):
-            chunk = order[start : start + BATCH]
-            batch = student.pad([tokens[row] for row in chunk])
-            out.append(student.pool_text(*(part.to(student.device) for part in batch)))
-            bar.advance(len(chunk))
-    pooled = torch.cat(out)
-    return torch.empty_like(pooled).index_copy_(
-        0, torch.tensor(order, device=student.device), pooled
-    )
+    with evaluating(student), progress.bar("encoding captions", len(tokens)) as bar:
 
+        def pool(rows: list[int]) -> Tensor:
+            batch = student.pad([tokens[row] for row in rows])
+            pooled = student.pool_text(*(part.to(student.device) for part in batch))
+            bar.advance(len(rows))
+            return pooled
 
-@contextmanager
-def evaluating(student: Student) -> Iterator[None]:
-    """Evaluation mode without gradients; the student goes back to what it was."""
-    training = student.training
-    student.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        student.train(training)
+        return encode_by_length(map(len, tokens), pool, BATCH)

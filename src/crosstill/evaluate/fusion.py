@@ -11,8 +11,9 @@ from torch import Tensor
 from crosstill import progress
 from crosstill.data import Pairs
 from crosstill.evaluate.efficiency import Stopwatch
-from crosstill.evaluate.reading import by_length, captions, readable, sound
+from crosstill.evaluate.reading import BATCH, captions, readable, sound
 from crosstill.evaluate.truth import Truth, of_texts
+from crosstill.formats import by_length
 from crosstill.images import Quarantine
 from crosstill.teachers.matcher import GPU_PAIRS, PAIRS, Matcher
 from crosstill.types import States
@@ -105,7 +106,7 @@ class _Reader:
 
     def __init__(self, model: Matcher, texts: Sequence[str], watch: Stopwatch) -> None:
         self._model, self._texts, self._watch = model, texts, watch
-        self._chunks = by_length(texts)
+        self._chunks = by_length(map(len, texts), BATCH)
         self._kept: dict[int, States] = {}
         self._bytes = 0
 

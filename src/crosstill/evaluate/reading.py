@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -89,9 +89,3 @@ def captions(examples: Iterable[Example]) -> tuple[list[str], Tensor]:
     """All captions, and the row of the image that each describes: T texts, (T,) int64."""
     rows = [(row, text) for row, example in enumerate(examples) for text in example.captions]
     return [text for _, text in rows], torch.tensor([row for row, _ in rows], dtype=torch.int64)
-
-
-def by_length(texts: Sequence[str], size: int = BATCH) -> list[list[int]]:
-    """Rows of texts in chunks of similar length, so that little is padding."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from crosstill.data import Pairs
 from crosstill.evaluate.efficiency import Cost, Stopwatch, one_thread
-from crosstill.evaluate.reading import BATCH, by_length, captions, readable, sound
+from crosstill.evaluate.reading import BATCH, captions, readable, sound
+from crosstill.formats import by_length
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.matcher import Matcher, joined
 
@@ -74,7 +75,7 @@ def _full(model: Teacher, pairs: Pairs) -> Work:
             rows.append(model.embed_images(stack))
         yield
     words = torch.empty(len(texts), model.dim)
-    for chunk in by_length(texts):
+    for chunk in by_length(map(len, texts), BATCH):
         with watch.running():
             words[chunk] = model.embed_texts([texts[row] for row in chunk])
         yield
@@ -98,7 +99,7 @@ def _sampled(model: Matcher, pairs: Pairs, sample: int) -> Work:
     pixels = [photo for chunk in sound(shown, model.preprocess) for photo in chunk]
     looks = [pixels[start : start + LOOKED] for start in range(0, few, LOOKED)]
     look, seen = yield from _timed(looks, model.image_states)
-    reads = [[words[row] for row in rows] for rows in by_length(words, READ)]
+    reads = [[words[row] for row in rows] for rows in by_length(map(len, words), READ)]
     read, known = yield from _timed(reads, model.text_states)
     sides = joined(seen), joined(known)
     match, _ = yield from _timed(

@@ -28,10 +28,10 @@ from crosstill.errors import ConfigError
 from crosstill.export import processor
 from crosstill.export.folder import aside
 from crosstill.export.parity import Parity, measure
+from crosstill.progress import quiet
 from crosstill.students.student import Student
 from crosstill.towers import narrow
 from crosstill.towers.build import describe, restore
-from crosstill.towers.hub import quiet
 
 FORM = "transformers"
 _HEADS = {"image_head": "visual_projection", "text_head": "text_projection"}

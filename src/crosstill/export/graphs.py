@@ -6,11 +6,7 @@ only resize and tokenize.
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from torch.export import Dim
 from crosstill import bundle as bundles
 from crosstill.bundle import runtime
 from crosstill.errors import ConfigError, ExportError
+from crosstill.progress import quiet
 from crosstill.students.student import Student
 
 BATCH = 4096  # the greatest batch that the graphs promise to take
@@ -83,7 +80,7 @@ def quantise(folder: Path) -> None:
         # shapes that the exporter noted contradict those that the quantizer infers
         del model.graph.value_info[:]
         _round_tables(model.graph)
-        with _quiet():
+        with quiet():
             quantize_dynamic(
                 model,
                 path,
@@ -129,7 +126,7 @@ def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Pat
     except ImportError:
         raise ConfigError("onnxscript is not installed; pip install 'crosstill[export]'") from None
     try:
-        with _quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             program = torch.onnx.export(
                 tower.eval(),
                 example,
@@ -146,18 +143,5 @@ def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Pat
             f"{path.name}: this tower does not export to ONNX ({line}); "
             "use --to sentence-transformers"
         ) from None
-    with _quiet():
+    with quiet():
         program.save(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes to its developers out of our output."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -25,8 +25,8 @@ from crosstill.errors import ConfigError
 from crosstill.export import processor
 from crosstill.export.folder import aside
 from crosstill.export.parity import Parity, measure
+from crosstill.progress import quiet
 from crosstill.students.student import Student
-from crosstill.towers.hub import quiet
 
 FORM = "sentence-transformers"
 _ROW, _ROWS = "sentence_embedding", "token_embeddings"  # what its modules call (B, W), (B, L, W)

@@ -180,7 +180,9 @@ class MilvusVectors:
             raise ConfigError(f"{self._where}: no Milvus; give http://host:19530 or a *.db path")
         if self._lite and not Path(self._uri).parent.is_dir():
             raise ConfigError(f"{self._where}: no such folder; make it first")
-        with _lock, _quiet():
+        # it logs a traceback; what matters of it is raised
+        logging.getLogger("milvus_lite.server_manager").disabled = True
+        with _lock:
             try:
                 client = self._milvus.MilvusClient(
                     self._uri, token=token or "", timeout=CONNECT, dedicated=True
@@ -305,15 +307,3 @@ def _held(path: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back the traceback that Milvus Lite logs: what matters of it is raised."""
-    logger = logging.getLogger("milvus_lite.server_manager")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before

@@ -13,6 +13,7 @@ from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProce
 
 from crosstill import files, teachers
 from crosstill.errors import ConfigError, ModelError, unknown
+from crosstill.progress import quiet
 from crosstill.students.config import FusionConfig
 from crosstill.students.student import RECORD, Student
 from crosstill.teachers.dual import DualEncoder
@@ -20,7 +21,7 @@ from crosstill.teachers.matcher import Matcher
 from crosstill.teachers.meter import CoAttention, Meter, Shape
 from crosstill.teachers.meter.model import Parts
 from crosstill.teachers.vilt import Vilt
-from crosstill.towers import hub, narrow, vocabulary
+from crosstill.towers import narrow, vocabulary
 
 
 def build(
@@ -155,7 +156,7 @@ def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:
     tokenizer.model_max_length = config.max_length
     try:
         model_config = ViltConfig(**{**values, "vocab_size": len(tokenizer)})
-        with hub.quiet():
+        with quiet():
             model = ViltForImageAndTextRetrieval(model_config)
     except Exception as error:  # TypeError, ValueError, ZeroDivisionError, ... by field
         line = " ".join(str(error).split())[:160]
@@ -166,7 +167,7 @@ def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:
     with (
         files.writing(Path(tempfile.gettempdir()), size),
         tempfile.TemporaryDirectory() as place,
-        hub.quiet(),
+        quiet(),
     ):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,14 @@ from crosstill.errors import ConfigError, CorruptError
 from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, parse
-from crosstill.teachers.base import TEXTS, embed_by_length, embed_pixels, tensors_digest, unit
+from crosstill.teachers.base import (
+    embed_by_length,
+    embed_pixels,
+    encode_by_length,
+    evaluating,
+    tensors_digest,
+    unit,
+)
 from crosstill.towers import narrow, saved
 from crosstill.towers.build import (
     ImagePart,
@@ -148,13 +154,12 @@ class Student(nn.Module):
         """`pool_text` in chunks of similar length: on a CPU padding is work (1.5 x measured)."""
         if self.device.type != "cpu" or torch.compiler.is_compiling():
             return self.pool_text(*texts)
-        lengths = texts.attention_mask.sum(1)
-        order = lengths.argsort(stable=True)
-        rows = [
-            self.pool_text(*(part[chunk, : int(lengths[chunk].max())] for part in texts))
-            for chunk in order.split(CHUNK)
-        ]
-        return torch.cat(rows)[order.argsort()]
+        lengths = texts.attention_mask.sum(1).tolist()
+
+        def pool_rows(rows: list[int]) -> Tensor:
+            return self.pool_text(*(part[rows, : lengths[rows[-1]]] for part in texts))
+
+        return encode_by_length(lengths, pool_rows, CHUNK)
 
     def embed_image(self, pooled: Tensor) -> Tensor:
         """(B, W) → unit rows (B, D)."""
@@ -194,15 +199,15 @@ class Student(nn.Module):
         """As `Teacher.embed_images`; the training mode is as before afterwards."""
         if not len(pixels):
             return torch.empty(0, self.dim)
-        with self._frozen():
+        with evaluating(self):
             return unit(embed_pixels(pixels, self.encode_image, self.device), self.name)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """As `Teacher.embed_texts`; the training mode is as before afterwards."""
         if not texts:
             return torch.empty(0, self.dim)
-        with self._frozen():
-            return unit(embed_by_length(texts, self._embed_texts, TEXTS), self.name)
+        with evaluating(self):
+            return unit(embed_by_length(texts, self._embed_texts), self.name)
 
     def identity(self) -> dict[str, str]:
         """See `Teacher`; computed anew each time, since training changes the weights."""
@@ -305,7 +310,7 @@ class Student(nn.Module):
     def _image_width(self) -> int:
         """The width of the image tower's rows, and whether it takes such photos at all."""
         size = self.preprocess.size
-        with self._frozen():
+        with evaluating(self):
             try:
                 return self.pool_image(torch.zeros(1, 3, *size)).shape[1]
             except (RuntimeError, ValueError) as error:
@@ -315,7 +320,7 @@ class Student(nn.Module):
     def _text_width(self) -> int:
         """The width of the text tower's rows, and whether it takes texts of `max_length`."""
         ids, most = self.tokenize(["a"])[0], self.config.max_length
-        with self._frozen():
+        with evaluating(self):
             width = self.pool_text(*self.pad([ids])).shape[1]
             try:
                 self.pool_text(*self.pad([(ids * most)[:most]]))
@@ -332,16 +337,6 @@ class Student(nn.Module):
     def _embed_texts(self, texts: list[str]) -> Tensor:
         tokens = self.pad(self.tokenize(texts))
         return self.encode_text(Tokens(*(part.to(self.device) for part in tokens)))
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            self.train(training)
 
 
 def _count(part: nn.Module) -> int:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from crosstill import progress
 from crosstill.errors import ModelError
+from crosstill.formats import by_length
 from crosstill.images import Preprocess
 
 # Measured on 2 CPU cores with MobileNetV2 at 224 x 224: eight images at a time keep a layer's
@@ -121,7 +124,7 @@ class TwoTowers(ABC):
         """As `Teacher.embed_texts`."""
         if not texts:
             return torch.empty(0, self.dim)
-        return unit(embed_by_length(texts, self._encode_texts, TEXTS), self.name)
+        return unit(embed_by_length(texts, self._encode_texts), self.name)
 
 
 def unit(rows: Tensor, owner: str) -> Tensor:
@@ -149,14 +152,48 @@ def embed_pixels(
     return torch.cat([encode(chunk.to(device)) for chunk in pixels.split(size)])
 
 
-def embed_by_length(
-    texts: Sequence[str], encode: Callable[[list[str]], Tensor], size: int = TEXTS
+def encode_by_length(
+    lengths: Iterable[int], encode: Callable[[list[int]], Tensor], size: int
 ) -> Tensor:
-    """Encode B texts in chunks of similar length, so that little is spent on padding → (B, D)."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    chunks = (order[i : i + size] for i in range(0, len(order), size))
-    rows = torch.cat([encode([texts[i] for i in chunk]) for chunk in chunks])
-    return rows[torch.tensor(order).argsort()]
+    """Encode rows of similar length together → (B, D), in the order of the rows.
+
+    Args:
+        lengths: (B,) of every row, in characters or tokens.
+        encode: gives (b, D) of the rows of these numbers.
+        size: the largest b.
+    """
+    chunks = by_length(lengths, size)
+    rows = torch.cat([encode(chunk) for chunk in chunks])
+    return rows[torch.tensor([row for chunk in chunks for row in chunk]).argsort()]
+
+
+def embed_by_length(
+    texts: Sequence[str],
+    encode: Callable[[list[str]], Tensor],
+    size: int = TEXTS,
+    bar: progress.Bar | None = None,
+) -> Tensor:
+    """Encode B texts, `size` of similar length at a time → (B, D)."""
+
+    def encode_rows(rows: list[int]) -> Tensor:
+        encoded = encode([texts[row] for row in rows])
+        if bar is not None:
+            bar.advance(len(rows))
+        return encoded
+
+    return encode_by_length(map(len, texts), encode_rows, size)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients, while the block runs."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
 
 
 class TextReader(Protocol):

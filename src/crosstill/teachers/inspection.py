@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from crosstill.errors import ConfigError, ModelError, unknown
+from crosstill.progress import quiet
 from crosstill.teachers import beit3, beit3_released, checkpoints, fusion
 from crosstill.teachers.beit3_network import Network
 from crosstill.teachers.checkpoints import Findings
@@ -207,7 +208,7 @@ def _architecture(config: Any) -> Any:
 def _loaded(folder: Path, kind: Any) -> tuple[Any, dict[str, Any]]:
     """The model, with random values where the folder has none, and transformers' report."""
     try:
-        with hub.quiet(), torch.random.fork_rng():
+        with quiet(), torch.random.fork_rng():
             return kind.from_pretrained(
                 folder,
                 dtype=torch.float32,

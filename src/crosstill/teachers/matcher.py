@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 
 from crosstill import files
 from crosstill.errors import ConfigError, ModelError
-from crosstill.formats import encodable
+from crosstill.formats import by_length, encodable
 from crosstill.images import Preprocess
-from crosstill.teachers.base import embed_pixels, tensors_digest
+from crosstill.teachers.base import embed_pixels, evaluating, tensors_digest
 from crosstill.types import States
 
 PAIRS = 64  # pairs in one pass on a CPU; more only spill its cache
@@ -128,13 +127,13 @@ class Matcher(nn.Module, ABC):
     @torch.inference_mode()
     def image_states(self, pixels: Sequence[Tensor]) -> States:
         """Entered states of uint8 (3, H, W) images, which may differ in size where they may."""
-        with self._still():
+        with evaluating(self):
             return self.enter(self.look_at(pixels), "image")
 
     @torch.inference_mode()
     def text_states(self, texts: Sequence[str]) -> States:
         """Entered states of texts."""
-        with self._still():
+        with evaluating(self):
             tokens = self.tokenize(texts)
             return self.enter(self.read(States(*(t.to(self.device) for t in tokens))), "text")
 
@@ -162,10 +161,10 @@ class Matcher(nn.Module, ABC):
         """
         size = PAIRS if self.device.type == "cpu" else GPU_PAIRS
         # texts of one length share a pass, so that little is padding
-        order = texts.mask.sum(1).cpu()[pairs[:, 1]].argsort(stable=True)
+        lengths = texts.mask.sum(1).cpu()[pairs[:, 1]].tolist()
         out = torch.empty(len(pairs))
-        with self._still():
-            for chunk in order.split(size):
+        with evaluating(self):
+            for chunk in by_length(lengths, size):
                 image, text = pairs[chunk].unbind(1)
                 out[chunk] = self.match(images.take(image), texts.take(text)).float().cpu()
         if not out.isfinite().all():
@@ -256,16 +255,6 @@ class Matcher(nn.Module, ABC):
         student.source = None
         return student
 
-    @contextmanager
-    def _still(self) -> Iterator[None]:
-        """Evaluation mode while the block runs."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
-
 
 class Reader:
     """Many texts' states, each computed once while they fit into memory.
@@ -303,8 +292,8 @@ class Reader:
     def _passes(self, rows: Sequence[int]) -> list[list[int]]:
         """The rows that are not kept, in passes of texts of similar length."""
         new = [row for row in rows if row not in self._kept]
-        order = sorted(new, key=lambda row: len(self._texts[row]))
-        return [order[i : i + PAIRS] for i in range(0, len(order), PAIRS)]
+        chunks = by_length((len(self._texts[row]) for row in new), PAIRS)
+        return [[new[place] for place in chunk] for chunk in chunks]
 
     def _read(self, rows: list[int]) -> dict[int, Tensor]:
         hidden, mask = self.model.text_states([self._texts[row] for row in rows])

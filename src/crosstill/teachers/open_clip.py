@@ -7,8 +7,7 @@ lie on the hub as CLIP of transformers too need it not: `dual` opens those.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from crosstill.data.base import read_licence
 from crosstill.errors import ConfigError, ModelError
 from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
+from crosstill.progress import quiet
 from crosstill.teachers import dual
 from crosstill.teachers.base import TwoTowers
 from crosstill.towers import hub
@@ -72,7 +72,7 @@ class OpenClip(TwoTowers):
         self, source: str | Path, name: str | None = None, device: torch.device | None = None
     ) -> None:
         library = _library()
-        with _quiet(), hub.reading(str(source), "OpenCLIP model"):
+        with quiet(logging.ERROR), hub.reading(str(source), "OpenCLIP model"):
             found = _find(library, str(source))
             model = library.create_model(
                 found.model,
@@ -136,17 +136,6 @@ def _library() -> Any:
             f"OpenCLIP's models need its library ({error.name} is not installed): "
             'pip install "crosstill[open-clip]"'
         ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's log lines away: it warns of random weights before ours are read."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(level)
 
 
 def _find(library: Any, source: str) -> _Found:

@@ -12,6 +12,7 @@ from torch import Tensor
 from crosstill import files
 from crosstill.data.base import read_licence
 from crosstill.errors import ModelError
+from crosstill.progress import quiet
 from crosstill.teachers.matcher import Matcher
 from crosstill.towers import hub, processors
 from crosstill.towers.processors import check_size
@@ -81,7 +82,7 @@ class Pretrained(Matcher):
             files.write_bytes(folder / name, data)
         size = sum(value.nbytes for value in self.model.state_dict().values())
         with files.writing(folder, size), files.scratch(folder, "model") as new:
-            with hub.quiet():
+            with quiet():
                 self.model.save_pretrained(new)
             # the config comes last: a folder with one is complete
             for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):

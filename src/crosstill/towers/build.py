@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from crosstill.errors import ConfigError, ModelError
 from crosstill.images import Preprocess
+from crosstill.progress import quiet
 from crosstill.towers import hub
 
 _HALVES = {"image": "vision", "text": "text"}  # what transformers calls them in a dual encoder
@@ -165,7 +166,7 @@ def name_tokens(config: Any, tokenizer: PreTrainedTokenizerFast) -> None:
 def assemble(config: Any, pooling: str) -> Any:
     """Build a tower from its configuration, with random weights, without unused parts."""
     try:
-        with hub.quiet():
+        with quiet():
             tower = AutoModel.from_config(config, dtype=torch.float32)
     except Exception as error:  # KeyError, ValueError, TypeError, ... by model
         raise ConfigError(f"no tower can be built of this config ({error})") from None
@@ -193,7 +194,7 @@ def describe(config: Any) -> dict[str, Any]:
 def restore(record: dict[str, Any]) -> Any:
     """Build the configuration that `describe` recorded, or that a TOML file holds."""
     try:
-        with hub.quiet():
+        with quiet():
             return AutoConfig.for_model(**record)
     except Exception as error:  # unknown model types and values, by model
         line = " ".join(str(error).split())[:160]

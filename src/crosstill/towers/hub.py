@@ -18,10 +18,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 from crosstill import files
 from crosstill.errors import ModelError
+from crosstill.progress import quiet
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = (".json", ".txt", ".model", ".safetensors", "README.md")
@@ -71,20 +71,6 @@ def _from_hub_cache(name: str, revision: str) -> Path:
             f"{name}: no such folder here, and the Hugging Face hub cannot be reached; "
             "give a folder, or try again online"
         ) from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' notes and bars off the terminal; what matters is raised as an error."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor
 
 from crosstill.errors import ModelError
 from crosstill.images import Preprocess
+from crosstill.progress import quiet
 from crosstill.towers import hub
 
 log = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ def default(config: Any) -> Preprocess:
 def _read(folder: Path) -> dict[str, Any] | None:
     """The record of the folder's image processor; None where there is none that loads."""
     try:
-        with hub.quiet():
+        with quiet():
             reader = AutoImageProcessor.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )

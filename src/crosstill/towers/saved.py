@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crosstill import artefacts, files
 from crosstill.errors import CorruptError, ModelError
-from crosstill.towers.hub import quiet
+from crosstill.progress import quiet
 
 WEIGHTS = "model.safetensors"
 _FORMAT = 1

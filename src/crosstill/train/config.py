@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from crosstill.errors import ConfigError
+from crosstill.errors import ConfigError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -140,6 +139,6 @@ def _parse(text: str) -> Any:
 
 
 def _unknown_key(key: str) -> ConfigError:
-    near = get_close_matches(key.split(".")[0], TrainConfig.model_fields, n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else ";"
-    return ConfigError(f"unknown key {key!r}{meant} Known: {', '.join(TrainConfig.model_fields)}")
+    fields = TrainConfig.model_fields
+    meant = did_you_mean(key.split(".")[0], fields)
+    return ConfigError(f"unknown key {key!r}{meant} Known: {', '.join(fields)}")

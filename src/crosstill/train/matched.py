@@ -14,6 +14,7 @@ from crosstill.cache import ScoreCache, Split
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.encode import cached_truth
 from crosstill.evaluate.recall import DEPTHS, Retrieval, chances_of_scores, from_scores
+from crosstill.teachers.base import evaluating
 from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig
 from crosstill.train.states import Sides
@@ -91,12 +92,9 @@ class MatchedSplit:
         return self._listed.teacher_recall()
 
     def _matrix(self, model: Matcher) -> Tensor:
-        training = model.training
-        model.eval()
-        with torch.inference_mode():
+        with evaluating(model):
             last = int(self._listed.image.max()) + 1
             parts = [self._block(model, start) for start in range(0, last, BLOCK)]
-        model.train(training)
         return self._listed.matrix(torch.cat(parts))
 
     def _block(self, model: Matcher, start: int) -> Tensor:

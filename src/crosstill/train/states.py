@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crosstill import images
 from crosstill.cache import PixelStore, ScoreCache, Split, memo, pixels
+from crosstill.formats import by_length
 from crosstill.teachers.matcher import Matcher
 from crosstill.types import States
 
@@ -123,7 +124,8 @@ class Sides:
         stored = Kept(np.empty(0), tokens.lengths + self._more)
 
         def parts() -> Iterator[tuple[np.ndarray, Tensor]]:
-            for rows in batches(tokens.lengths.argsort(kind="stable")):
+            for chunk in by_length(tokens.lengths, BATCH):
+                rows = np.array(chunk)
                 states = _read(model, tokens.take(rows))
                 yield stored.places(rows), states.hidden[states.mask.bool()]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from crosstill.errors import ConfigError, unknown
+from crosstill.errors import ConfigError, did_you_mean, unknown
 
 
 def names(package: str) -> list[str]:
@@ -73,9 +72,8 @@ def positive(**values: float) -> None:
 def _hint(option: str, allowed: Mapping[str, inspect.Parameter]) -> str:
     if not allowed:
         return "; it has none, remove it"
-    near = get_close_matches(option, allowed, n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{meant} Its options: {', '.join(f'{k} = {p.default!r}' for k, p in allowed.items())}"
+    options = ", ".join(f"{name} = {one.default!r}" for name, one in allowed.items())
+    return f"{did_you_mean(option, allowed)} Its options: {options}"
 
 
 def _check_type(what: str, parameter: inspect.Parameter, value: object) -> None:
