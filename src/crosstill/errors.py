@@ -56,7 +56,7 @@ class MissingError(DataError):
 
     Attributes:
         root: the folder in which they were looked for.
-        listed: every entry of the dataset, as `crosstill.data.gather` has it.
+        listed: every entry of the dataset, as `crosstill.data.collection` has it.
         missing: the paths that are not there, as they are listed.
     """
 

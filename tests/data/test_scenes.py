@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from crosstill import data
-from crosstill.data import scenery, scenes
+from crosstill.data import scenes
 from crosstill.errors import DataError
 from crosstill.images import decode
 
@@ -74,13 +74,13 @@ def test_default_count_is_said():
     assert scenes._parse("scenes:9:4") == (9, 4)
 
 
-@pytest.mark.parametrize("shape", scenery.OUTLINES)
-@pytest.mark.parametrize("colour", scenery.COLOURS)
+@pytest.mark.parametrize("shape", scenes.OUTLINES)
+@pytest.mark.parametrize("colour", scenes.COLOURS)
 def test_a_shape_is_drawn_where_and_as_said(shape, colour):
-    thing = scenery.Thing(shape, colour, "large", 30.0, 60.0, 18.0, 0.0)
-    scene = scenery.Scene((thing,), across=True, band=1, background="white")
-    pixels = decode(scenery.render(scene, random.Random(0)), "x").numpy().astype(int)
-    near = np.abs(pixels - scenery.COLOURS[colour]).max(2) < 30
+    thing = scenes.Thing(shape, colour, "large", 30.0, 60.0, 18.0, 0.0)
+    scene = scenes.Scene((thing,), across=True, band=1, background="white")
+    pixels = decode(scenes.render(scene, random.Random(0)), "x").numpy().astype(int)
+    near = np.abs(pixels - scenes.COLOURS[colour]).max(2) < 30
     rows, columns = np.nonzero(near)
     assert near.sum() > 250
     assert abs(columns.mean() - 30) < 2
@@ -90,7 +90,7 @@ def test_a_shape_is_drawn_where_and_as_said(shape, colour):
 
 def test_order_of_things_is_what_captions_say():
     for index in range(200):
-        scene = scenery.compose(random.Random(index))
+        scene = scenes.compose(random.Random(index))
         places = [thing.x if scene.across else thing.y for thing in scene.things]
         assert places == sorted(places)
         assert all(12 < place < 84 for place in places)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from oddities import FINE, lay
 from typer.testing import Result
 
 from crosstill import data
-from crosstill.data import base
+from crosstill.data.pairs import regular
 from crosstill.search.walk import walk
 from verbs import crosstill
 
@@ -118,13 +117,12 @@ def test_an_unreadable_folder_is_reported(photos, monkeypatch):
 
 def test_a_photo_that_vanishes_while_the_folder_is_read(photos, monkeypatch):
     root, odd = photos
-    regular, gathering = base.regular, sys.modules["crosstill.data.gather"]
 
     def vanish(path):
         (root / FINE["a new line"]).unlink(missing_ok=True)
         return regular(path)
 
-    monkeypatch.setattr(gathering, "regular", vanish)
+    monkeypatch.setattr("crosstill.data.collection.regular", vanish)
     pairs = data.open(root)
     gone = {FINE["a new line"]: "missing"}
     assert kinds(pairs.quarantine.rows) == {n: why for n, why in odd.items() if why} | gone

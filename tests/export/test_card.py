@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from crosstill.data.base import read_licence
+from crosstill.data.pairs import read_licence
 from crosstill.export.card import card
 from crosstill.export.facts import Facts, Origin, Rounding, Score
 from crosstill.export.licences import non_commercial, standing

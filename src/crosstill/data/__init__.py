@@ -24,25 +24,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from crosstill.data import folder, gather, scenes
-from crosstill.data.base import SPLITS, HashedReader, Pairs, read_image, read_licence
-from crosstill.data.given import Listing, files_of
-from crosstill.data.packed import read_packed
+from crosstill.data import scenes
+from crosstill.data.collection import Listing, collect, read_packed
+from crosstill.data.fileset import locate, read_photo_folder
+from crosstill.data.pairs import SPLITS, HashedReader, Pairs, read_image, read_licence
 from crosstill.errors import DataError
 from crosstill.types import Example
 
 __all__ = ["SPLITS", "Pairs", "open", "reader"]
 
-# The reader of every kind of file, a module with `read(given, images)`, loaded when it is needed
-_READERS = {
-    ".json": "json_files",
-    ".csv": "table",
-    ".tsv": "table",
-    ".jsonl": "jsonl",
-    ".parquet": "columns",
-    ".arrow": "columns",
-    ".tar": "shards",
-    **dict.fromkeys((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), "shards"),
+# The reader of every kind of file, a function of (fileset, images), loaded when it is needed
+_FORMATS = {
+    ".json": "crosstill.data.karpathy:read",
+    ".csv": "crosstill.data.listings:read_table",
+    ".tsv": "crosstill.data.listings:read_table",
+    ".jsonl": "crosstill.data.listings:read_jsonl",
+    ".parquet": "crosstill.data.parquet:read",
+    ".arrow": "crosstill.data.parquet:read",
+    **dict.fromkeys(
+        (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), "crosstill.data.shards:read"
+    ),
 }
 
 
@@ -71,64 +72,68 @@ def open(
     """
     if str(source).split(":")[0] == "scenes":
         return replace(scenes.read(str(source)), licence=licence)
-    listed = _list(str(source), Path(images).absolute() if images is not None else None)
+    listing = _list(str(source), Path(images).absolute() if images is not None else None)
     if splits is not None:
-        listed = _reader("splits").apply(listed, Path(splits))
+        listing = _function("crosstill.data.karpathy:apply_splits")(listing, Path(splits))
     if images is not None:
-        _check_inside(listed, Path(images).absolute())
-    if listed.bad and not listed.entries:
-        raise DataError(f"{listed.origin}: nothing in it can be used, first {listed.bad[0]}")
-    found = gather.gather(
-        listed.name, listed.origin, listed.source, listed.entries, strict, listed.bad
-    )
-    beside = listed.origin if listed.origin.is_dir() else listed.origin.parent
-    licence = licence or listed.licence or read_licence(beside)
-    return replace(found, licence=licence, notes=found.notes + listed.notes)
+        _check_inside(listing, Path(images).absolute())
+    if listing.bad and not listing.entries:
+        raise DataError(f"{listing.origin}: nothing in it can be used, first {listing.bad[0]}")
+    pairs = collect(listing, strict)
+    beside = listing.origin if listing.origin.is_dir() else listing.origin.parent
+    licence = licence or listing.licence or read_licence(beside)
+    return replace(pairs, licence=licence, notes=pairs.notes + listing.notes)
 
 
-def _check_inside(listed: Listing, images: Path) -> None:
+def _check_inside(listing: Listing, images: Path) -> None:
     """Refuse a listing that names images outside of the folder that the user has given.
 
     Without that folder a name counts from the listing and may lead anywhere, as may a link.
     """
-    packed = getattr(listed.source, "found", ())  # these lie in files of the dataset
-    for entry in listed.entries:
+    packed = getattr(listing.source, "images", ())  # these lie in files of the dataset
+    for entry in listing.entries:
         if entry.path not in packed and (".." in entry.path or entry.path.startswith("/")):
             place = os.path.normpath(images / entry.path)
             inside = Path(place).is_relative_to(os.path.normpath(images))
-            if not inside and os.path.lexists(place):  # else it is missing, which doctor can mend
+            if not inside and os.path.lexists(place):  # else it is missing, and doctor looks for it
                 raise DataError(
-                    f"{listed.origin}, {entry.where}: {entry.path} lies outside of --images "
+                    f"{listing.origin}, {entry.where}: {entry.path} lies outside of --images "
                     f"{images}; give a folder that holds all the images, and names within it"
                 )
 
 
 def _list(source: str, images: Path | None) -> Listing:
+    """List the images of a dataset with the reader of its format."""
     if images is not None and not images.is_dir():
         raise DataError(f"{images}: no such folder of images; check --images")
     if source.startswith("hf:"):
-        return _reader("hub").read(source, images)
-    given = files_of(source)
-    if given.files == (".",):
-        return folder.read(given.base)
-    kinds = sorted({_kind(name) for name in given.files})
-    readers = {_READERS.get(kind) for kind in kinds}
+        return _function("crosstill.data.hub:read")(source, images)
+    fileset = locate(source)
+    if fileset.names == (".",):
+        return read_photo_folder(fileset.base)
+    kinds = sorted({_kind(name) for name in fileset.names})
+    readers = {_FORMATS.get(kind) for kind in kinds}
     if len(readers) > 1:
         raise DataError(f"{source}: files of several kinds ({', '.join(kinds)}); give those of one")
-    if (module := readers.pop()) is None:
-        known = ", ".join(dict.fromkeys(_READERS))
-        raise DataError(f"{given.origin}: not a dataset; give a {known} file, a folder, or scenes")
-    return _reader(module).read(given, images)
+    if (reader := readers.pop()) is None:
+        known = ", ".join(_FORMATS)
+        raise DataError(
+            f"{fileset.origin}: not a dataset; give a {known} file, a folder, or scenes"
+        )
+    return _function(reader)(fileset, images)
 
 
 def _kind(name: str) -> str:
+    """Return a file's ending in lower case, of a compressed archive both: ".tar.gz"."""
     endings = [suffix.lower() for suffix in Path(name).suffixes]
     both = "".join(endings[-2:])
     return both if both.startswith(".tar.") else "".join(endings[-1:])
 
 
-def _reader(module: str) -> Any:
-    return import_module(f"crosstill.data.{module}")
+def _function(target: str) -> Callable[..., Listing]:
+    """Import the function "module:name"."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
 def reader(record: dict[str, Any]) -> HashedReader:
@@ -137,13 +142,14 @@ def reader(record: dict[str, Any]) -> HashedReader:
     Raises:
         DataError: the record is of no form known here.
     """
+    form = record.get("form")
     read: Callable[[Example], bytes]
-    if record.get("form") == "files":
+    if form == "files":
         read = partial(read_image, Path(record["root"]))
-    elif record.get("form") == "packed":
+    elif form == "packed":
         read = partial(read_packed, Path(record["root"]), str(record["column"]))
-    elif record.get("form") == "scenes":
+    elif form == "scenes":
         read = partial(scenes.read_scene, int(record["seed"]))
     else:
-        raise DataError(f"images of form {record.get('form')!r} cannot be read; upgrade crosstill")
+        raise DataError(f"images of form {form!r} cannot be read; upgrade crosstill")
     return HashedReader(read)

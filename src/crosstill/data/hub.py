@@ -11,9 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from crosstill.data import columns
-from crosstill.data.base import SPLIT_NAMES
-from crosstill.data.given import Given, Listing
+from crosstill.data import parquet
+from crosstill.data.collection import Listing
+from crosstill.data.fileset import FileSet
+from crosstill.data.pairs import SPLIT_NAMES
 from crosstill.errors import DataError
 
 PREFIX = "hf:"
@@ -36,10 +37,10 @@ def read(source: str, images: Path | None) -> Listing:
         raise DataError(f"{source}: it has no rows on disk; open its files instead")
     base = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
     splits = {os.path.relpath(file, base): split for file, split in files.items()}
-    told = {file: split for file, split in splits.items() if split}
-    listed = columns.read(Given(base, tuple(splits)), images, told)
+    known = {file: split for file, split in splits.items() if split}
+    listing = parquet.read(FileSet(base, tuple(splits)), images, known)
     licence = next(iter(loaded.values())).info.license or None
-    return listed._replace(name=name, licence=licence)
+    return listing._replace(name=name, licence=licence)
 
 
 def _load(name: str, config: str | None) -> dict[str, Any]:
@@ -52,9 +53,9 @@ def _load(name: str, config: str | None) -> dict[str, Any]:
     try:
         loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the library's, the hub's and the network's have no common root
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"{PREFIX}{name}: cannot be loaded ({type(error).__name__}: {told:.200}); check the "
+            f"{PREFIX}{name}: cannot be loaded ({type(error).__name__}: {reason:.200}); check the "
             "name and the connection"
         ) from None
     return dict(loaded)

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from crosstill import formats
-from crosstill.data.base import regular, unreadable
-from crosstill.data.gather import Entry
-from crosstill.data.given import Given, Listing, files_of
-from crosstill.data.packed import Packed, slice_path
-from crosstill.data.rows import CAPTION, captions_of, first, split_of
+from crosstill.data.collection import Entry, Listing, Packed, slice_path
+from crosstill.data.fileset import FileSet, locate
+from crosstill.data.listings import CAPTION, captions_of, first, split_of
+from crosstill.data.pairs import regular, unreadable
 from crosstill.errors import DataError, ImageError
 
 TEXTS = (".txt", ".caption", ".json")
@@ -56,7 +55,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Faults:
-    """What a pass met that is no sample: damage and bad members one by one, the rest counted."""
+    """Collects what is no sample: damage and bad members one by one, the rest counted."""
 
     strict: bool = False  # raise the first bad one
     bad: list[ImageError] = field(default_factory=list)
@@ -92,26 +91,26 @@ class _Member(NamedTuple):
         return os.path.splitext(formats.name_key(self.name))[0]
 
 
-def read(given: Given, images: Path | None) -> Listing:
+def read(fileset: FileSet, images: Path | None) -> Listing:
     """List the samples of shards, in one pass over their bytes.
 
     Raises:
         DataError: a compressed shard, or a wrong split in a sample's JSON.
     """
-    source, faults, entries = Packed(given.base), Faults(), []
-    for sample in _stream(given, None, faults):
+    source, faults, entries = Packed(fileset.base), Faults(), []
+    for sample in _stream(fileset, None, faults):
         source.note(sample.path, sample.image)
-        where = given.where(sample.start.shard, f"sample at byte {sample.start.offset}")
-        split = sample.split or given.split(sample.start.shard)
+        where = fileset.where(sample.start.shard, f"sample at byte {sample.start.offset}")
+        split = sample.split or fileset.split(sample.start.shard)
         entries.append(Entry(where, sample.path, sample.captions, split))
     notes = tuple(f"{text}: {count}" for text, count in faults.notes.items())
-    return Listing(given.name, given.origin, source, entries, notes, tuple(faults.bad))
+    return Listing(fileset.name, fileset.origin, source, entries, notes, tuple(faults.bad))
 
 
 def stream(
     source: str | Path, start: Position | None = None, faults: Faults | None = None
 ) -> Iterator[Sample]:
-    """The samples of shards in order, one in memory at a time.
+    """Yield the samples of shards in order, one in memory at a time.
 
     Args:
         source: a shard, a folder of shards, or a pattern such as "shards/{000000..000009}.tar".
@@ -123,19 +122,19 @@ def stream(
         ImageError: without `faults`, a damaged shard, or a member that cannot be used.
     """
     faults = Faults(strict=True) if faults is None else faults
-    yield from _stream(files_of(str(source)), start, faults)
+    yield from _stream(locate(str(source)), start, faults)
 
 
-def _stream(given: Given, start: Position | None, faults: Faults) -> Iterator[Sample]:
-    names, offset = given.files, 0
+def _stream(fileset: FileSet, start: Position | None, faults: Faults) -> Iterator[Sample]:
+    names, offset = fileset.names, 0
     if start is not None:
         if start.shard not in names:
-            raise DataError(f"{given.origin}: no shard {start.shard!r} to go on from; check it")
+            raise DataError(f"{fileset.origin}: no shard {start.shard!r} to go on from; check it")
         names, offset = names[names.index(start.shard) :], start.offset
     inside = offset % 512 == _INSIDE
     offset -= _INSIDE if inside else 0
     for name in names:
-        path = given.base / name
+        path = fileset.base / name
         try:
             with regular(path).open("rb") as file:
                 for group in _groups(_members(file, path, name, offset, faults)):
@@ -149,7 +148,7 @@ def _stream(given: Given, start: Position | None, faults: Faults) -> Iterator[Sa
 def _members(
     file: IO[bytes], path: Path, shard: str, offset: int, faults: Faults
 ) -> Iterator[_Member]:
-    """The members of a shard that may be part of a sample, from an offset on."""
+    """Yield the members of a shard that may be part of a sample, from an offset on."""
     size = path.stat().st_size
     if file.read(6).startswith(_PACKED):
         raise DataError(
@@ -199,7 +198,7 @@ def _is_part(member: _Member, info: tarfile.TarInfo, shard: str, faults: Faults)
 
 
 def _after(file: IO[bytes]) -> str:
-    """What is wrong behind the last member; tarfile takes a bad header for the end."""
+    """Describe damage behind the last member; tarfile takes a bad header for the end."""
     end = file.read(1024)
     if end != bytes(1024):
         return "no end mark" if len(end) < 1024 else "a bad header"
@@ -210,7 +209,7 @@ def _after(file: IO[bytes]) -> str:
 
 
 def _groups(members: Iterator[_Member]) -> Iterator[list[_Member]]:
-    """Neighbours of one key; a name that comes again begins the next sample."""
+    """Yield neighbours of one key; a name that comes again begins the next sample."""
     group: list[_Member] = []
     for member in members:
         if group and (member.key != group[0].key or member.name in (known.name for known in group)):
@@ -224,7 +223,7 @@ def _groups(members: Iterator[_Member]) -> Iterator[list[_Member]]:
 def _samples(
     file: IO[bytes], shard: str, group: list[_Member], faults: Faults, inside: bool
 ) -> Iterator[Sample]:
-    """The samples among the members of one key, in the order of their images.
+    """Yield the samples among the members of one key, in the order of their images.
 
     Args:
         file: the shard.
@@ -252,10 +251,10 @@ def _samples(
         captions: list[str] = []
         split = None
         for member in sorted(texts, key=lambda member: TEXTS.index(member.suffix)):
-            found, told = _texts(_bytes(file, member), member, shard, faults)
+            new, own_split = _texts(_bytes(file, member), member, shard, faults)
             is_json = member.suffix == ".json"
-            captions += [text for text in found if text not in captions or not is_json]
-            split = split or told
+            captions += [text for text in new if text not in captions or not is_json]
+            split = split or own_split
         yield Sample(
             slice_path(shard, image.offset, image.size, image.name),
             _bytes(file, image),
@@ -267,7 +266,7 @@ def _samples(
 
 
 def _by_image(group: list[_Member], faults: Faults, inside: bool) -> list[list[_Member]]:
-    """The members that belong to each image (name) of a key, each in the order of the shard.
+    """Group the members of a key by their image (name), each group in the order of the shard.
 
     A text waits for its image only until the next image: so every sample but the first lies
     wholly behind the images before it, and a stream can go on at its first member. For the same
@@ -277,7 +276,7 @@ def _by_image(group: list[_Member], faults: Faults, inside: bool) -> list[list[_
     # the only image gets texts named by the key
     alone = stems.pop() if len(stems) == 1 and not inside else ""
     samples: dict[str, list[_Member]] = {}  # the latest of each stem
-    found: list[list[_Member]] = []
+    groups: list[list[_Member]] = []
     waiting: list[_Member] = []
     lost = 0
     for member in group:
@@ -288,13 +287,13 @@ def _by_image(group: list[_Member], faults: Faults, inside: bool) -> list[list[_
         own = [t for t in waiting if t.stem == stem or (alone and t.stem == t.key)]
         lost += len(waiting) - len(own)
         waiting = []
-        if stem not in samples or samples[stem] is not found[-1]:
+        if stem not in samples or samples[stem] is not groups[-1]:
             samples[stem] = own
-            found.append(own)
+            groups.append(own)
         samples[stem].append(member)
     if lost + len(waiting):
         faults.notes["captions without an image beside them in the shard"] += lost + len(waiting)
-    return found
+    return groups
 
 
 def _bytes(file: IO[bytes], member: _Member) -> bytes:
@@ -305,7 +304,7 @@ def _bytes(file: IO[bytes], member: _Member) -> bytes:
 def _texts(
     data: bytes, member: _Member, shard: str, faults: Faults
 ) -> tuple[list[str], str | None]:
-    """Captions and split that a member tells; one that cannot be read is a fault."""
+    """Read captions and split from a member; one that cannot be read is a fault."""
     where = f"{shard}/{member.name}"
     try:
         text = formats.decode(data, where)

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from crosstill.data import Pairs
-from crosstill.data.base import Copy
+from crosstill.data.pairs import Copy
 from crosstill.errors import printable
 
 LONG = 1_000  # characters: no model reads that far

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from crosstill.data.json_files import parse
+from crosstill.data.karpathy import parse
 from crosstill.errors import DataError
 from crosstill.types import Example
 

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosstill.data.base import read_text
-from crosstill.data.json_files import parse
+from crosstill.data.karpathy import parse
+from crosstill.data.pairs import read_text
 from crosstill.errors import ConfigError, DataError
 from crosstill.evaluate import coco
 from crosstill.evaluate.recall import DEPTHS, Rivals, chance

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crosstill.data.base import read_licence
+from crosstill.data.pairs import read_licence
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, TowerConfig
 from crosstill.students.student import Student
 from crosstill.towers import build, hub, narrow, processors, vocabulary

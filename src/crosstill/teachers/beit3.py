@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crosstill import artefacts, files
-from crosstill.data.base import read_licence
+from crosstill.data.pairs import read_licence
 from crosstill.errors import CorruptError
 from crosstill.images import Preprocess, normalise
 from crosstill.teachers.base import TwoTowers, tensors_digest

@@ -13,7 +13,7 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from crosstill import files
-from crosstill.data.base import read_licence
+from crosstill.data.pairs import read_licence
 from crosstill.errors import ModelError
 from crosstill.formats import encodable
 from crosstill.images import normalise

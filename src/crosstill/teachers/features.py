@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from crosstill import files, formats
-from crosstill.data.base import read_licence, read_text
+from crosstill.data.pairs import read_licence, read_text
 from crosstill.errors import ModelError
 from crosstill.teachers.base import unit
 

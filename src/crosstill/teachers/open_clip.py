@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from crosstill import files
-from crosstill.data.base import read_licence
+from crosstill.data.pairs import read_licence
 from crosstill.errors import ConfigError, ModelError
 from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crosstill import files
-from crosstill.data.base import read_licence
+from crosstill.data.pairs import read_licence
 from crosstill.errors import ModelError
 from crosstill.progress import quiet
 from crosstill.teachers.matcher import Matcher

@@ -1,4 +1,4 @@
-"""What every dataset becomes: `Pairs`, a named set of examples and a way to read their bytes."""
+"""`Pairs`: a named set of images with captions and splits, and a way to read their bytes."""
 
 from __future__ import annotations
 
@@ -73,19 +73,19 @@ class Pairs:
         return {name: counts[name] for name in SPLITS if counts[name]}
 
     def split(self, name: str) -> Pairs:
-        """The examples of one split.
+        """Return the examples of one split.
 
         Raises:
             DataError: no image is in it; the message names the splits that have some.
         """
-        chosen = tuple(example for example in self.examples if example.split == name)
-        if not chosen:
-            found = ", ".join(f"{split} ({count})" for split, count in self.splits.items())
-            raise DataError(f"{self.name}: split {name!r} has no images; there are {found}")
-        return replace(self, examples=chosen)
+        examples = tuple(example for example in self.examples if example.split == name)
+        if not examples:
+            counts = ", ".join(f"{split} ({count})" for split, count in self.splits.items())
+            raise DataError(f"{self.name}: split {name!r} has no images; there are {counts}")
+        return replace(self, examples=examples)
 
     def digest(self) -> str:
-        """SHA-256 of the content: ids, captions, splits. Order, names and places do not count."""
+        """Hash the content: ids, captions, splits. Order, names and places do not count."""
         rows = [[e.image_id, sorted(e.captions), e.split] for e in self.examples]
         return files.digest_json(sorted(rows))
 
@@ -109,14 +109,14 @@ class HashedReader:
             ChangedError: there are other bytes.
             ImageError: it has gone, or cannot be read.
         """
-        data = self.read(example)
-        if image_id(data) != example.image_id:
+        content = self.read(example)
+        if image_id(content) != example.image_id:
             raise ChangedError(example.path)
-        return data
+        return content
 
 
 def split_name(text: str, where: str) -> str:
-    """Train, val or test for any name in use, such as restval; `where` is for the error."""
+    """Return train, val or test for a name in use, such as restval; `where` is for the error."""
     name = SPLIT_NAMES.get(text.strip().lower())
     if name is None:
         raise DataError(f"{where}: unknown split {text!r}; use {', '.join(SPLITS)}")
@@ -136,7 +136,7 @@ def read_text(path: Path) -> str:
 
 
 def read_licence(folder: Path) -> str | None:
-    """The `license` of the model card's front matter, or None."""
+    """Read the `license` in the front matter of a folder's README.md; None if there is none."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
@@ -145,7 +145,7 @@ def read_licence(folder: Path) -> str | None:
 
 
 def read_image(root: Path, example: Example) -> bytes:
-    """The bytes of an image file under a folder.
+    """Read the bytes of an image file under a folder.
 
     Raises:
         ImageError: it has gone since the dataset was opened, or cannot be read.
@@ -175,5 +175,5 @@ def regular(path: Path) -> Path:
 
 
 def unreadable(error: OSError | ValueError) -> str:
-    """The reason that an `ImageError` gives for a file that the system refuses."""
+    """Return the reason that an `ImageError` gives for a file that the system refuses."""
     return f"cannot be read ({getattr(error, 'strerror', None) or error})"

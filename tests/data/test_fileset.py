@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crosstill import data
-from crosstill.data.given import files_of
+from crosstill.data.fileset import locate
 from crosstill.errors import DataError
 
 
@@ -33,15 +33,15 @@ def root(tmp_path: Path) -> Path:
     ],
 )
 def test_patterns(pattern, found, root):
-    given = files_of(f"{root}/{pattern}")
-    assert [str((given.base / name).relative_to(root)) for name in given.files] == found
+    fileset = locate(f"{root}/{pattern}")
+    assert [str((fileset.base / name).relative_to(root)) for name in fileset.names] == found
 
 
 def test_commas_join_patterns_and_repeat_nothing(root):
-    given = files_of(f"{root}/b.tar,{root}/{{a,b}}.tar, {root}/val/*.tar")
-    assert (given.base, given.files) == (root, ("b.tar", "a.tar", "val/0.tar"))
-    assert given.where("a.tar", "row 3") == "a.tar, row 3"
-    assert given.origin == root
+    fileset = locate(f"{root}/b.tar,{root}/{{a,b}}.tar, {root}/val/*.tar")
+    assert (fileset.base, fileset.names) == (root, ("b.tar", "a.tar", "val/0.tar"))
+    assert fileset.where("a.tar", "row 3") == "a.tar, row 3"
+    assert fileset.origin == root
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_commas_join_patterns_and_repeat_nothing(root):
 )
 def test_what_is_not_there_is_named(pattern, message, root):
     with pytest.raises(DataError, match=message):
-        files_of(f"{root}/{pattern.replace('{0}', str(root))}")
+        locate(f"{root}/{pattern.replace('{0}', str(root))}")
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_what_is_not_there_is_named(pattern, message, root):
     ],
 )
 def test_a_name_says_the_split(name, split, tmp_path):
-    assert files_of(str(tmp_path)).split(name) == split
+    assert locate(str(tmp_path)).split(name) == split
 
 
 def test_a_folder_outside_the_dataset_says_no_split(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test/pairs.csv").touch()
-    given = files_of(str(tmp_path / "test/pairs.csv"))
-    assert given.split(given.files[0]) is None
+    fileset = locate(str(tmp_path / "test/pairs.csv"))
+    assert fileset.split(fileset.names[0]) is None
 
 
 def test_a_folder_of_several_index_files_asks_which(tmp_path):
@@ -89,10 +89,10 @@ def test_a_folder_of_several_index_files_asks_which(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=r"files of coco, vqa; name those of one, such as .*coco"):
         data.open(tmp_path)
-    assert files_of(f"{tmp_path}/coco.*.jsonl").files == ("coco.train.jsonl", "coco.val.jsonl")
+    assert locate(f"{tmp_path}/coco.*.jsonl").names == ("coco.train.jsonl", "coco.val.jsonl")
 
 
-def test_files_of_several_kinds_are_refused(tmp_path):
+def test_locate_several_kinds_are_refused(tmp_path):
     for name in ("a.csv", "b.json"):
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=r"several kinds \(\.csv, \.json\)"):

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from crosstill import data
-from crosstill.data import containers
 from crosstill.errors import DataError, ImageError
 
 
@@ -101,7 +100,7 @@ def test_names_tell_copies_from_rows_of_one_image(tmp_path):
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_every_encoding_is_read_again(dictionary, compression, version, tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "ROWS", 5)
+    monkeypatch.setattr("crosstill.data.parquet.ROWS", 5)
     rows = [
         row(n, image={"path": f"{n}.jpg", "bytes": os.urandom(50_000 if n % 7 else 3)})
         for n in range(60)
@@ -140,7 +139,7 @@ def test_rows_that_name_files(tmp_path):
 
 
 def test_large_compressed_row_groups_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("crosstill.data.columns.LARGE", 2**20)
+    monkeypatch.setattr("crosstill.data.parquet.LARGE", 2**20)
     rows = [row(n, image=os.urandom(2**18), split="train") for n in range(9)]
     slow = data.open(parquet(tmp_path / "a.parquet", rows))
     assert slow.notes == (

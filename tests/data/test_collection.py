@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crosstill.data.gather import Entry, Folder, gather
+from crosstill.data.collection import Entry, Folder, Listing, collect
 from crosstill.errors import DataError, ImageError
 from crosstill.types import image_id
 
@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def pairs_of(root: Path, *entries: Entry, strict: bool = False):
-    return gather("some", root / "list.json", Folder(root), entries, strict)
+    return collect(Listing("some", root / "list.json", Folder(root), entries), strict)
 
 
 def entry(path: str, *captions: str, split: str | None = "train", listed: bool = True) -> Entry:
@@ -53,7 +53,7 @@ def test_unreadable_file_is_set_apart(root, monkeypatch):
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("crosstill.data.gather.files.digest_file", refuse)
+    monkeypatch.setattr("crosstill.data.collection.files.digest_file", refuse)
     with pytest.raises(
         DataError, match=r"none of its 1 images.*a.jpg: cannot be read \(Permission"
     ):
