@@ -3,6 +3,7 @@
 The floor, which needs no torch:
 
     errors      every exception raised on purpose
+    plugins     parts found by name, here or in other distributions
     formats     names and texts as people have them: endings, hidden files, UTF-8, lines
     files       atomic writes, checksums, locks
     artefacts   names, records and arrays that a stranger may have written
@@ -24,8 +25,8 @@ The distiller, which imports no annex:
     teachers    frozen big models
     cache       a teacher's outputs on disk
     students    image tower + text tower + heads
-    objectives  one loss a file
-    balance     one weighting rule a file
+    objectives  one loss a file, wrappers beside them
+    balance     one balancer a file: weights of several losses
     evaluate    recall and cost
     train       settings, loop, checkpoints, run folders
     recipes     published settings

@@ -41,21 +41,15 @@ class States(NamedTuple):
         return States(self.hidden[rows, :longest], mask[:, :longest])
 
 
-class CandidateScores(NamedTuple):
-    """A model's score of N candidate partners for each of B queries; column 0 is the true one."""
-
-    scores: Tensor  # (B, N)
-
-
 class Lists(NamedTuple):
-    """What student and teacher say of the same candidate lists.
+    """Scores of student and teacher on the same candidate lists, N candidates of B queries.
 
-    The lists are named by what asks: "image" for captions of B images, "text" for images of B
-    captions. Behind the true partner stand the negatives, from hard to easy.
+    The lists are named by their queries: "image" for captions of B images, "text" for images of B
+    captions. Column 0 is the true partner; the negatives follow, from hard to easy.
     """
 
-    student: dict[str, CandidateScores]  # cosines of a dual encoder, logits of a fusion model
-    teacher: dict[str, CandidateScores]  # logits; no entries where there is no teacher
+    student: dict[str, Tensor]  # (B, N), cosines of a dual encoder, logits of a fusion model
+    teacher: dict[str, Tensor]  # (B, N) logits; no entries where there is no teacher
     valid: dict[str, Tensor]  # (B, N) bool; False fills up a list that is shorter than others
     ids: Tensor  # (B,) int64, which image each of the B pairs shows
     features: Features | None  # the student's rows of the B pairs; None from a fusion model

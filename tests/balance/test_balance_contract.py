@@ -28,7 +28,7 @@ def plain(weights: dict[str, torch.Tensor]) -> dict[str, float]:
     return {task: weight.item() for task, weight in weights.items()}
 
 
-def ran(name, rows=SOME) -> balance.Rule:
+def ran(name, rows=SOME) -> balance.Balancer:
     """The rule after an epoch of each row."""
     rule = balance.build(name, TASKS)
     for row in rows:

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
-from crosstill.objectives.parts.gradients import contrastive_gradients
+from crosstill.objectives.clip_kd import contrastive_gradients
 from crosstill.types import Features
 
 B, D, TAU = 7, 5, 0.3

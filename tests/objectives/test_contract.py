@@ -22,7 +22,7 @@ def build(name: str) -> objectives.Objective:
         loss = objectives.build(name, **given)
     student, teacher, _ = pair(loss)
     if isinstance(student, Hidden):
-        loss.meet(student, teacher)
+        loss.adapt(student, teacher)
     return loss
 
 
@@ -47,13 +47,13 @@ def pair(loss: objectives.Objective, dtype: torch.dtype = torch.float64):
     For a loss that reads layers: maps of other sizes and widths instead.
     """
     generator = torch.Generator().manual_seed(0)
-    if loss.reads == "hidden":
+    if loss.reads.kind == "hidden":
         sizes = ((B, 3, 4, 4), (B, 5, 3, 3))
         mine, theirs = (
             Hidden(
                 {
                     layer: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-                    for layer in loss.layers
+                    for layer in loss.reads.layers
                 }
             )
             for size in sizes

@@ -27,7 +27,7 @@ def test_fitnets_by_hand():
     # teacher channels [2, 2] and [2, 2], whose root mean square is 2: [1, 1] and [1, 1]
     student, teacher = hidden([[[1.0, 3.0]]]), hidden([[[2.0, 2.0]], [[2.0, 2.0]]])
     loss = objectives.build("fitnets")
-    loss.meet(student, teacher)
+    loss.adapt(student, teacher)
     with torch.no_grad():
         loss.regressor.weight.copy_(torch.tensor([2.0, -1.0]).view(2, 1, 1, 1))
         loss.regressor.bias.copy_(torch.tensor([0.0, 1.0]))
@@ -38,7 +38,7 @@ def test_fitnets_pools_the_larger_map():
     student = hidden([[[1.0, 3.0], [5.0, 7.0]]])
     teacher = hidden([[[2.0]]])
     loss = objectives.build("fitnets")
-    loss.meet(student, teacher)
+    loss.adapt(student, teacher)
     with torch.no_grad():
         loss.regressor.weight.fill_(1.0)
         loss.regressor.bias.zero_()
@@ -49,7 +49,7 @@ def test_fitnets_starts_from_its_seed():
     first, again, other = (objectives.build("fitnets", seed=seed) for seed in (1, 1, 2))
     for loss in (first, again, other):
         torch.rand(3)
-        loss.meet(hidden([[[1.0, 3.0]]]), hidden([[[2.0, 2.0]]]))
+        loss.adapt(hidden([[[1.0, 3.0]]]), hidden([[[2.0, 2.0]]]))
     assert torch.equal(first.regressor.weight, again.regressor.weight)
     assert not torch.equal(first.regressor.weight, other.regressor.weight)
 

@@ -8,16 +8,15 @@ from torch.nn.functional import normalize
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
-from crosstill.objectives.parts.candidates import hardest
-from crosstill.objectives.parts.similarity import similarity
-from crosstill.types import CandidateScores, Features, Lists
+from crosstill.objectives.parts.scores import hardest, similarity
+from crosstill.types import Features, Lists
 
 
 def made(name):
     return objectives.build(name, dim=4, keys=torch.arange(6))
 
 
-RANKING = [name for name in objectives.known() if made(name).ranks]
+RANKING = [name for name in objectives.known() if made(name).lists]
 OTHERS = [name for name in objectives.known() if name not in RANKING]
 
 
@@ -39,8 +38,8 @@ def lists(seed=0, batch=6, size=5, features=None):
     valid = torch.ones(batch, size, dtype=torch.bool)
     valid[0, 3:] = False
     return Lists(
-        {way: CandidateScores(draw().requires_grad_()) for way in told},
-        {way: CandidateScores(scores) for way, scores in told.items()},
+        {way: draw().requires_grad_() for way in told},
+        {way: scores for way, scores in told.items()},
         dict.fromkeys(told, valid),
         torch.arange(batch),
         features,
@@ -66,17 +65,17 @@ def test_contract_of_every_loss_that_ranks(name, dual):
     value = loss.rank(said)
     assert value.ndim == 0 and value.isfinite()
     value.backward()
-    leaves = [scores.scores for scores in said.student.values()] + list(own or ())
+    leaves = [*said.student.values(), *(own or ())]
     assert any(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in leaves)
     assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves)
     for scores in said.student.values():
-        if scores.scores.grad is not None:
-            assert not scores.scores.grad[:, 4:].any()  # behind the three hardest
-            assert not scores.scores.grad[0, 3:].any()  # not there
+        if scores.grad is not None:
+            assert not scores.grad[:, 4:].any()  # behind the three hardest
+            assert not scores.grad[0, 3:].any()  # not there
     order = torch.tensor([4, 0, 5, 1, 3, 2])
     shuffled = Lists(
-        {way: CandidateScores(s.scores[order]) for way, s in said.student.items()},
-        {way: CandidateScores(s.scores[order]) for way, s in said.teacher.items()},
+        {way: s[order] for way, s in said.student.items()},
+        {way: s[order] for way, s in said.teacher.items()},
         {way: valid[order] for way, valid in said.valid.items()},
         said.ids[order],
         Features(*(side[order] for side in own)) if own else None,
@@ -94,8 +93,8 @@ def test_dcd_over_lists_is_dcd_over_the_batch_that_they_came_from(variant):
         found = hardest(theirs, mine, ids, 3)
         made[way] = found.pick(mine), found.pick(theirs) / 0.1, found.valid
     said = Lists(
-        {way: CandidateScores(m[0]) for way, m in made.items()},
-        {way: CandidateScores(m[1]) for way, m in made.items()},
+        {way: m[0] for way, m in made.items()},
+        {way: m[1] for way, m in made.items()},
         {way: m[2] for way, m in made.items()},
         ids,
         student,
@@ -107,8 +106,8 @@ def test_dcd_of_one_direction_reads_one_list():
     said = lists()
     loss = objectives.build("dcd", hardest=3, directions="image")
     loss.rank(said).backward()
-    assert said.student["image"].scores.grad is not None
-    assert said.student["text"].scores.grad is None
+    assert said.student["image"].grad is not None
+    assert said.student["text"].grad is None
     both = objectives.build("dcd", hardest=3).rank(said)
     other = objectives.build("dcd", hardest=3, directions="text").rank(said)
     assert both.item() == pytest.approx((loss.rank(said) + other).item() / 2)
@@ -116,7 +115,7 @@ def test_dcd_of_one_direction_reads_one_list():
 
 def test_plain_weights_are_those_of_a_teacher_equally_unsure_of_all():
     said = lists()
-    same = {way: CandidateScores(torch.zeros(6, 5, dtype=torch.float64)) for way in said.teacher}
+    same = {way: torch.zeros(6, 5, dtype=torch.float64) for way in said.teacher}
     whole = {way: torch.ones_like(valid) for way, valid in said.valid.items()}
     said = said._replace(teacher=same, valid=whole)
     values = [
@@ -128,14 +127,12 @@ def test_plain_weights_are_those_of_a_teacher_equally_unsure_of_all():
 
 def test_info_nce_over_lists_is_the_cross_entropy_of_the_true_partner():
     said = lists()
-    flat = {way: CandidateScores(torch.zeros(6, 5, dtype=torch.float64)) for way in said.student}
+    flat = {way: torch.zeros(6, 5, dtype=torch.float64) for way in said.student}
     whole = {way: torch.ones_like(valid) for way, valid in said.valid.items()}
     loss = objectives.build("info_nce", hardest=4)
     assert loss.rank(said._replace(student=flat, valid=whole)).item() == pytest.approx(math.log(5))
-    row = said.student["image"].scores[1].detach()
-    one = said._replace(
-        student={"image": CandidateScores(row[None])}, valid={"image": torch.ones(1, 5).bool()}
-    )
+    row = said.student["image"][1].detach()
+    one = said._replace(student={"image": row[None]}, valid={"image": torch.ones(1, 5).bool()})
     assert loss.rank(one).item() == pytest.approx(-row.log_softmax(0)[0].item(), rel=1e-9)
 
 
@@ -151,8 +148,8 @@ def test_cprd_ranks_hard_negatives_against_those_below_them():
     told = torch.tensor([[9.0, 3.0, 2.0, -4.0]], dtype=torch.float64)
     mine = torch.tensor([[5.0, 1.0, 0.5, 2.0]], dtype=torch.float64)
     said = Lists(
-        {"image": CandidateScores(mine)},
-        {"image": CandidateScores(told)},
+        {"image": mine},
+        {"image": told},
         {"image": torch.ones(1, 4, dtype=torch.bool)},
         torch.tensor([0]),
         None,
@@ -170,8 +167,8 @@ def test_cprd_of_a_dual_encoder_also_beats_the_batchs_other_partners():
     told = torch.tensor([[9.0, 3.0, 2.0]] * 2, dtype=torch.float64)
     cosines = torch.tensor([[0.9, 0.1, 0.3], [0.8, -0.2, 0.0]], dtype=torch.float64)
     said = Lists(
-        {"image": CandidateScores(cosines)},
-        {"image": CandidateScores(told)},
+        {"image": cosines},
+        {"image": told},
         {"image": torch.ones(2, 3, dtype=torch.bool)},
         torch.tensor([0, 1]),
         own,

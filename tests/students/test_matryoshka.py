@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from crosstill import data, evaluate, export, files, objectives, students
+from crosstill import data, evaluate, export, files, students
 from crosstill.bundle import Bundle
 from crosstill.cache import Cache, build
 from crosstill.errors import ConfigError, MismatchError
+from crosstill.objectives.wrappers import cut
 from crosstill.recipes import distill
 from crosstill.students import matryoshka
 from crosstill.students.config import StudentConfig, parse
 from crosstill.students.student import Student
-from crosstill.train.nested import Nested
 from crosstill.types import Features
 from support import FAST, SETTINGS, SmallTeacher, same, small_config
 
@@ -56,34 +56,6 @@ def test_sides_count_alike_however_many_rows_they_have() -> None:
     torch.testing.assert_close(once, thrice, rtol=0, atol=1e-4)
 
 
-def test_a_cut_is_unit_and_an_absent_side_stays_away() -> None:
-    both = Features(rows(5, 6), torch.empty(0))
-    cut = matryoshka.cut(both, torch.eye(6)[:, :3])
-    torch.testing.assert_close(cut.image, normalize(both.image[:, :3], dim=1))
-    assert cut.text.shape == (0,)
-    long = matryoshka.cut(Features(2 * both.image, both.text), torch.eye(6)[:, :3], unit=False)
-    torch.testing.assert_close(long.image, 2 * both.image[:, :3])
-
-
-def test_a_nested_loss_is_the_mean_over_widths() -> None:
-    axes = matryoshka.axes([rows(50, 8)])
-    student, teacher = (Features(rows(6, 8, s), rows(6, 8, s + 1)) for s in (2, 4))
-    ids = torch.arange(6)
-
-    def make(width: int) -> objectives.Objective:
-        return objectives.build("contrastive", dim=width, queue_size=5)
-
-    loss = Nested(make(8), {2: make(2), 5: make(5)}, axes, unit=True)
-    loss.update(teacher, ids)
-    parts = []
-    for width, turn in ((8, torch.eye(8)), (2, axes[:, :2]), (5, axes[:, :5])):
-        alone = make(width)
-        cuts = [matryoshka.cut(side, turn) for side in (student, teacher)]
-        alone.update(cuts[1], ids)
-        parts.append(alone(*cuts, ids))
-    torch.testing.assert_close(loss(student, teacher, ids), torch.stack(parts).mean())
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_cut_student_says_the_first_numbers(cached: Cache, bias: bool) -> None:
     student = nested(cached, bias=bias).eval()
@@ -98,11 +70,11 @@ def test_a_cut_student_says_the_first_numbers(cached: Cache, bias: bool) -> None
     for width in (4, 16):
         small = students.shorten(student, width)
         assert (small.dim, small.config.widths) == (width, ())
-        cut = matryoshka.cut(whole, student.axes[:, :width])
-        torch.testing.assert_close(small.embed_images(pixels), cut.image, rtol=0, atol=1e-5)
-        torch.testing.assert_close(small.embed_texts(texts), cut.text, rtol=0, atol=1e-5)
+        shorter = cut(whole, student.axes[:, :width])
+        torch.testing.assert_close(small.embed_images(pixels), shorter.image, rtol=0, atol=1e-5)
+        torch.testing.assert_close(small.embed_texts(texts), shorter.text, rtol=0, atol=1e-5)
         first = normalize(full.embed_images(pixels)[:, :width], dim=1)
-        torch.testing.assert_close(first, cut.image, rtol=0, atol=1e-5)
+        torch.testing.assert_close(first, shorter.image, rtol=0, atol=1e-5)
     assert students.shorten(student, 4).name == "small@4" and full.name == "small"
     assert (
         not students.shorten(student, 4).training and students.shorten(student.train(), 4).training

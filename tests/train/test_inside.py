@@ -15,7 +15,7 @@ from transformers import (
     ViTModel,
 )
 
-from crosstill import cache, teachers
+from crosstill import cache, objectives, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.towers import vocabulary
 from crosstill.train import train
@@ -120,6 +120,41 @@ def test_a_layer_that_is_not_there_is_refused(live, told, settings, tmp_path):
     with pytest.raises(ConfigError, match="'7': ViTModel has 3 blocks; give first, middle, last"):
         train(small_student(told), told, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+SECOND = """
+from crosstill.objectives.masked_feature import MaskedFeature
+
+
+class Second(MaskedFeature):
+    pass
+"""
+WHOLE = """
+from torch.nn.functional import mse_loss
+
+from crosstill.objectives import Objective
+
+
+class Whole(Objective):
+    def forward(self, student, teacher, ids):
+        return mse_loss(student.image, teacher.image)
+"""
+
+
+def test_each_masked_loss_has_its_own_ratio(told, settings, tmp_path, monkeypatch):
+    for name, text in {"second": SECOND, "whole": WHOLE}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path)])
+    config = changed(
+        settings, "masked_feature+second+whole", "losses.second.ratio=0", "log_every=1"
+    )
+    run = train(small_student(told, dropout=0.0), told, config, tmp_path / "run")
+    events = map(json.loads, (run.folder / "events.jsonl").read_text().splitlines())
+    rows = [event["losses"] for event in events if "losses" in event]
+    assert rows
+    for row in rows:  # a ratio of 0 blanks nothing
+        assert row["second"] == pytest.approx(row["whole"], rel=1e-5)
+        assert row["masked_feature"] != pytest.approx(row["whole"], rel=1e-5)
 
 
 def test_masked_photos_train_a_vit(told, settings, tmp_path):

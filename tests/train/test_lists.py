@@ -9,7 +9,7 @@ from listed import SHAPE, meter_config, parameters, settings
 from crosstill import cache as caches
 from crosstill import students, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
-from crosstill.objectives.parts.uncertainty import uncertainty_loss
+from crosstill.objectives.parts.dcd import uncertainty_loss
 from crosstill.students.config import FusionConfig
 from crosstill.teachers.matcher import Matcher
 from crosstill.train import TrainConfig, checks, lists, optim, train, work
@@ -18,7 +18,7 @@ from crosstill.train.list_step import ListStep, see
 from crosstill.train.lists import ListStream, Ways
 from crosstill.train.matched import MatchedSplit
 from crosstill.train.states import Sides
-from crosstill.types import CandidateScores, States
+from crosstill.types import States
 from support import same, small_student
 
 DCD = {"recipe": "dcd", "losses": {"dcd": {"hardest": 3}}}
@@ -83,14 +83,14 @@ def test_the_hardest_of_the_scored_candidates_reach_the_student(scored, half):
     for row, image in enumerate(batch.picked.images):
         told = scored.of_image(int(rows.images[image]))[1]
         best = np.sort(told)[::-1][:3]
-        scores = batch.lists["image"].teacher.scores[row]
+        scores = batch.lists["image"].teacher[row]
         assert np.allclose(scores[1:], best)
         assert float(scores[0]) == scored.true_scores[rows.captions[batch.picked.captions[row]]]
         assert len(set(asked(batch, "image", row).tolist())) == 4
         assert set(scores[1:].tolist()) <= set(told.tolist())
     for row, caption in enumerate(batch.picked.captions):
         told = scored.of_caption(int(rows.captions[caption]))[1]
-        assert np.allclose(batch.lists["text"].teacher.scores[row][1:], np.sort(told)[::-1][:3])
+        assert np.allclose(batch.lists["text"].teacher[row][1:], np.sort(told)[::-1][:3])
 
 
 def test_random_negatives_are_other_ones_and_drawn_limits_the_choice(scored, half):
@@ -98,10 +98,10 @@ def test_random_negatives_are_other_ones_and_drawn_limits_the_choice(scored, hal
     hard = stream(scored, inputs, settings(**DCD)).batch(0, 0)
     anyhow = stream(scored, inputs, settings(**DCD, negatives="random")).batch(0, 0)
     few = stream(scored, inputs, settings(**DCD, drawn=4)).batch(0, 0)
-    means = [b.lists["image"].teacher.scores[:, 1:].mean() for b in (hard, few, anyhow)]
+    means = [b.lists["image"].teacher[:, 1:].mean() for b in (hard, few, anyhow)]
     assert means[0] > means[1] > means[2]
     for batch in (hard, anyhow, few):
-        scores = batch.lists["image"].teacher.scores[:, 1:]
+        scores = batch.lists["image"].teacher[:, 1:]
         assert (scores.diff(dim=1) <= 0).all()  # from hard to easy
 
 
@@ -149,7 +149,7 @@ def test_the_students_scores_are_those_of_its_pairs(scored, half):
                 States(*(e.detach() for e in entered[1])),
                 pairs,
             )
-            assert torch.allclose(said.student[way].scores[row], expected, atol=1e-5)
+            assert torch.allclose(said.student[way][row], expected, atol=1e-5)
 
 
 def test_the_loss_is_dcds_over_the_lists_and_only_fusion_learns(scored, half):
@@ -158,7 +158,7 @@ def test_the_loss_is_dcds_over_the_lists_and_only_fusion_learns(scored, half):
     step = step_of(half.eval(), scored, config)
     said = step._rank_by_pairs(batch)
     expected = uncertainty_loss(
-        CandidateScores(said.student["image"].scores.detach()),
+        said.student["image"].detach(),
         said.teacher["image"],
         said.valid["image"],
         alpha=0.2,
@@ -205,15 +205,15 @@ def test_a_judge_beside_the_student_finds_the_hardest_of_what_is_drawn(unscored,
     half.eval()
     step = step_of(half, unscored, config, judge)
     said = step._rank_by_pairs(batch)
-    assert said.student["image"].scores.shape == (8, 4)
+    assert said.student["image"].shape == (8, 4)
     entered = judge.enter(batch.images, "image"), judge.enter(batch.texts, "text")
     found = batch.lists["image"]
     for row in range(8):
         pairs = torch.stack([batch.pairs[0][row].expand(21), found.partners[row]], dim=1)
         scores = judge.match_pairs(*(States(*(p.detach() for p in e)) for e in entered), pairs)
         hardest = scores[1:][found.valid[row, 1:]].sort(descending=True).values[:3]
-        assert torch.allclose(said.teacher["image"].scores[row, 0], scores[0], atol=1e-4)
-        assert torch.allclose(said.teacher["image"].scores[row, 1:], hardest, atol=1e-4)
+        assert torch.allclose(said.teacher["image"][row, 0], scores[0], atol=1e-4)
+        assert torch.allclose(said.teacher["image"][row, 1:], hardest, atol=1e-4)
     assert not any(p.grad is not None for p in judge.parameters())
 
 
@@ -223,7 +223,7 @@ def test_the_judges_own_student_gets_its_scores_and_no_distillation_error(scored
     said = step_of(whole, scored, settings(**DCD))._rank_by_pairs(batch)
     for way in ("image", "text"):
         real = said.valid[way]
-        gap = (said.student[way].scores - said.teacher[way].scores)[real].abs().max()
+        gap = (said.student[way] - said.teacher[way])[real].abs().max()
         assert gap.item() < 1e-4
 
 

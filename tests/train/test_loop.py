@@ -95,7 +95,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-class Drawing(feature.Loss):
+def _replace(monkeypatch, loss) -> None:
+    """Make a class the loss that `objectives/feature.py` defines."""
+    monkeypatch.setattr(loss, "__module__", feature.__name__)
+    monkeypatch.setattr(feature, "FeatureDistillation", loss)
+
+
+class Drawing(feature.FeatureDistillation):
     """A loss that draws from every generator, as a stranger's might."""
 
     def forward(self, student, teacher, ids):
@@ -121,7 +127,7 @@ def test_each_piece_of_state_matters(
     cached, student, settings, tmp_path, die_after, monkeypatch, piece
 ):
     """Leave one piece out of a resume: the comparison above must notice every one."""
-    monkeypatch.setattr(feature, "Loss", Drawing)
+    _replace(monkeypatch, Drawing)
     if piece == "best":  # it matters to runs whose best epoch lies behind them
         settings = settings.changed(["lr=1e-12"])
     train(student, cached, settings, tmp_path / "whole")
@@ -236,7 +242,7 @@ def test_a_cache_without_a_teacher_refuses_losses_and_ridge_by_name(
 def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
     cached, student, settings, tmp_path, monkeypatch
 ):
-    class Breaks(feature.Loss):
+    class Breaks(feature.FeatureDistillation):
         calls = 0
 
         def forward(self, student, teacher, ids):
@@ -246,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
     order = Sampler(cached.split("train"), 24, 1, settings.seed)
     split = cached.split("train")
     bad = int(cached.keys[split.images[order.pick(0, 4).images[0]]])
-    monkeypatch.setattr(feature, "Loss", Breaks)
+    _replace(monkeypatch, Breaks)
     with pytest.raises(NonFiniteError, match="loss 'feature' became nan at step 4.*resume"):
         train(student, cached, settings, tmp_path / "run")
     record = json.loads((tmp_path / "run/nonfinite.json").read_text())

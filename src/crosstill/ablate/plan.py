@@ -14,7 +14,7 @@ from crosstill.ablate.tables import Design, Setting, design
 from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
-from crosstill.objectives import contrastive
+from crosstill.objectives.parts.memory import Queue
 from crosstill.students.config import FusionConfig
 from crosstill.train import TrainConfig, checks, matched
 from crosstill.train.config import parse
@@ -255,7 +255,7 @@ def _check_lists(
     if not isinstance(cache, ScoreCache):
         return
     for config in configs:
-        blind = [n for n, loss in checks.build_losses(config, cache).items() if not loss.ranks]
+        blind = [n for n, loss in checks.build_losses(config, cache).items() if loss.lists is None]
         if blind:
             raise MismatchError(
                 f"{cache.folder} is a score cache, and rows of {table} learn from features "
@@ -302,7 +302,8 @@ def _check_row(name: str, config: TrainConfig, cache: CacheBase) -> None:
     losses, _ = checks.prepare(config, cache, Group())
     pairs = len(cache.split(config.train_split).captions)
     for loss in losses.children():
-        slots = len(loss.queue.ids) if isinstance(loss, contrastive.Loss) else 0
+        queues = [part for part in loss.modules() if isinstance(part, Queue)]
+        slots = max((len(queue.ids) for queue in queues), default=0)
         if slots > pairs:
             raise ConfigError(
                 f"row {name!r}: a queue of {slots:,} slots is longer than the {pairs:,} captions "

@@ -1,25 +1,28 @@
-"""Weighting several losses: one file a rule, the file's name is the rule's name.
+"""Weights of several losses: one file a balancer, the file's name is the balancer's name.
 
-total = sum of weight * loss over all losses + penalty. A rule is a small state machine: losses
-in, weights out; its state is saved with the checkpoint. The class of each file is `Balancer`.
+total = sum of weight * loss over all losses + penalty. A balancer is a small state machine: losses
+in, weights out; its state is saved with the checkpoint. To add one, write `balance/<name>.py` with
+one `Balancer`, or declare an entry point of another distribution: see `crosstill.plugins`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crosstill.balance.base import Rule
-from crosstill.objectives.parts import named
+from crosstill import plugins
+from crosstill.balance.base import Balancer
 
-__all__ = ["Rule", "build", "known"]
+__all__ = ["BALANCERS", "Balancer", "build", "known"]
+
+BALANCERS = plugins.Kind(__name__, "balancer")
 
 
 def known() -> list[str]:
-    """The names of all balancers, sorted."""
-    return named.names(__name__)
+    """Return the names of all balancers, sorted."""
+    return BALANCERS.names()
 
 
-def build(name: str, tasks: Sequence[str], **options: object) -> Rule:
+def build(name: str, tasks: Sequence[str], **options: object) -> Balancer:
     """Make the balancer of that name.
 
     Args:
@@ -30,5 +33,5 @@ def build(name: str, tasks: Sequence[str], **options: object) -> Rule:
     Raises:
         ConfigError: no such balancer, no such option, or a value that the option cannot have.
     """
-    rule = named.find(__name__, "balancer", name).Balancer
-    return named.construct(rule, f"balancer {name!r}", {"tasks": tuple(tasks)}, options)
+    balancer = BALANCERS.find_class(name, Balancer)
+    return plugins.construct(balancer, f"balancer {name!r}", {"tasks": tuple(tasks)}, options)

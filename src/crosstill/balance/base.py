@@ -1,4 +1,4 @@
-"""What every balancer is: loss values in, weights out, state in buffers."""
+"""The base class of all balancers: loss values in, weights out, state in buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crosstill.errors import ConfigError
 LARGEST = torch.finfo(torch.float32).max
 
 
-class Rule(nn.Module):
+class Balancer(nn.Module):
     """Base of all balancers. Arithmetic is in float64; `state_dict` is all of the state.
 
     Args:
@@ -20,7 +20,7 @@ class Rule(nn.Module):
     """
 
     steps: Tensor
-    needs_gradients = False  # whether `watch` wants to be told before each step
+    needs_gradients: bool = False  # whether `watch` has to be called before each step
 
     def __init__(self, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Rule(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
 
     def weights(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weight of every loss, for the step that gave these values; call once a step.
+        """Compute the weight of every loss from this step's values; called once a step.
 
         Args:
             losses: one scalar for each of `tasks`; no gradient flows back through the weights.
@@ -41,34 +41,42 @@ class Rule(nn.Module):
         raise NotImplementedError
 
     def watch(self, norms: Mapping[str, Tensor]) -> None:
-        """Take note of the norm of each loss's gradient at the student's features (B, D).
+        """Store the norm of each loss's gradient at the student's features (B, D).
 
         Called before `weights` if `needs_gradients` is set.
         """
 
     def penalty(self) -> Tensor:
-        """What the total has on top of the weighted losses."""
+        """Return the term that the total has on top of the weighted losses."""
         return self.steps.new_zeros((), dtype=torch.float32)
 
     def end_epoch(self) -> None:
-        """Tell the rule that an epoch is over; few care."""
+        """Update the state after each epoch; only `dwa` uses it."""
 
-    def values(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The losses as (n,) float64 in the order of `tasks`, without gradient.
+    def check(self, losses: Mapping[str, Tensor]) -> None:
+        """Refuse losses other than those that the balancer was built for.
 
         Raises:
-            ConfigError: the losses are not those that the balancer was built for.
+            ConfigError: names are missing or unknown.
         """
         if set(losses) != set(self.tasks):
             raise ConfigError(
                 f"the balancer weighs {', '.join(self.tasks)}, but got {', '.join(losses)}; "
                 "build it for those losses"
             )
+
+    def values(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Stack the losses as (n,) float64 in the order of `tasks`, without gradient.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        self.check(losses)
         rows = torch.stack([losses[task].detach().double() for task in self.tasks])
         return rows.clamp(-LARGEST, LARGEST)
 
     def label(self, weights: Tensor, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give (n,) weights back under their names, in the type of the losses."""
+        """Name (n,) weights by their tasks, in the type of the losses."""
         safe = weights.clamp(0, LARGEST)
         return {
             task: w.to(torch.promote_types(losses[task].dtype, torch.float32))
@@ -77,6 +85,6 @@ class Rule(nn.Module):
 
 
 def shares(rates: Tensor, temperature: float, total: float) -> Tensor:
-    """Softmax of rates (n,) / temperature, times total; finite even for infinite rates."""
+    """Compute total * softmax(rates (n,) / temperature); finite even for infinite rates."""
     logits = (rates / temperature).clamp(max=torch.finfo(torch.float64).max)
     return total * torch.softmax(logits, 0)

@@ -1,10 +1,14 @@
 """Dynamic self-adaptive loss balancer.
 
 DSMD, arXiv 2404.10838, eq. 15-18. All losses are scaled to the magnitude of the largest, and
-the ones that fall slowest get the larger share:
+the ones that fall slowest get the larger share. With L_m(k) loss m of n at step k:
 
-    scale = max L / (L + eps)    r = L / (L of the step before + eps)    r = 1 at first
-    weight = total * softmax(r / temperature) * scale
+    scale_m = max_j L_j(k) / (L_m(k) + eps)
+    r_m     = L_m(k) / (L_m(k-1) + eps),  1 at the first step
+    w_m     = total * softmax(r / T)_m
+    loss    = sum_m w_m * scale_m * L_m(k)
+
+so that the weight given to loss m is w_m * scale_m. Nothing in it has a gradient.
 """
 
 from __future__ import annotations
@@ -14,20 +18,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crosstill.balance.base import Rule, shares
+from crosstill.balance.base import Balancer, shares
 from crosstill.errors import ConfigError
-from crosstill.objectives.parts.named import positive
+from crosstill.plugins import positive
 
 
-class Balancer(Rule):
-    """Ratio of the losses as they are, which the paper's Table 10 can only come from.
+class Dsmd(Balancer):
+    """Weights by the ratio of unscaled losses; the paper's Table 10 can come from no other.
 
-    Magnitudes stand for losses, so that a negative one cannot turn a weight negative.
+    Absolute values stand for losses, so that a negative loss cannot turn a weight negative.
 
     Args:
         tasks: names of the losses.
         temperature: T; small values give all weight to the slowest loss.
-        total: n_sum, what the shares sum to; None is the number of losses.
+        total: n_sum, the sum of the shares; None is the number of losses.
         smoothing: of the losses in the ratio, s = smoothing * s + (1 - smoothing) * L; 0 is
             the paper's ratio of single steps, which is noisy.
         eps: keeps the two quotients finite.
@@ -59,7 +63,7 @@ class Balancer(Rule):
         return self.label(shares(rates, self.temperature, self.total) * scale, losses)
 
     def watched(self, losses: Tensor, scale: Tensor) -> Tensor:
-        """What the ratio is taken of, (n,)."""
+        """Return the values whose ratio is taken, (n,): the losses as they are."""
         return losses
 
     def _rates(self, now: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """The balancer of DSMD's released code, kept for comparison.
 
-It takes the ratio of the losses after scaling. Those are all max L by construction, so every
-ratio is the same, the softmax is uniform and the temperature has no effect: each weighted loss
-is total / n * max L.
+DSMD, arXiv 2404.10838, takes r_m of the losses (see `dsmd`); the code takes it of scaled losses:
+
+    r_m = scale_m(k) L_m(k) / (scale_m(k-1) L_m(k-1) + eps)
+
+A scaled loss is max_j L_j by construction, so every ratio is the same, the softmax is uniform and
+the temperature has no effect: each weighted loss is total / n * max_j L_j.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from crosstill.balance import dsmd
+from crosstill.balance.dsmd import Dsmd
 
 
-class Balancer(dsmd.Balancer):
-    """As `dsmd`, but for the ratio of scaled losses and a total of 10."""
+class DsmdScaled(Dsmd):
+    """Weights as `dsmd`, but by the ratio of scaled losses and with a total of 10."""
 
     def __init__(
         self,

@@ -1,7 +1,10 @@
 """Dynamic weight average.
 
 Liu et al., "End-to-End Multi-Task Learning with Attention", arXiv 1803.10704, eq. 7: a loss
-that fell slowly from one epoch to the next weighs more in the epoch after.
+that fell slowly from one epoch to the next weighs more in the epoch after. With L_m(t) the mean of
+loss m in epoch t:
+
+    r_m(t) = L_m(t-1) / L_m(t-2)        w_m(t) = n softmax(r(t) / T)_m
 """
 
 from __future__ import annotations
@@ -11,16 +14,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crosstill.balance.base import Rule, shares
-from crosstill.objectives.parts.named import positive
+from crosstill.balance.base import Balancer, shares
+from crosstill.plugins import positive
 
 SMALLEST = 1e-8  # an epoch's mean loss counts as no less, so that a solved loss has a ratio
 
 
-class Balancer(Rule):
-    """n * softmax(r / T) with r = (mean of the last epoch) / (mean of the one before it).
+class Dwa(Balancer):
+    """Weights by how slowly each loss fell over the last two epochs.
 
-    The weights stay the same within an epoch, sum to n, and are 1 in the first two epochs.
+    They stay the same within an epoch, sum to n, and are 1 in the first two epochs.
 
     Args:
         tasks: names of the losses.
@@ -46,7 +49,7 @@ class Balancer(Rule):
         return self.label(shares(last / before, self.temperature, len(self.tasks)), losses)
 
     def end_epoch(self) -> None:
-        """Move on to the next epoch; an epoch without steps does not count."""
+        """Store the epoch's means; an epoch without steps does not count."""
         if self.steps == 0:
             return
         self.epochs += 1

@@ -1,4 +1,4 @@
-"""Weights that never change; all 1 is the "no balancer" row of DSMD's Table 5."""
+"""Constant weights; all 1 is the "no balancer" row of DSMD's Table 5."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crosstill.balance.base import Rule
+from crosstill.balance.base import Balancer
 from crosstill.errors import ConfigError, unknown
 
 
-class Balancer(Rule):
-    """The weight of each loss as given.
+class Fixed(Balancer):
+    """Weights that never change.
 
     Args:
         tasks: names of the losses.
         weights: task -> weight, 0 or above; a loss that is not named has weight 1.
     """
+
+    chosen: Tensor
 
     def __init__(self, tasks: Sequence[str], *, weights: Mapping[str, float] | None = None) -> None:
         super().__init__(tasks)
@@ -30,9 +32,7 @@ class Balancer(Rule):
         rows = [float(chosen.get(task, 1.0)) for task in tasks]
         self.register_buffer("chosen", torch.tensor(rows, dtype=torch.float64))
 
-    chosen: Tensor
-
     def weights(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.values(losses)
+        self.check(losses)
         self.steps += 1
         return self.label(self.chosen, losses)

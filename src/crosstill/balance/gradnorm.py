@@ -3,8 +3,11 @@
 Chen et al., "GradNorm", arXiv 1711.02257, algorithm 1: a loss whose gradient is larger than the
 common size, adjusted for how slowly it falls, loses weight, and the reverse:
 
-    G = norm of the gradient of w * L      r = (L / L at first) / mean of these
-    w moves along -sign(w * g - mean(w * g) * r^alpha) * g, the gradient of the L1 distance
+    g_m = norm of the gradient of L_m, over the mean of all
+    r_m = (L_m / L_m at first), over the mean of all
+    w_m <- w_m - lr sign(w_m g_m - mean(w g) r_m^alpha) g_m      then scaled to the sum n
+
+The step is that of the gradient of the L1 distance |w_m g_m - mean(w g) r_m^alpha|.
 """
 
 from __future__ import annotations
@@ -14,24 +17,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crosstill.balance.base import Rule
+from crosstill.balance.base import Balancer
 from crosstill.balance.dwa import SMALLEST
 from crosstill.errors import ConfigError
-from crosstill.objectives.parts.named import positive
+from crosstill.plugins import positive
 
 FLOOR = 1e-3  # a weight at 0 would have a gradient of 0 and never return
 
 
-class Balancer(Rule):
-    """Weights that sum to n, learnt so that all losses pull with comparable force.
+class GradNorm(Balancer):
+    """Weights that sum to n, learnt so that the gradients of all losses have comparable norms.
 
-    The gradients are taken at the student's features, which is where every loss acts, rather
-    than at the last shared layer's weights; they are divided by their mean, so that the step
-    does not depend on the scale of the losses. Until it has been told of gradients it gives 1.
+    The gradients are taken at the student's features, where every loss acts, rather than at the
+    last shared layer's weights; they are divided by their mean, so that the step does not depend
+    on the scale of the losses. Before the first `watch` the weights are 1.
 
     Args:
         tasks: names of the losses.
-        alpha: how much a slowly falling loss may pull harder; the paper uses 0.12 to 1.5.
+        alpha: exponent of the rates; above 0, slowly falling losses get larger gradients. The
+            paper uses 0.12 to 1.5.
         lr: of the weights.
     """
 

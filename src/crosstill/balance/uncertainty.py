@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from crosstill.balance.base import Rule
+from crosstill.balance.base import Balancer
 
 BOUND = 20.0  # |s| beyond this neither weighs nor pays: a loss at 0 would pull s to -infinity
 
 
-class Balancer(Rule):
-    """One learnt log-variance a loss, started at 0. It belongs into the optimizer.
+class Uncertainty(Balancer):
+    """Weights exp(-s) / 2, with one learnt log-variance s a loss, 0 at the start.
 
-    Weight decay would pull the variances to 1: exempt it.
+    The optimizer has to have it, without weight decay, which would pull the variances to 1.
 
     Args:
         tasks: names of the losses.
@@ -32,7 +32,7 @@ class Balancer(Rule):
         self.log_variance = nn.Parameter(torch.zeros(len(tasks), dtype=torch.float64))
 
     def weights(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.values(losses)
+        self.check(losses)
         self.steps += 1
         return self.label(torch.exp(-self._bounded()) / 2, losses)
 

@@ -1,22 +1,24 @@
-"""Losses: one file a loss, the file's name is the loss's name, its class is `Loss`.
+"""Losses: one file a loss, the file's name is the loss's name, and it defines one `Objective`.
 
-A loss knows features and ids, never models. To add one, write `objectives/<name>.py`; nothing
-else lists it: `known` reads the folder and `build` imports the file.
+A loss knows features and ids, never models. To add one, write `objectives/<name>.py`, or declare
+an entry point of another distribution: see `crosstill.plugins`. Nothing else lists it.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from crosstill.objectives.base import Objective
-from crosstill.objectives.parts import named
+from crosstill import plugins
+from crosstill.objectives.base import Input, ListInput, Objective
 
-__all__ = ["Objective", "build", "known"]
+__all__ = ["LOSSES", "Input", "ListInput", "Objective", "build", "known"]
+
+LOSSES = plugins.Kind(__name__, "loss", shared=frozenset({"base", "wrappers"}))
 
 
 def known() -> list[str]:
-    """The names of all losses, sorted."""
-    return named.names(__name__)
+    """Return the names of all losses, sorted."""
+    return LOSSES.names()
 
 
 def build(
@@ -31,15 +33,16 @@ def build(
 
     Args:
         name: one of `known()`.
-        dim: embedding width D; only the losses that keep a queue, a bank or a layer look at it.
-        seed: what a random start is drawn from.
-        keys: (I,) int64 ids of the training images; only a loss with a bank looks at them.
+        dim: embedding width D; used by the losses that keep a queue, a bank or a layer.
+        seed: of random starts.
+        keys: (I,) int64 ids of the training images; used by a loss with a bank.
         options: keyword arguments of that loss.
 
     Raises:
         ConfigError: no such loss, no such option, or a value that the option cannot have.
     """
-    loss = named.find(__name__, "loss", name).Loss
-    offered = {"dim": dim, "seed": seed, "keys": keys}
-    given = {k: v for k, v in offered.items() if k in named.options(loss) and v is not None}
-    return named.construct(loss, f"loss {name!r}", given, options)
+    loss = LOSSES.find_class(name, Objective)
+    arguments = {"dim": dim, "seed": seed, "keys": keys}
+    accepted = plugins.options(loss)
+    given = {k: v for k, v in arguments.items() if k in accepted and v is not None}
+    return plugins.construct(loss, f"loss {name!r}", given, options)

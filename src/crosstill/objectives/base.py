@@ -1,7 +1,20 @@
-"""What every loss is: student features, teacher features and ids in, one scalar out."""
+"""The base class of all losses: student features, teacher features and ids in, one scalar out.
+
+A loss declares in four attributes what it has to be given. A run checks them before it starts, and
+refuses by name a loss that its cache, its teacher or its student cannot serve:
+
+    needs    which sides of the teacher's features the loss uses
+    reads    the input that `forward` is called with
+    lists    the candidate lists that `rank` is called with; None for a loss without `rank`
+    share    the factor of the loss's weight in the total
+
+A class may set them, and so may its constructor where they depend on an option. `declare_like`
+copies them all, so that a loss around another one forgets none.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -9,37 +22,61 @@ from torch import Tensor, nn
 from crosstill.errors import ConfigError
 from crosstill.types import Features, Hidden, Lists
 
+SIDES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
 
-class Objective(nn.Module):
-    """Base of all losses. State, if any, lives in buffers, so `state_dict` is all of it.
 
-    `needs` names the teacher features that the loss reads; a run whose teacher lacks one of
-    them refuses at start. `reads` is the noun that it is called with:
+@dataclass(frozen=True)
+class Input:
+    """The input of a loss, the same for student and teacher.
 
-        "features"  `Features` of student and teacher, which a cache is enough for
-        "masked"    the same, but the student saw photos with a share `ratio` of patches blanked
-        "hidden"    `Hidden`, the blocks `layers` of both image towers, one row a distinct photo;
-                    needs a teacher that runs beside the student
+    Attributes:
+        kind: "features" is `Features`, which a cache is enough for; "masked" is the same, but the
+            student's photos have a share `ratio` of their patches blanked; "hidden" is `Hidden`,
+            the blocks `layers` of both image towers, one row a distinct photo, for which a
+            teacher has to run beside the student.
+        ratio: share of the patches, of "masked".
+        layers: names of blocks, of "hidden".
     """
 
-    needs: frozenset[str] = frozenset({"image", "text"})
-    reads: Literal["features", "masked", "hidden"] = "features"
-    layers: tuple[str, ...] = ()
+    kind: Literal["features", "masked", "hidden"] = "features"
     ratio: float = 0.0
-    share: float = 1.0  # of a balancer's weight; less for each of several teachers
+    layers: tuple[str, ...] = ()
 
-    # `hardest` negatives of each list are asked of a score cache, by a loss that has `rank`
-    ranks: bool = False
-    hardest: int = 0
 
-    def meet(self, student: Hidden, teacher: Hidden) -> None:
-        """See one photo's layers before training, to learn how wide they are."""
+@dataclass(frozen=True)
+class ListInput:
+    """The candidate lists of a score cache that a loss ranks.
+
+    Attributes:
+        hardest: negatives of each list, at most.
+        directions: "image" for lists of captions of an image, "text" for the reverse.
+    """
+
+    hardest: int
+    directions: tuple[str, ...] = ("image", "text")
+
+
+class Objective(nn.Module):
+    """Base of all losses. State, if any, lives in buffers, so `state_dict` is all of it."""
+
+    needs: frozenset[str] = frozenset({"image", "text"})
+    reads: Input = Input()
+    lists: ListInput | None = None
+    share: float = 1.0
+
+    def declare_like(self, other: Objective) -> None:
+        """Copy every declaration of another loss."""
+        self.needs, self.reads = other.needs, other.reads
+        self.lists, self.share = other.lists, other.share
+
+    def adapt(self, student: Hidden, teacher: Hidden) -> None:
+        """Make the parameters that depend on the layers' widths, from one photo's layers."""
 
     def forward(self, student: Any, teacher: Any, ids: Tensor) -> Tensor:
-        """The loss of one batch.
+        """Compute the loss of one batch.
 
         Args:
-            student: (B, D) image and text, or what `reads` says; gradients flow here and
+            student: (B, D) image and text, or what `reads` declares; gradients flow here and
                 nowhere else.
             teacher: the same of the same rows.
             ids: (B,) int64, which image each row shows; rows may share one.
@@ -50,7 +87,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def rank(self, lists: Lists) -> Tensor:
-        """The loss of one batch of candidate lists, as a score cache has them.
+        """Compute the loss of one batch of candidate lists from a score cache.
 
         Returns:
             A scalar, finite for finite input.
@@ -58,4 +95,23 @@ class Objective(nn.Module):
         raise ConfigError(f"{type(self).__module__}: this loss cannot read a score cache")
 
     def update(self, teacher: Features, ids: Tensor) -> None:
-        """Take note of a batch after its optimizer step; most losses have nothing to note."""
+        """Store a batch's teacher rows after its optimizer step; most losses store nothing."""
+
+
+class OneSided(Objective):
+    """Base of the losses that compare images with images and captions with captions.
+
+    Args:
+        side: "both", or "image" or "text" alone, for a teacher that has only that side.
+    """
+
+    def __init__(self, *, side: str = "both") -> None:
+        super().__init__()
+        if side not in SIDES:
+            raise ConfigError(f"side must be one of {', '.join(SIDES)}, not {side!r}")
+        self.sides = SIDES[side]
+        self.needs = frozenset(self.sides)
+
+    def pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+        """Pair student and teacher (B, D) of each chosen side; the teacher's have no gradient."""
+        return [(getattr(student, name), getattr(teacher, name).detach()) for name in self.sides]

@@ -1,4 +1,4 @@
-"""CLIP-KD: the losses of an empirical study of CLIP distillation, one by one or together.
+"""CLIP-KD: a weighted sum of the losses of an empirical study of CLIP distillation.
 
 CLIP-KD, arXiv 2307.12732. Its masked feature distillation (MFD) is not among the parts here: it
 reads the features of masked photos, and is a loss of its own, `masked_feature`.
@@ -15,11 +15,14 @@ from torch.nn import functional
 
 from crosstill.errors import ConfigError, unknown
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.candidates import contrast
-from crosstill.objectives.parts.gradients import contrastive_gradients
-from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.rows import divergence, rows
-from crosstill.objectives.parts.similarity import similarity
+from crosstill.objectives.parts.scores import (
+    batch_logits,
+    contrast,
+    divergence,
+    logits,
+    similarity,
+)
+from crosstill.plugins import positive
 from crosstill.types import Features
 
 UNIFIED = ("task", "fd", "icl", "crd")
@@ -28,7 +31,7 @@ WEIGHTS = {"task": 1.0, "fd": 2000.0, "icl": 1.0, "crd": 1.0, "gd": 1e8, "afd": 
 Part = Callable[[Features, Features, Tensor, float], Tensor]
 
 
-class Loss(Objective):
+class ClipKD(Objective):
     """Weighted sum of the chosen parts.
 
     Rows that show the same image are left out of each other's softmax in every part.
@@ -40,8 +43,8 @@ class Loss(Objective):
             combines.
         weights: of parts by name, where they differ from the published ones: task 1, fd 2000,
             icl 1, crd 1, gd 1e8, afd 1.
-        temperature: what the cosines are divided by, the student's and the teacher's, in all
-            parts; in the paper each model has one that it learned.
+        temperature: the divisor of the student's and the teacher's cosines in all parts; in the
+            paper each model has one that it learned.
     """
 
     def __init__(
@@ -112,29 +115,29 @@ class Fusion(nn.Module):
 
 
 def task(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
-    """CLIP's own loss: mean of image-to-caption and caption-to-image cross-entropy."""
+    """Compute CLIP's own loss: mean of image-to-caption and caption-to-image cross-entropy."""
     return contrast(student, student, ids, temperature)
 
 
 def fd(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
-    """Feature distillation: mean squared difference over B and D, images plus captions."""
+    """Compute feature distillation: mean squared difference over B and D, images plus captions."""
     pairs = zip(student, teacher, strict=True)
     return torch.stack([functional.mse_loss(s, t) for s, t in pairs]).sum()
 
 
 def icl(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
-    """Interactive contrastive learning: student images find teacher captions, and reverse."""
+    """Compute interactive contrast: student images against teacher captions, and the reverse."""
     return contrast(student, teacher, ids, temperature)
 
 
 def crd(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
-    """Contrastive relational distillation: mean of KL(teacher || student) of both directions."""
-    part = rows(student, teacher, ids, temperature)
-    return divergence(part.student, part.teacher, part.absent).mean()
+    """Compute contrastive relational distillation: mean KL(teacher || student), both directions."""
+    rows = batch_logits(student, teacher, ids, temperature)
+    return divergence(rows.student, rows.teacher, rows.absent).mean()
 
 
 def gd(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
-    """Gradient distillation: mean squared difference of d task / d image, plus that of text.
+    """Compute gradient distillation: mean squared difference of d task / d image, plus d text.
 
     Each model's gradient is that of its own `task`, both directions together. The authors' code
     compares the two directions apart, without the factor 1/2: twice as much where they agree,
@@ -142,6 +145,30 @@ def gd(student: Features, teacher: Features, ids: Tensor, temperature: float) ->
     """
     own = contrastive_gradients(student, ids, temperature)
     return fd(own, contrastive_gradients(teacher, ids, temperature), ids, temperature)
+
+
+def contrastive_gradients(features: Features, ids: Tensor, temperature: float) -> Features:
+    """Compute the gradients of InfoNCE at image and text, themselves differentiable.
+
+    With S = image text^T / temperature, L = (mean_i CE(row i) + mean_j CE(column j)) / 2 has
+        dL/dS = (softmax_rows(S) + softmax_columns(S) - 2 I) / (2 B)
+    and the chain rule gives dL/dimage = dL/dS text / temperature, and the transpose for text.
+    Pairs of rows that show the same image are left out of both softmaxes, as in the loss.
+
+    Args:
+        features: (B, D) image and text.
+        ids: (B,), which image each row shows.
+        temperature: the divisor of the dot products.
+
+    Returns:
+        (B, D) each.
+    """
+    scores = logits(features.image, features.text, ids, temperature)
+    identity = torch.eye(len(ids), dtype=scores.dtype, device=scores.device)
+    residual = scores.softmax(1) + scores.softmax(0) - 2 * identity
+    residual = residual / (2 * len(ids) * temperature)
+    # similarity(a, b.T) is a @ b that autocast cannot narrow
+    return Features(similarity(residual, features.text.T), similarity(residual.T, features.image.T))
 
 
 def _checked_parts(parts: Sequence[str]) -> tuple[str, ...]:

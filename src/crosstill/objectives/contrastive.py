@@ -1,7 +1,14 @@
 """Contrastive distillation (CD).
 
 DSMD, arXiv 2404.10838, eq. 5-7. Each student embedding has to find its teacher embedding among
-K older ones of the same modality.
+K older ones of the same modality, which a queue Q holds. With s_i and t_i the student's and the
+teacher's unit row i of one modality, and tau the temperature:
+
+    L_m = -1/B sum_i log( exp(s_i.t_i / tau) / (exp(s_i.t_i / tau) + sum_k exp(s_i.Q_k / tau)) )
+    L   = L_image + L_text
+
+The batch's t_i enter the queue after the optimizer step. The sum over k leaves out the entries that
+show the image of row i, which the paper keeps: see `mask_same_image`.
 """
 
 from __future__ import annotations
@@ -10,19 +17,19 @@ import torch
 from torch import Tensor
 
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.queue import Queue
-from crosstill.objectives.parts.similarity import similarity
+from crosstill.objectives.parts.memory import Queue
+from crosstill.objectives.parts.scores import similarity
+from crosstill.plugins import positive
 from crosstill.types import Features
 
 
-class Loss(Objective):
+class Contrastive(Objective):
     """Cross-entropy against a queue of teacher embeddings, images plus captions.
 
     Args:
         dim: embedding width D.
         seed: of the queue's random start.
-        temperature: what the cosines are divided by.
+        temperature: tau, the divisor of the cosines.
         queue_size: K; the batch size need not divide it.
         mask_same_image: leave out queue entries that show the row's own image, which another
             of its captions put there. The paper keeps them, as negatives of themselves.
@@ -45,14 +52,15 @@ class Loss(Objective):
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         own = (ids[:, None] == self.queue.ids) & self.mask_same_image
-        towers = zip(student, teacher, self.queue.entries, strict=True)
-        image, text = (self._find(s, t.detach(), queue, own) for s, t, queue in towers)
+        sides = zip(student, teacher, self.queue.entries, strict=True)
+        image, text = (self._one_side(s, t.detach(), queue, own) for s, t, queue in sides)
         return image + text
 
     def update(self, teacher: Features, ids: Tensor) -> None:
         self.queue.push(teacher, ids)
 
-    def _find(self, student: Tensor, teacher: Tensor, queue: Tensor, own: Tensor) -> Tensor:
+    def _one_side(self, student: Tensor, teacher: Tensor, queue: Tensor, own: Tensor) -> Tensor:
+        """Compute L_m of (B, D) rows and a (K, D) queue, without the entries that `own` marks."""
         negatives = similarity(student, queue).masked_fill(own, -torch.inf)
         positives = (student.to(negatives) * teacher.to(negatives)).sum(1, keepdim=True)
         logits = torch.cat([positives, negatives], dim=1) / self.temperature

@@ -2,8 +2,8 @@
 
 Chen et al., arXiv 2407.07479: how a cross encoder teaches a dual encoder. The paper's abstract
 settles four things: the teacher's ranking is distilled and not its scores; only the order of
-the hard negatives counts, not that of the easy ones; the valid hard negatives are what the
-student has to rank; and it does so by contrast, as in the loss that it is trained with.
+the hard negatives counts, not that of the easy ones; the student has to rank
+the valid hard negatives only; and it does so by contrast, as in the loss that it is trained with.
 
 The rest is our reading, as only the abstract and summaries of the paper were at hand:
 - the negatives are those of the batch, and the hard ones are the `hardest` that the teacher
@@ -27,31 +27,28 @@ import torch
 from torch import Tensor
 
 from crosstill.errors import ConfigError
-from crosstill.objectives import info_nce
-from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.candidates import hardest, others
-from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.similarity import similarity
+from crosstill.objectives.base import ListInput, Objective
+from crosstill.objectives.info_nce import InfoNCE
+from crosstill.objectives.parts.scores import hardest, others, similarity
+from crosstill.plugins import positive
 from crosstill.types import Features, Lists
 
 Valid = Literal["above_mean", "all"]
 TIE = 1e-6  # cosines closer than this are equal: rounding may tell even equal captions apart
 
 
-class Loss(Objective):
+class CPRD(Objective):
     """Mean of -log(exp(s_k) / (exp(s_k) + sum over j ranked below k of exp(s_j))), plus task.
 
     s are the student's cosines over the temperature, k the valid hard negatives of a query and
     j its negatives that the teacher scores lower than k by more than rounding.
 
     Args:
-        temperature: what the cosines are divided by, here and in the task's loss.
+        temperature: the divisor of the cosines, here and in the task's loss.
         hardest: hard negatives of each query; a batch with fewer other images gives all it has.
         valid: "above_mean" as above; "all" takes every hard negative as valid.
         task_weight: of the symmetric InfoNCE on the labels; 0 leaves it out.
     """
-
-    ranks = True
 
     def __init__(
         self,
@@ -66,10 +63,11 @@ class Loss(Objective):
         if not 0 <= task_weight < float("inf"):
             raise ConfigError(f"task_weight must be 0 or above, not {task_weight}")
         self.hardest = hardest
+        self.lists = ListInput(hardest)
         self.valid: Valid = valid
         self.task_weight = task_weight
         self.temperature = temperature
-        self.task = info_nce.Loss(temperature=temperature, hardest=hardest)
+        self.task = InfoNCE(temperature=temperature, hardest=hardest)
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         scores = similarity(*student) / self.temperature
@@ -78,52 +76,52 @@ class Loss(Objective):
         return ranking + self.task_weight * self.task(student, teacher, ids)
 
     def rank(self, lists: Lists) -> Tensor:
-        """See `Objective.rank`; the first `hardest` negatives of each list are the hard ones."""
-        ranking = torch.stack([self._listed(lists, way) for way in lists.valid]).mean()
-        return ranking + self.task_weight * self.task.rank(lists)
+        """Compute the loss of lists, whose first `hardest` negatives are the hard ones."""
+        ranking = [self._listed(lists, direction) for direction in lists.valid]
+        return torch.stack(ranking).mean() + self.task_weight * self.task.rank(lists)
 
-    def _listed(self, lists: Lists, way: str) -> Tensor:
-        kept = slice(1, 1 + self.hardest)
-        student, teacher = lists.student[way].scores[:, kept], lists.teacher[way].scores[:, kept]
-        valid = lists.valid[way][:, kept]
+    def _listed(self, lists: Lists, direction: str) -> Tensor:
+        hard = slice(1, 1 + self.hardest)
+        student, teacher = lists.student[direction][:, hard], lists.teacher[direction][:, hard]
+        valid = lists.valid[direction][:, hard]
         easy = student[:, :0]
         if lists.features is not None:
             student, scores = student / self.temperature, similarity(*lists.features)
-            scores = (scores if way == "image" else scores.T) / self.temperature
+            scores = (scores if direction == "image" else scores.T) / self.temperature
             easy = scores.masked_fill(~others(lists.ids), -torch.inf)
         below = valid[:, None] & (teacher[:, None] < teacher[:, :, None] - TIE)  # (B, h, h)
         lower = student[:, None].masked_fill(~below, -torch.inf)
         lower = torch.cat([lower, easy[:, None].expand(-1, lower.shape[1], -1)], dim=2)
-        return self._beat(student, lower, teacher, valid, _mean(teacher, valid))
+        return self._ranked(student, lower, teacher, valid, _mean(teacher, valid))
 
     def _rank(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-        """The ranking loss of the rows of two (B, B) score matrices, h hard negatives each."""
+        """Compute the ranking loss of the rows of two (B, B) scores, h hard negatives each."""
         negative = others(ids)
-        lists = hardest(teacher, student.detach(), ids, self.hardest)
-        rank = lists.pick(teacher)[:, 1:]
+        candidates = hardest(teacher, student.detach(), ids, self.hardest)
+        rank = candidates.pick(teacher)[:, 1:]
         below = negative[:, None] & (teacher[:, None] < rank[..., None] - TIE)  # (B, h, B)
         lower = student[:, None].masked_fill(~below, -torch.inf)
-        own, valid = lists.pick(student)[:, 1:], lists.valid[:, 1:]
-        return self._beat(own, lower, rank, valid, _mean(teacher, negative))
+        own, valid = candidates.pick(student)[:, 1:], candidates.valid[:, 1:]
+        return self._ranked(own, lower, rank, valid, _mean(teacher, negative))
 
-    def _beat(
+    def _ranked(
         self, own: Tensor, lower: Tensor, rank: Tensor, valid: Tensor, mean: Tensor
     ) -> Tensor:
-        """Mean over the valid of -log of each hard negative's share among those below it.
+        """Average, over the valid ones, -log of each hard negative's share among those below it.
 
         Args:
             own: (B, h) the student's scores of the hard negatives.
             lower: (B, h, N) its scores of those that the teacher ranks lower, -inf for others.
             rank: (B, h) the teacher's scores of the hard negatives.
-            valid: (B, h) bool, which of them are there.
+            valid: (B, h) bool; False fills up a shorter list.
             mean: (B,) the teacher's mean score of a query's negatives.
         """
-        lost = torch.cat([own[..., None], lower], dim=2).logsumexp(2) - own
+        terms = torch.cat([own[..., None], lower], dim=2).logsumexp(2) - own
         if self.valid == "above_mean":
             valid = valid & (rank - TIE > mean[:, None])
-        return lost.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+        return terms.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
 
 
 def _mean(scores: Tensor, counted: Tensor) -> Tensor:
-    """Mean of the counted entries of each row, 0 where there is none: two (B, N) to (B,)."""
+    """Average the counted entries of each row, 0 where there is none: two (B, N) to (B,)."""
     return scores.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)

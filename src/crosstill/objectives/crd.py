@@ -14,13 +14,13 @@ from torch.nn.functional import logsigmoid
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.bank import Bank, draw
-from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.similarity import similarity
+from crosstill.objectives.parts.memory import Bank, draw
+from crosstill.objectives.parts.scores import similarity
+from crosstill.plugins import positive
 from crosstill.types import Features
 
 
-class Loss(Objective):
+class CRD(Objective):
     """Noise-contrastive estimation within each modality, images plus captions.
 
     The critic of student row s and teacher row t is h = exp(s·t / temperature) / Z. The positive
@@ -42,12 +42,12 @@ class Loss(Objective):
         dim: embedding width D.
         keys: (I,) ids of the training images.
         seed: of the bank's random start and of the draws.
-        temperature: what the cosines are divided by.
+        temperature: the divisor of the cosines.
         negatives: m, drawn anew each step, with replacement.
-        momentum: how much of an image's old bank row stays when the image is seen.
+        momentum: share of an image's old bank row that stays when the image is seen.
 
     Buffers:
-        draws: () int64, how many steps were taken.
+        draws: () int64, the number of steps taken.
         log_z: (2,) logarithm of Z for images and for captions, -inf until it is known.
     """
 
@@ -99,11 +99,11 @@ class Loss(Objective):
         positives = (student.to(negatives) * teacher.to(negatives)).sum(1)
         # ln(h / (m Pn)) = cosine / temperature - shift, with Pn = 1 / I
         shift = log_z + math.log(self.negatives / len(self.bank))
-        found, wrong = (x / self.temperature - shift for x in (positives, negatives))
-        return estimation(found, wrong, own).mean()
+        positives, negatives = (x / self.temperature - shift for x in (positives, negatives))
+        return estimation(positives, negatives, own).mean()
 
     def _constants(self, teacher: Features, ids: Tensor) -> Tensor:
-        """Log Z of both sides: (2,), the fixed one or this batch's; -inf if it shows one image."""
+        """Return log Z of both sides (2,), fixed or of this batch; -inf if that shows one image."""
         same = ids[:, None] == ids
         pairs = torch.stack([similarity(side, side) for side in teacher]).detach()
         logits = (pairs / self.temperature).masked_fill(same, -torch.inf).flatten(1)
@@ -113,7 +113,7 @@ class Loss(Objective):
 
 
 def estimation(positives: Tensor, negatives: Tensor, absent: Tensor) -> Tensor:
-    """-[ln h⁺/(h⁺ + m Pn) + Σ ln m Pn/(h⁻ + m Pn)] of each row: (B,).
+    """Compute -[ln h⁺/(h⁺ + m Pn) + Σ ln m Pn/(h⁻ + m Pn)] of each row: (B,).
 
     Args:
         positives: (B,) ln(h⁺ / (m Pn)).
@@ -121,6 +121,6 @@ def estimation(positives: Tensor, negatives: Tensor, absent: Tensor) -> Tensor:
         absent: (B, m) bool, draws that are no negatives of the row. The mean of the others times
             m stands for the sum; a row that has no others pays for its positive only.
     """
-    each = -logsigmoid(-negatives).masked_fill(absent, 0)
+    terms = -logsigmoid(-negatives).masked_fill(absent, 0)
     counted = (~absent).sum(1).clamp_min(1)
-    return negatives.shape[1] * each.sum(1) / counted - logsigmoid(positives)
+    return negatives.shape[1] * terms.sum(1) / counted - logsigmoid(positives)

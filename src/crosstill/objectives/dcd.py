@@ -14,35 +14,31 @@ import torch
 from torch import Tensor
 
 from crosstill.errors import ConfigError
-from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.candidates import hardest
-from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.similarity import similarity
-from crosstill.objectives.parts.uncertainty import (
-    Reduction,
-    focal_loss,
-    plain_loss,
-    uncertainty_loss,
-)
-from crosstill.types import CandidateScores, Features, Lists
+from crosstill.objectives.base import ListInput, Objective
+from crosstill.objectives.parts.dcd import Reduction, focal_loss, plain_loss, uncertainty_loss
+from crosstill.objectives.parts.scores import hardest, similarity
+from crosstill.plugins import positive
+from crosstill.types import Features, Lists
 
 Variant = Literal["uncertainty", "focal", "plain"]
 Directions = Literal["both", "image", "text"]
 VARIANTS = {"uncertainty": uncertainty_loss, "focal": focal_loss, "plain": plain_loss}
 
 
-class Loss(Objective):
-    """A dual encoder's scores are cosines over the temperature; a fusion model's are its logits.
+class DCD(Objective):
+    """Weighted sum of the teacher's scores and the labels over each query's hardest candidates.
+
+    A dual encoder's scores are cosines over the temperature; a fusion model's are its logits.
 
     Args:
-        temperature: what the cosines are divided by.
+        temperature: the divisor of the cosines.
         threshold: the cosine that scores 0, from which the labels' part takes a pair to match. A
             fusion model's head learns where that is; a cosine of 0 is far below the cosines of
             hard negatives, so that the labels' part pushes all of them away.
         hardest: h, negatives of each query; a batch with fewer other images gives all it has.
             Of a score cache the teacher's own, so that only h + 1 pairs reach the student.
-        alpha: share of the distillation; 1 - alpha is the labels' ("uncertainty"). Under
-            "focal" the labels' part keeps its full weight.
+        alpha: share of the distillation; 1 - alpha is the labels'. Under "focal" the labels' part
+            keeps its full weight.
         directions: "image" ranks captions for each image, "text" the reverse; "both" is the
             mean of the two.
         variant: "uncertainty" weights by the teacher's entropy, "focal" by the student's
@@ -50,8 +46,6 @@ class Loss(Objective):
         reduction: "sample" weights each query's error; "released" as the authors' code, where
             the weights do nothing.
     """
-
-    ranks = True
 
     def __init__(
         self,
@@ -74,43 +68,37 @@ class Loss(Objective):
         self.threshold = threshold
         self.hardest = hardest
         self.alpha = alpha
-        self.directions: Directions = directions
+        self.directions = ("image", "text") if directions == "both" else (directions,)
+        self.lists = ListInput(hardest, self.directions)
         self.variant: Variant = variant
         self.reduction: Reduction = reduction
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         scores = (similarity(*student) - self.threshold) / self.temperature
         target = (similarity(*teacher).detach() - self.threshold) / self.temperature
-        ways = {"image": (scores, target), "text": (scores.T, target.T)}
-        return torch.stack([self._rows(*ways[way], ids) for way in self.ways]).mean()
+        tables = {"image": (scores, target), "text": (scores.T, target.T)}
+        terms = [self._dense(*tables[direction], ids) for direction in self.directions]
+        return torch.stack(terms).mean()
 
     def rank(self, lists: Lists) -> Tensor:
-        """See `Objective.rank`; the first `hardest` negatives of each list count."""
-        return torch.stack([self._listed(lists, way) for way in self.ways]).mean()
+        """Compute the loss of lists, of which the first `hardest` negatives count."""
+        return torch.stack([self._listed(lists, way) for way in self.directions]).mean()
 
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """Which lists it reads."""
-        return ("image", "text") if self.directions == "both" else (self.directions,)
-
-    def _listed(self, lists: Lists, way: str) -> Tensor:
+    def _listed(self, lists: Lists, direction: str) -> Tensor:
         size = 1 + self.hardest
-        student, teacher = lists.student[way].scores[:, :size], lists.teacher[way].scores[:, :size]
+        student, teacher = lists.student[direction], lists.teacher[direction]
         if lists.features is not None:
             student = (student - self.threshold) / self.temperature
-        return self._lose(student, teacher, lists.valid[way][:, :size])
-
-    def _rows(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-        """The loss of the rows of two (B, B) score matrices."""
-        lists = hardest(teacher, student.detach(), ids, self.hardest)
-        return self._lose(lists.pick(student), lists.pick(teacher), lists.valid)
-
-    def _lose(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-        """The loss of (B, N) lists."""
-        return VARIANTS[self.variant](
-            CandidateScores(student),
-            CandidateScores(teacher),
-            valid,
-            alpha=self.alpha,
-            reduction=self.reduction,
+        return self._weighted(
+            student[:, :size], teacher[:, :size], lists.valid[direction][:, :size]
         )
+
+    def _dense(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+        """Compute the loss of the rows of two (B, B) score matrices."""
+        lists = hardest(teacher, student.detach(), ids, self.hardest)
+        return self._weighted(lists.pick(student), lists.pick(teacher), lists.valid)
+
+    def _weighted(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        """Compute the chosen variant of two (B, N) score lists."""
+        variant = VARIANTS[self.variant]
+        return variant(student, teacher, valid, alpha=self.alpha, reduction=self.reduction)

@@ -1,7 +1,10 @@
 """Decoupled knowledge distillation (DKD).
 
-Zhao et al., arXiv 2203.08679, section 3: the divergence of `kd` is TCKD + (1 - p_t) NCKD. The
-factor silences a confident teacher, so DKD drops it and weighs the two parts apart.
+Zhao et al., arXiv 2203.08679, section 3: the divergence of `kd` is TCKD + (1 - p_t) NCKD,
+where p_t is the teacher's probability of the true partner. The factor silences a confident
+teacher, so DKD drops it and weighs the two parts apart:
+
+    L = T² (alpha TCKD + beta NCKD)
 """
 
 from __future__ import annotations
@@ -12,21 +15,21 @@ from torch.nn.functional import logsigmoid
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.rows import divergence, rows
+from crosstill.objectives.parts.scores import batch_logits, divergence
+from crosstill.plugins import positive
 from crosstill.types import Features
 
 
-class Loss(Objective):
+class DKD(Objective):
     """T² (alpha TCKD + beta NCKD) over image-to-text and text-to-image rows, mean of both.
 
     The target of a row is its true partner. Another row of the same image is left out.
 
     Args:
-        temperature: what the cosines are divided by to make them logits.
+        temperature: the divisor that makes cosines logits.
         softening: T, as in `kd`.
-        alpha: weight of "how sure is the teacher of the partner".
-        beta: weight of "how does it rank the others".
+        alpha: weight of TCKD, the probability of the partner.
+        beta: weight of NCKD, the distribution over the others.
     """
 
     def __init__(
@@ -46,18 +49,18 @@ class Loss(Objective):
         self.alpha, self.beta = alpha, beta
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        part = rows(student, teacher, ids, self.temperature)
-        soft = part._replace(
-            student=part.student / self.softening, teacher=part.teacher / self.softening
+        rows = batch_logits(student, teacher, ids, self.temperature)
+        soft = rows._replace(
+            student=rows.student / self.softening, teacher=rows.teacher / self.softening
         )
-        target, rest = decoupled(*soft)
-        return self.softening**2 * (self.alpha * target + self.beta * rest).mean()
+        tckd, nckd = decoupled(*soft)
+        return self.softening**2 * (self.alpha * tckd + self.beta * nckd).mean()
 
 
 def decoupled(
     student: Tensor, teacher: Tensor, absent: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD of each row, (R,) each; both are 0 in a row that holds its target only.
+    """Compute TCKD and NCKD of each row, (R,) each; both are 0 in a row that holds its target only.
 
     Everything stays a logarithm, so logits of any size are exact.
 
@@ -71,14 +74,15 @@ def decoupled(
     alone = left_out.all(1)
     # such a row is computed as if nothing were left out, then dropped: no NaN, no gradient
     left_out = left_out & ~alone[:, None]
-    odds, wanted = _log_odds(student, left_out, target), _log_odds(teacher, left_out, target)
-    sure = wanted.sigmoid() * (logsigmoid(wanted) - logsigmoid(odds))
-    unsure = (-wanted).sigmoid() * (logsigmoid(-wanted) - logsigmoid(-odds))
-    rest = divergence(student, teacher, left_out)
-    return (sure + unsure).masked_fill(alone, 0), rest.masked_fill(alone, 0)
+    odds = _log_odds(student, left_out, target)
+    teacher_odds = _log_odds(teacher, left_out, target)
+    hit = teacher_odds.sigmoid() * (logsigmoid(teacher_odds) - logsigmoid(odds))
+    miss = (-teacher_odds).sigmoid() * (logsigmoid(-teacher_odds) - logsigmoid(-odds))
+    nckd = divergence(student, teacher, left_out)
+    return (hit + miss).masked_fill(alone, 0), nckd.masked_fill(alone, 0)
 
 
 def _log_odds(logits: Tensor, left_out: Tensor, target: Tensor) -> Tensor:
-    """log(p_t / (1 - p_t)) of each row's target: (R,)."""
+    """Compute log(p_t / (1 - p_t)) of each row's target: (R,)."""
     others = logits - logits.gather(1, target[:, None])
     return -others.masked_fill(left_out, -torch.inf).logsumexp(1)

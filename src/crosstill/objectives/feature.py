@@ -1,6 +1,8 @@
 """Feature distillation (FD).
 
-DSMD, arXiv 2404.10838, eq. 8. The student copies the teacher's embeddings number by number.
+DSMD, arXiv 2404.10838, eq. 8. The student copies the teacher's embeddings number by number:
+
+    L = mean over B and D of |v^s - v^t|  +  mean over B and D of |t^s - t^t|
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crosstill.objectives.parts.sides import OneSided
+from crosstill.objectives.base import OneSided
 from crosstill.types import Features
 
 
-class Loss(OneSided):
+class FeatureDistillation(OneSided):
     """Mean absolute difference over B and D, images plus captions.
 
-    `side` is that of `OneSided`.
+    Args:
+        side: as in `OneSided`.
     """
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:

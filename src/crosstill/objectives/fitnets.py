@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, mse_loss
 
-from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.maps import smaller
+from crosstill.objectives.at import common_size
+from crosstill.objectives.base import Input, Objective
+from crosstill.objectives.parts.scores import widened
 from crosstill.types import Hidden
 
 
-class Loss(Objective):
+class FitNets(Objective):
     """Mean square error of one image layer, after pooling both maps to the smaller one's size.
 
     The teacher's map is divided by the root mean square of a probe's, so that the loss is of the
@@ -29,35 +30,31 @@ class Loss(Objective):
         layer: which block of each image tower: "first", "middle", "last" or a number.
     """
 
-    reads = "hidden"
     needs = frozenset[str]()
     scale: Tensor
     regressor: nn.Conv2d
 
     def __init__(self, *, seed: int = 0, layer: str | int = "middle") -> None:
         super().__init__()
-        self.layers = (str(layer),)
+        self.layer = str(layer)
+        self.reads = Input("hidden", layers=(self.layer,))
         self._seed = seed
         self.register_buffer("scale", torch.ones(()))
 
-    def meet(self, student: Hidden, teacher: Hidden) -> None:
-        mine, theirs = student.layers[self.layers[0]], teacher.layers[self.layers[0]]
-        self.regressor = nn.Conv2d(mine.shape[1], theirs.shape[1], 1).to(theirs.device)
-        bound = 1 / math.sqrt(mine.shape[1])
+    def adapt(self, student: Hidden, teacher: Hidden) -> None:
+        maps, targets = student.layers[self.layer], teacher.layers[self.layer]
+        self.regressor = nn.Conv2d(maps.shape[1], targets.shape[1], 1).to(targets.device)
+        bound = 1 / math.sqrt(maps.shape[1])
         generator = torch.Generator().manual_seed(self._seed)
         with torch.no_grad():
             for part in self.regressor.parameters():
                 drawn = torch.rand(part.shape, generator=generator, dtype=part.dtype)
                 part.copy_(bound * (2 * drawn - 1))
-            self.scale.copy_(theirs.float().square().mean().sqrt().clamp_min(1e-6))
+            self.scale.copy_(targets.float().square().mean().sqrt().clamp_min(1e-6))
 
     def forward(self, student: Hidden, teacher: Hidden, ids: Tensor) -> Tensor:
-        mine, theirs = (_wide(x.layers[self.layers[0]]) for x in (student, teacher))
-        size = smaller(mine, theirs)
-        mine, theirs = adaptive_avg_pool2d(mine, size), adaptive_avg_pool2d(theirs, size)
-        weight, bias = (part.to(mine) for part in self.regressor.parameters())
-        return mse_loss(conv2d(mine, weight, bias), theirs.detach().to(mine) / self.scale)
-
-
-def _wide(maps: Tensor) -> Tensor:
-    return maps if maps.dtype.itemsize >= 4 else maps.float()
+        maps, targets = (widened(side.layers[self.layer]) for side in (student, teacher))
+        size = common_size(maps, targets)
+        maps, targets = adaptive_avg_pool2d(maps, size), adaptive_avg_pool2d(targets, size)
+        weight, bias = (part.to(maps) for part in self.regressor.parameters())
+        return mse_loss(conv2d(maps, weight, bias), targets.detach().to(maps) / self.scale)

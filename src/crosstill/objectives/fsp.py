@@ -1,7 +1,7 @@
 """Flow of solution procedure (FSP).
 
-Yim et al., "A Gift from Knowledge Distillation", CVPR 2017, eq. 1-2. What a network does between
-two stages is the Gram matrix of their features; the student copies the teacher's.
+Yim et al., "A Gift from Knowledge Distillation", CVPR 2017, eq. 1-2. The flow between
+two stages of a network is the Gram matrix of their features; the student copies the teacher's.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch.nn.functional import mse_loss
 
 from crosstill.errors import MismatchError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.similarity import similarity
+from crosstill.objectives.parts.scores import similarity
 from crosstill.types import Features
 
 
-class Loss(Objective):
+class FSP(Objective):
     """Mean squared error between the cross-modal Gram matrices of student and teacher.
 
     A cached teacher shows its outputs only. The two stages are then its image output and its text
@@ -30,7 +30,7 @@ class Loss(Objective):
 
 
 def gram(first: Tensor, second: Tensor) -> Tensor:
-    """Eq. 1: how the channels of two stages occur together, a mean over space.
+    """Compute eq. 1: the Gram matrix of the channels of two stages, a mean over space.
 
     Args:
         first: (B, C1, H, W).
@@ -54,7 +54,7 @@ def gram(first: Tensor, second: Tensor) -> Tensor:
 
 
 def flow(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 2 for one pair of stages: mean squared difference of two Gram matrices of any shape.
+    """Compute eq. 2 for one pair of stages: mean squared difference of two Gram matrices.
 
     Raises:
         MismatchError: they differ in shape, as those of layers with other channel counts do.

@@ -1,7 +1,15 @@
 """Hard-negative distillation (HND).
 
 DSMD, arXiv 2404.10838, eq. 10-14: the triplet loss of VSE++ (arXiv 1707.05612) between the
-embeddings of student and teacher, within a modality and across.
+embeddings of student and teacher, within a modality and across. With v image rows, t text rows,
+^s the student's and ^t the teacher's, m the margin, [x]+ = max(x, 0) and S = a b^T:
+
+    row_i  = max over j != i of [m + S_ij - S_ii]+
+    col_j  = max over i != j of [m + S_ij - S_jj]+
+    T(a, b) = sum_i row_i + sum_j col_j
+    L = T(v^s, v^t) + T(t^s, t^t) + T(v^s, t^t) + T(t^s, v^t)
+
+Entries whose row and column show the same image are no negatives.
 """
 
 from __future__ import annotations
@@ -12,14 +20,14 @@ from torch import Tensor
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.similarity import similarity
+from crosstill.objectives.parts.scores import similarity
 from crosstill.types import Features
 
 Negatives = Literal["hardest", "all"]
 
 
-class Loss(Objective):
-    """Sum of four triplet losses: image-image, text-text, image-text, text-image.
+class HardNegative(Objective):
+    """Sum of four triplet losses: image-image, image-text, text-image, text-text.
 
     Args:
         margin: m, how far (in cosine) a negative has to stay below the positive.
@@ -46,13 +54,13 @@ class Loss(Objective):
 
 
 def triplet(scores: Tensor, ids: Tensor, *, margin: float, negatives: Negatives) -> Tensor:
-    """T of eq. 10-12: violations along the rows plus along the columns, summed.
+    """Compute T of eq. 10-12: violations along the rows plus along the columns, summed.
 
     Args:
         scores: (B, B), row i and column i belong together.
         ids: (B,); entries whose row and column share an id are no negatives.
         margin: m.
-        negatives: as in `Loss`.
+        negatives: as in `HardNegative`.
     """
     own = scores.diagonal()
     same = ids[:, None] == ids

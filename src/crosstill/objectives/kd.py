@@ -9,18 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.named import positive
-from crosstill.objectives.parts.rows import divergence, rows
+from crosstill.objectives.parts.scores import batch_logits, divergence
+from crosstill.plugins import positive
 from crosstill.types import Features
 
 
-class Loss(Objective):
+class KD(Objective):
     """T² KL(teacher ‖ student) over image-to-text and text-to-image rows, mean of both.
 
     Another row of the same image is left out of both softmaxes.
 
     Args:
-        temperature: what the cosines are divided by to make them logits.
+        temperature: the divisor that makes cosines logits.
         softening: T of the paper. At 1 the teacher's softmax is at `temperature`, which at 0.05
             is already five times softer than the 0.01 that CLIP ends its training with; a large
             T nears a mean squared error of the logits.
@@ -33,12 +33,12 @@ class Loss(Objective):
         self.softening = softening
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        part = rows(student, teacher, ids, self.temperature)
-        return softened(part.student, part.teacher, part.absent, self.softening).mean()
+        rows = batch_logits(student, teacher, ids, self.temperature)
+        return softened(rows.student, rows.teacher, rows.absent, self.softening).mean()
 
 
 def softened(student: Tensor, teacher: Tensor, absent: Tensor, softening: float) -> Tensor:
-    """T² KL(softmax(teacher / T) ‖ softmax(student / T)) of each row: (R,).
+    """Compute T² KL(softmax(teacher / T) ‖ softmax(student / T)) of each row: (R,).
 
     The factor T² keeps the gradient's size when T changes.
 

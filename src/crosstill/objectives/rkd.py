@@ -15,7 +15,7 @@ from crosstill.objectives.base import Objective
 from crosstill.types import Features
 
 
-class Loss(Objective):
+class RKD(Objective):
     """Huber loss on distances and on angles, the images' cloud plus the captions' cloud.
 
     Memory and time grow as B²·D for the differences and B³ for the angles. Distances and angles
@@ -42,12 +42,12 @@ class Loss(Objective):
         return image + text
 
     def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = vectors(student), vectors(teacher)
-        total = ours.new_zeros(())
+        points, targets = vectors(student), vectors(teacher)
+        total = points.new_zeros(())
         if self.distance:
-            total = total + self.distance * _huber(distances(ours), distances(theirs))
+            total = total + self.distance * _huber(distances(points), distances(targets))
         if self.angle:
-            total = total + self.angle * _huber(angles(ours), angles(theirs))
+            total = total + self.angle * _huber(angles(points), angles(targets))
         return total
 
 
@@ -56,7 +56,7 @@ def _huber(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def vectors(points: Tensor) -> Tensor:
-    """From each point to each other, (B, D) to (B, B, D), float32 or wider.
+    """Subtract each point from each other, (B, D) to (B, B, D), float32 or wider.
 
     Differences, not the cheaper |a|² + |b|² - 2ab, which rounds the distance of two equal points
     to something above 0.
@@ -66,14 +66,14 @@ def vectors(points: Tensor) -> Tensor:
 
 
 def distances(vectors: Tensor) -> Tensor:
-    """Euclidean lengths of vectors (B, B, D), divided by the mean of those above 0: (B, B)."""
+    """Divide the lengths of vectors (B, B, D) by the mean of those above 0: (B, B)."""
     length, zero = _lengths(vectors)
     mean = length.sum() / (~zero).sum().clamp_min(1)
     return length / mean.masked_fill(zero.all(), 1)
 
 
 def angles(vectors: Tensor) -> Tensor:
-    """Cosine of the angle at point i between points j and k: (B, B, B) of vectors (B, B, D).
+    """Compute the cosine of the angle at point i between j and k: (B, B, D) to (B, B, B).
 
     It is 0 where two of the three points are equal and there is no angle.
     """

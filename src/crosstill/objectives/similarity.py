@@ -1,6 +1,8 @@
 """Similarity distillation (SD).
 
-DSMD, arXiv 2404.10838, eq. 9. The student's embedding points where the teacher's points.
+DSMD, arXiv 2404.10838, eq. 9. The student's embeddings point where the teacher's point:
+
+    L = 1 - (mean_i cos(v^s_i, v^t_i) + 1) / 2  +  1 - (mean_i cos(t^s_i, t^t_i) + 1) / 2
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crosstill.objectives.parts.sides import OneSided
+from crosstill.objectives.base import OneSided
 from crosstill.types import Features
 
 
-class Loss(OneSided):
+class SimilarityDistillation(OneSided):
     """1 - (mean cosine + 1) / 2, images plus captions: 0 when aligned, 2 when opposite.
 
-    `side` is that of `OneSided`.
+    Args:
+        side: as in `OneSided`.
     """
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:

@@ -18,12 +18,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from crosstill.errors import ConfigError
 from crosstill.students.student import Student
 from crosstill.towers.build import ImagePart, TextPart
-from crosstill.types import Features
 
 MOST = 20_000  # rows a side: far more than there are axes
 
@@ -41,18 +39,6 @@ def axes(rows: Sequence[Tensor]) -> Tensor:
     # a sign for each, so that it depends on no library's whim
     signs = found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
     return (found * signs).float()
-
-
-def cut(features: Features, axes: Tensor, unit: bool = True) -> Features:
-    """Both sides along some axes: (B, D) → (B, w); a side that is not there stays away.
-
-    Args:
-        features: of student or teacher.
-        axes: (D, w).
-        unit: at length 1; else as long as they come.
-    """
-    sides = (side @ axes.to(side) if side.numel() else side for side in features)
-    return Features(*(functional.normalize(s, dim=-1) if unit else s for s in sides))
 
 
 def shorten(student: Student, width: int) -> Student:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from crosstill import balance, objectives
-from crosstill.balance import Rule
+from crosstill.balance import Balancer
 from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.train import inside, targets, work
@@ -15,7 +15,7 @@ from crosstill.train.sampler import Sampler
 from crosstill.train.step import check_precision
 
 
-def prepare(config: TrainConfig, cache: CacheBase, group: Group) -> tuple[nn.ModuleDict, Rule]:
+def prepare(config: TrainConfig, cache: CacheBase, group: Group) -> tuple[nn.ModuleDict, Balancer]:
     """Losses and balancer of a run, after all that can be checked has been."""
     check_precision(config, group.device)
     group.check(config.batch_size)

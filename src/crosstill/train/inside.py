@@ -118,11 +118,11 @@ def look(
     if not readers:
         return None
     assert config.teacher is not None
-    layers = {layer for loss in readers.values() for layer in loss.layers}
+    layers = {layer for loss in readers.values() for layer in loss.reads.layers}
     inside = Inside(student, config.teacher, cache, cache.split(config.train_split), layers)
     student_layers, teacher_layers = inside.probe()
     for loss in readers.values():
-        loss.meet(student_layers, teacher_layers)
+        loss.adapt(student_layers, teacher_layers)
     return inside
 
 
@@ -152,9 +152,9 @@ def check(config: TrainConfig, losses: nn.ModuleDict, cache: Cache, world: int) 
 
 
 def reading(losses: nn.ModuleDict, noun: str) -> dict[str, Objective]:
-    """The losses that read a noun, by name."""
+    """Return the losses that read one kind of `Input`, by name."""
     found: dict[str, Any] = dict(losses.items())
-    return {name: loss for name, loss in found.items() if loss.reads == noun}
+    return {name: loss for name, loss in found.items() if loss.reads.kind == noun}
 
 
 def blank(photos: Tensor, patch: int, ratio: float, mean: Iterable[float]) -> Tensor:

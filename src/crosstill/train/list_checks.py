@@ -37,7 +37,7 @@ def check(losses: nn.ModuleDict, cache: ScoreCache, config: TrainConfig, world: 
         ConfigError: a setting that cannot work here, or more negatives than candidates.
         MismatchError: a loss that needs features, or scores that the cache lacks.
     """
-    blind = [name for name, loss in _named(losses) if not loss.ranks]
+    blind = [name for name, loss in _named(losses) if loss.lists is None]
     if blind:
         raise MismatchError(
             f"{cache.folder} is a score cache, and these losses need features: {', '.join(blind)}; "
@@ -131,11 +131,11 @@ def ways(losses: nn.ModuleDict, fusion: bool = True) -> Ways:
 
     A loss without a teacher reads a dual encoder's batch, so that lists would be encoded in vain.
     """
-    named = [loss for _, loss in _named(losses) if fusion or loss.needs]
-    if not named:
+    inputs = [loss.lists for _, loss in _named(losses) if loss.lists and (fusion or loss.needs)]
+    if not inputs:
         return Ways((), 0)
-    asked = {way for loss in named for way in getattr(loss, "ways", ("image", "text"))}
-    return Ways(tuple(sorted(asked)), max(loss.hardest for loss in named))
+    directions = {direction for lists in inputs for direction in lists.directions}
+    return Ways(tuple(sorted(directions)), max(lists.hardest for lists in inputs))
 
 
 def _named(losses: nn.ModuleDict) -> list[tuple[str, Objective]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from crosstill.teachers.matcher import PAIRS, Matcher
 from crosstill.train.lists import Asked, ListBatch
 from crosstill.train.step import Outcome, Step
-from crosstill.types import CandidateScores, Features, Lists, States
+from crosstill.types import Features, Lists, States
 
 
 class ListStep(Step):
@@ -27,7 +27,7 @@ class ListStep(Step):
         with self._autocast():
             said = self._rank_by_pairs(batch) if self._is_fusion else self._rank_by_cosines(batch)
         losses = {
-            name: loss.rank(said) if loss.ranks else loss(said.features, NOTHING, said.ids)
+            name: loss.rank(said) if loss.lists else loss(said.features, NOTHING, said.ids)
             for name, loss in self._objectives().items()
         }
         outcome, total = self._weigh(losses, said.features)
@@ -48,9 +48,7 @@ class ListStep(Step):
         own = Features(image[batch.pairs[0]], text[batch.pairs[1]])
         asked = {"image": (own.image, text), "text": (own.text, image)}
         student = {
-            way: CandidateScores(
-                torch.einsum("bd,bnd->bn", asked[way][0], asked[way][1][found.partners])
-            )
+            way: torch.einsum("bd,bnd->bn", asked[way][0], asked[way][1][found.partners])
             for way, found in batch.lists.items()
         }
         return _lists(student, batch.lists, batch.ids, own)
@@ -63,7 +61,7 @@ class ListStep(Step):
         if self.judge is not None:
             lists = {way: self._judged(way, lists, batch, towers) for way in lists}
         sides = _entered(model, *towers)
-        student = {way: CandidateScores(s) for way, s in self._scored(sides, lists, batch).items()}
+        student = self._scored(sides, lists, batch)
         return _lists(student, lists, batch.ids, None)
 
     def _scored(
@@ -100,7 +98,7 @@ class ListStep(Step):
         return Asked(
             found.partners.gather(1, order),
             found.valid.gather(1, order),
-            CandidateScores(scores.gather(1, order)),
+            scores.gather(1, order),
         )
 
 
@@ -126,7 +124,7 @@ def _pairs(way: str, partners: Tensor, batch: ListBatch) -> Tensor:
 
 
 def _lists(
-    student: dict[str, CandidateScores], lists: dict[str, Asked], ids: Tensor, own: Features | None
+    student: dict[str, Tensor], lists: dict[str, Asked], ids: Tensor, own: Features | None
 ) -> Lists:
     told = {way: found.teacher for way, found in lists.items() if found.teacher is not None}
     return Lists(student, told, {way: found.valid for way, found in lists.items()}, ids, own)

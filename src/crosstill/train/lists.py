@@ -22,7 +22,6 @@ from crosstill.train.distributed import Group
 from crosstill.train.sampler import Picked, Sampler
 from crosstill.train.states import Sides
 from crosstill.train.stream import ahead
-from crosstill.types import CandidateScores
 
 FALSE = 63  # F, candidates of a list that a teacher beside the student scores, as DCD has it
 
@@ -41,7 +40,7 @@ class Asked:
 
     partners: Tensor  # (B, N) int64; column 0 is the true one
     valid: Tensor  # (B, N) bool
-    teacher: CandidateScores | None
+    teacher: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class ListStream:
             way: Asked(
                 torch.from_numpy(partners[way][1]),
                 torch.from_numpy(found.valid),
-                None if found.scores is None else CandidateScores(torch.from_numpy(found.scores)),
+                None if found.scores is None else torch.from_numpy(found.scores),
             )
             for way, found in drawn.items()
         }

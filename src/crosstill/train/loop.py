@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from crosstill import artefacts, files, progress
-from crosstill.balance import Rule
+from crosstill.balance import Balancer
 from crosstill.cache import Cache, CacheBase
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
@@ -115,7 +115,7 @@ class Session:
         self,
         path: Path,
         student: Learner,
-        parts: tuple[nn.ModuleDict, Rule, Any],
+        parts: tuple[nn.ModuleDict, Balancer, Any],
         cache: CacheBase,
         config: TrainConfig,
         group: Group,

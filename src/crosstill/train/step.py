@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from crosstill.balance import Rule
+from crosstill.balance import Balancer
 from crosstill.errors import ConfigError, NonFiniteError
-from crosstill.objectives import Objective
+from crosstill.objectives import Input, Objective
 from crosstill.students.student import Student, Tokens
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
-from crosstill.train.inside import Inside, blank, patch_size, reading
+from crosstill.train.inside import Inside, blank, patch_size
 from crosstill.train.stream import Batch
 from crosstill.types import Features
 
@@ -39,7 +39,7 @@ class Step:
         self,
         student: Student,
         losses: nn.ModuleDict,
-        balance: Rule,
+        balance: Balancer,
         optimizer: Optimizer,
         config: TrainConfig,
         group: Group,
@@ -120,29 +120,32 @@ class Step:
             features = self._encode(batch.images[distinct], part, self._config.normalise)
         return Features(features.image[image_of].float(), features.text.float())
 
-    def _read(self, batch: Batch, features: Features) -> dict[str, tuple[Any, Any]]:
-        """What each loss is called with, student's and teacher's, by the noun that it reads."""
-        found: dict[str, tuple[Any, Any]] = {"features": (features, batch.teacher)}
-        if self.inside is not None:
-            found["hidden"] = self.inside.take(batch.picked, batch.views)
-        # all losses that read masked photos see the same ones
-        for loss in list(reading(self.losses, "masked").values())[:1]:
-            photos = blank(
-                batch.images,
-                patch_size(self._student) or 1,
-                loss.ratio,
-                self._student.preprocess.mean,
-            )
-            with self._autocast():
-                image = self._student.encode_image(photos).float()[batch.image_of]
-            found["masked"] = (Features(image, features.text), batch.teacher)
-        return found
+    def _inputs(self, batch: Batch, features: Features) -> dict[Input, tuple[Any, Any]]:
+        """Make the input of student and teacher once for each that some loss declares."""
+        layers = self.inside.take(batch.picked, batch.views) if self.inside is not None else None
+        inputs: dict[Input, tuple[Any, Any]] = {}
+        for reads in dict.fromkeys(loss.reads for loss in self._objectives().values()):
+            if reads.kind == "hidden" and layers is not None:
+                inputs[reads] = layers
+            elif reads.kind == "masked":
+                image = self._masked_images(batch, reads.ratio)
+                inputs[reads] = Features(image, features.text), batch.teacher
+            else:
+                inputs[reads] = features, batch.teacher
+        return inputs
+
+    def _masked_images(self, batch: Batch, ratio: float) -> Tensor:
+        """Embed the batch's photos with a share of their patches blanked: (B, D)."""
+        student = self._student
+        photos = blank(batch.images, patch_size(student) or 1, ratio, student.preprocess.mean)
+        with self._autocast():
+            return student.encode_image(photos).float()[batch.image_of]
 
     def _lose(self, share: Features, batch: Batch) -> tuple[Outcome, Tensor]:
         features = self._group.gather(share)
-        nouns = self._read(batch, features)
+        inputs = self._inputs(batch, features)
         losses = {
-            name: loss(*nouns[loss.reads], batch.ids) for name, loss in self._objectives().items()
+            name: loss(*inputs[loss.reads], batch.ids) for name, loss in self._objectives().items()
         }
         return self._weigh(losses, features)
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from crosstill import files
 from crosstill.cache import Cache, Split, memo, pixels
 from crosstill.evaluate import pool_images, pool_texts
+from crosstill.objectives.wrappers import TeacherMap
 from crosstill.students import matryoshka
 from crosstill.students.student import Student
-from crosstill.train.targets import Target
 
 PENALTY = 1e-3
 MOST = 20_000  # rows a side: far more than a head has columns
@@ -29,20 +29,20 @@ MOST = 20_000  # rows a side: far more than a head has columns
 
 @torch.no_grad()
 def ridge_heads(
-    student: Student, cache: Cache, split: Split, targets: Sequence[Target] = ()
+    student: Student, cache: Cache, split: Split, maps: Sequence[TeacherMap] = ()
 ) -> None:
     """Set both heads of a student from the plain views of a split.
 
-    With a target for each teacher of a joined cache, the student begins at the first principal
-    coordinates of the joined rows, and each map at what these say of its teacher's.
+    With a map to each teacher of a joined cache, the student begins at the first principal
+    coordinates of the joined rows, and each map at their part of its teacher's.
     """
     image = _kept(student, cache, split, "image", _of_images)
     text = _kept(student, cache, split, "text", _of_texts)
-    if targets:
+    if maps:
         basis = principal(cache, split, student.dim)
         image, text = image @ basis, text @ basis
-        for target in targets:
-            target.begin(basis)
+        for teacher_map in maps:
+            teacher_map.align(basis)
     _put(student.image_head, image)
     _put(student.text_head, text)
 

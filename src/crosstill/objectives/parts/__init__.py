@@ -1,1 +1,1 @@
-"""What several losses share; no loss is in here."""
+"""Code that several losses share; no loss is in here."""
