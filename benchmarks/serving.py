@@ -35,7 +35,7 @@ from benchmarks.vectors import repeated, unit
 from crosstill import data, export, students
 from crosstill.bundle import Bundle, Encoder
 from crosstill.data.scenes import write
-from crosstill.search import building, catalogue, generations
+from crosstill.search import builder, catalogue, index_folder
 from crosstill.search.catalogue import Row
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.students.config import StudentConfig
@@ -110,27 +110,27 @@ def _prepare(place: Path, real: Path | None, count: int) -> tuple[Bundle, np.nda
     """An index of so many vectors at `place`/index, whose photos are no more than names."""
     if real is None:
         real = _small_index(place)
-    base = generations.read(real)
-    held = generations.open_vectors(real, base)
+    base = index_folder.read(real)
+    held = index_folder.open_vectors(real, base)
     vectors = repeated(unit(held.vectors(held.ids())), count)
     bundle = Bundle.open(real / base.bundle)
     index, number = place / "index", 1
     index.mkdir()
-    with generations.written_aside(generations.folder_of(index, number)) as aside:
+    with index_folder.written_aside(index_folder.folder_of(index, number)) as aside:
         shas = (hashlib.sha256(str(i).encode()).digest() for i in range(count))
         rows = {f"{i:07}.jpg": Row(sha, 1, 1, caption(i % 5000)) for i, sha in enumerate(shas)}
         change = catalogue.write(aside / catalogue.NAME, None, rows)
         flat = FaissVectors(bundle.dim)
         flat.add(np.array([photo for photo, _ in change.added]), vectors)
         flat.save(aside)
-        digests = generations.digests(aside)
-    generations.switch(
+        digests = index_folder.digests(aside)
+    index_folder.switch(
         index,
-        generations.Pointer(
+        index_folder.Pointer(
             generation=number,
             previous=None,
             identity=bundle.identity,
-            bundle=generations.keep_bundle(index, bundle),
+            bundle=index_folder.keep_bundle(index, bundle),
             dim=bundle.dim,
             kind="flat",
             folder=str(place),
@@ -147,7 +147,7 @@ def _small_index(place: Path) -> Path:
     captions = [text for e in data.open("scenes:50").examples for text in e.captions]
     student = students.build(StudentConfig.model_validate(models.STUDENT), 512, captions)
     bundle = export.onnx(student, place / "bundle").folder
-    building.build(bundle, place / "photos", place / "small")
+    builder.build(bundle, place / "photos", place / "small")
     return place / "small"
 
 

@@ -24,7 +24,7 @@ import faiss
 import numpy as np
 
 from crosstill.search.faiss_vectors import FaissVectors
-from crosstill.search.vectors import estimate_bytes
+from crosstill.search.vector_index import estimate_bytes
 
 COUNT, DIM, FACTORS = 20_000, 512, 64
 QUERIES, TOP, STEP = 300, 10, 5_000

@@ -51,6 +51,7 @@ def test_all_names_are_importable():
         "evaluate",
         "export",
         "objectives",
+        "search",
         "students",
         "teachers",
         "train",

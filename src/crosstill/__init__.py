@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from crosstill import (
         ablate,
         balance,
+        bundle,
         cache,
         data,
         evaluate,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         objectives,
         recipes,
         report,
+        search,
         students,
         teachers,
     )
@@ -74,6 +76,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ablate",
     "balance",
+    "bundle",
     "cache",
     "data",
     "distill",
@@ -82,6 +85,7 @@ __all__ = [
     "objectives",
     "recipes",
     "report",
+    "search",
     "students",
     "teachers",
 ]

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from crosstill import cache, data, export, images, recipes, students
+from crosstill import cache, data, export, images, recipes, search, students
 from crosstill.data import Pairs, scenes
 from crosstill.evaluate import Embedded, embed
 from crosstill.evaluate.report import judge, table
-from crosstill.search import building
-from crosstill.search.searcher import Searcher
+from crosstill.search import Searcher
 from crosstill.students.student import Student
 from crosstill.train import Run, folder
 from crosstill.types import Example
@@ -100,7 +99,7 @@ def _search(out: Path, held_out: Pairs) -> list[str]:
         place = photos / Path(example.path).name
         if not place.exists():
             place.write_bytes(held_out.read(example))
-    building.build(out / "bundle", photos, out / "index")
+    search.build(out / "bundle", photos, out / "index")
     searcher = Searcher.open(out / "index")
     asked = [e.captions[0] for e in held_out.examples[:: len(held_out) // QUERIES][:QUERIES]]
     lines = [f"Exported to {out / 'bundle'}; {len(searcher)} held-out scenes in {out / 'index'}:"]

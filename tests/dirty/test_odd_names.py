@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from crosstill import data
 from crosstill.data.pairs import regular
-from crosstill.search.walk import walk
+from crosstill.search.scan import walk
 from verbs import crosstill
 
 RAW = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -21,8 +21,8 @@ def _only_photos(place: Path, count: int) -> None:
 @pytest.fixture(scope="session")
 def index_folder(bundle_folder, photos, tmp_path_factory) -> Path:
     """The forty scenes, indexed; read it, never write to it."""
-    from crosstill.search import building
+    from crosstill.search import builder
 
     return once(
-        tmp_path_factory, "index", lambda place: building.build(bundle_folder, photos, place)
+        tmp_path_factory, "index", lambda place: builder.build(bundle_folder, photos, place)
     )

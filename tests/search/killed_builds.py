@@ -29,9 +29,9 @@ import fakes
 import numpy as np
 
 from crosstill.errors import DataError
-from crosstill.search import building, generations, searcher
+from crosstill.search import builder, index_folder, searcher
 from crosstill.search.searcher import Searcher
-from crosstill.search.verify import verify
+from crosstill.search.verification import verify
 
 WATCHED = (
     "open",
@@ -44,8 +44,8 @@ WATCHED = (
 )
 SEEDS = 400  # of different photos
 
-building.Encoder = searcher.Encoder = fakes.FakeEncoder
-building.BATCH, building.QUEUE, building.FIRST = 8, 2, 20
+builder.Encoder = searcher.Encoder = fakes.FakeEncoder
+builder.BATCH, builder.QUEUE, builder.FIRST = 8, 2, 20
 
 
 def on_file_event(act: Callable[[str], object]) -> None:
@@ -114,7 +114,7 @@ class Trials:
         self.events, self.seconds = int(events), float(seconds)
 
     def build(self, rebuild: bool) -> None:
-        building.build(self.bundle, self.root, self.index, rebuild=rebuild)
+        builder.build(self.bundle, self.root, self.index, rebuild=rebuild)
 
     def change(self, draw: random.Random, count: int) -> None:
         """Add, overwrite, move and delete photos."""
@@ -157,7 +157,7 @@ class Trials:
         return struck, struck and before != after
 
     def open(self) -> Searcher | None:
-        return Searcher.open(self.index) if (self.index / generations.POINTER).exists() else None
+        return Searcher.open(self.index) if (self.index / index_folder.POINTER).exists() else None
 
     def state(self) -> dict[str, bytes]:
         """SHA-256 by path of what is acknowledged; nothing where an index has not begun."""
@@ -165,7 +165,7 @@ class Trials:
             opened = Searcher.open(self.index)
         except DataError as error:
             assert "none of its photos is published yet" in str(error) or "no " in str(error)
-            assert not list(self.index.glob(generations.POINTER))
+            assert not list(self.index.glob(index_folder.POINTER))
             return {}
         found = {path: row.sha for path, row in opened._held.photos.rows().items()}
         opened.close()
@@ -186,7 +186,7 @@ class Trials:
             return after
         problems = verify(self.index).problems
         assert not problems, f"trial {seed}: {problems}"
-        pointer = generations.read(self.index)
+        pointer = index_folder.read(self.index)
         self.bundle = next(b for b in self.bundles if b.name == pointer.identity["weights"])
         opened = Searcher.open(self.index)
         vectors = {fakes.sha(n): fakes.row(n) for n in range(SEEDS)}
@@ -204,9 +204,9 @@ class Trials:
         assert reader.find(vector[None], 1)[0][0].id == some and len(reader) == len(
             {*before.values()}
         )
-        other = reader.bundle.identity != generations.read(self.index).identity
+        other = reader.bundle.identity != index_folder.read(self.index).identity
         if reader.refresh() or not other:
-            assert reader.generation == generations.read(self.index).generation
+            assert reader.generation == index_folder.read(self.index).generation
 
     def finished(self, seed: int) -> None:
         """A build that was let through leaves exactly what is on the disk, and no litter."""

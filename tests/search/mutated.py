@@ -132,9 +132,9 @@ def open_bundle(folder: Path) -> None:
 
 
 def open_index(folder: Path) -> None:
-    from crosstill.search import searcher, verify
+    from crosstill.search import searcher, verification
 
-    verify.verify(folder)
+    verification.verify(folder)
     opened = searcher.Searcher.open(folder)
     try:
         found = opened.find(opened.encode_texts(["a red circle"]), 5)[0]

@@ -16,8 +16,8 @@ from crosstill.errors import (
     MismatchError,
     ModelError,
 )
-from crosstill.search import building, calibrate, generations, searcher
-from crosstill.search.building import build
+from crosstill.search import builder, calibrate, index_folder, searcher
+from crosstill.search.builder import build
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.searcher import MAX_TOP, Searcher, combine
 
@@ -27,7 +27,7 @@ SEEDS = range(60)
 @pytest.fixture(autouse=True)
 def fake(request, monkeypatch):
     if "index_folder" not in request.fixturenames:
-        monkeypatch.setattr(building, "Encoder", FakeEncoder)
+        monkeypatch.setattr(builder, "Encoder", FakeEncoder)
         monkeypatch.setattr(searcher, "Encoder", FakeEncoder)
 
 
@@ -244,15 +244,15 @@ def test_queries_run_on_while_generations_change(place, opened):
 
 def test_an_index_that_switches_while_it_is_opened(place, monkeypatch):
     """Twice, so that the generation that the pointer named is deleted under the reader."""
-    real, seeds = generations.check, iter((100, 101))
+    real, seeds = index_folder.check, iter((100, 101))
 
     def slow(index, pointer):
-        monkeypatch.setattr(generations, "check", real)
+        monkeypatch.setattr(index_folder, "check", real)
         for seed in seeds:
             again(place, new=seed)
         return real(index, pointer)
 
-    monkeypatch.setattr(generations, "check", slow)
+    monkeypatch.setattr(index_folder, "check", slow)
     opened = Searcher.open(place / "index")
     assert opened.generation == 3 and opened.photo(sha(101)) is not None
 
@@ -272,7 +272,7 @@ def test_what_is_no_index_is_refused(tmp_path, place):
 
 def test_an_index_that_has_published_nothing_says_that_it_was_begun(place, monkeypatch):
     shutil.rmtree(place / "index")
-    monkeypatch.setattr(building, "walk", None)
+    monkeypatch.setattr(builder, "walk", None)
     with pytest.raises(TypeError):
         again(place)
     with pytest.raises(DataError, match="was begun, but none of its photos is published yet"):

@@ -12,7 +12,7 @@ from crosstill.cli import common
 from crosstill.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from crosstill.search.verify import Verdict
+    from crosstill.search import Verdict
 
 Target = Annotated[
     Path | None, typer.Argument(help="The folder of photos. After `verify`: the index.")
@@ -69,9 +69,10 @@ def command(
     if out is None:
         raise typer.BadParameter("give the folder of the index to make", param_hint="--out")
     files.check_writable(out)
-    from crosstill.search import building, quarantine
+    from crosstill.search import build
+    from crosstill.search.builder import QUARANTINE
 
-    built = building.build(
+    built = build(
         bundle,
         folder,
         out,
@@ -81,7 +82,7 @@ def command(
         strict=strict,
         rebuild=rebuild,
     )
-    common.quarantine_note(built.unreadable, str(out / quarantine.NAME))
+    common.quarantine_note(built.unreadable, str(out / QUARANTINE))
     if as_json:
         common.dump(built.to_json())
         return
@@ -93,7 +94,7 @@ def command(
 
 
 def _verify(index: Path, as_json: bool) -> None:
-    from crosstill.search.verify import verify
+    from crosstill.search import verify
 
     found = verify(index)
     if as_json:

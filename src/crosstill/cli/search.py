@@ -13,7 +13,7 @@ from crosstill.errors import ConfigError, DataError, printable
 if TYPE_CHECKING:
     import numpy as np
 
-    from crosstill.search.searcher import Hit, Searcher
+    from crosstill.search import Hit, Searcher
 
 Query = Annotated[str | None, typer.Argument(help="Words to search by.")]
 Image = Annotated[
@@ -49,7 +49,7 @@ def command(
         raise ConfigError("the query is empty; give words, or leave it out and give --image")
     if threshold == "auto" and image is not None:
         raise ConfigError("--threshold auto: is calibrated for words alone; give a score")
-    from crosstill.search.searcher import MAX_TOP, Searcher
+    from crosstill.search import MAX_TOP, Searcher
 
     if not 1 <= top <= MAX_TOP:
         raise ConfigError(f"--top {top}: give a number from 1 to {MAX_TOP}")
@@ -83,14 +83,14 @@ def _threshold(searcher: Searcher, given: str | None) -> float | None:
 
 def _vector(searcher: Searcher, query: str | None, image: Path | None) -> np.ndarray:
     """The query as one unit vector (D,)."""
-    from crosstill.search import walk
-    from crosstill.search.searcher import combine
+    from crosstill.search import combine
+    from crosstill.search.scan import read_photo
 
     found = [] if query is None else [searcher.encode_texts([query])[0]]
     if image is not None:
         if not image.exists():
             raise DataError(f"--image {image}: no such file; give a photo")
-        found.append(searcher.encode_image(walk.read(Path(), str(image)), str(image)))
+        found.append(searcher.encode_image(read_photo(Path(), str(image)), str(image)))
     return found[0] if len(found) == 1 else combine(*found)
 
 

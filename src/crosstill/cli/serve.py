@@ -59,9 +59,9 @@ def command(
     New generations of the index are taken up by themselves.
     """
     try:
-        from crosstill.search.searcher import MAX_TOP
+        from crosstill.search import MAX_TOP
         from crosstill.search.serve.hosts import names
-        from crosstill.search.serve.run import run
+        from crosstill.search.serve.server import run
         from crosstill.search.serve.settings import MIB, Settings
     except ImportError as error:
         raise ConfigError(

@@ -67,8 +67,7 @@ crosstill search INDEX "two dogs on snow"
 
 ```python
 from pathlib import Path
-from crosstill.bundle import Bundle
-from crosstill.bundle import Encoder
+from crosstill.bundle import Bundle, Encoder
 
 encoder = Encoder(Bundle.open(Path("BUNDLE")))
 pixels = encoder.load(Path("photo.jpg").read_bytes(), "photo.jpg")

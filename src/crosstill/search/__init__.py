@@ -1,1 +1,31 @@
-"""From a bundle to a search box, without torch: encode, index, find, serve."""
+"""Search: index a folder of photos with a bundle, find photos in it, serve it over HTTP.
+
+bundle ─ build ─► index folder ─ Searcher ─► hits ─ serve ─► page and JSON
+
+scan            photos of a folder, read and decoded
+builder         what has changed → encoded → published
+builder_memory  work.sqlite: contents and vectors known from earlier runs
+index_folder    index.json and the generation of files that it names
+index_writer    one generation after another
+catalogue       photos.sqlite: the photos of a generation
+vector_index    their vectors, by FAISS or in Milvus
+searcher        queries in, photos out
+verification    is an index whole, and still that of its photos
+serve/          HTTP service and search page
+"""
+
+from crosstill.search.builder import Built, build
+from crosstill.search.searcher import MAX_TOP, Hit, Photo, Searcher, combine
+from crosstill.search.verification import Verdict, verify
+
+__all__ = [
+    "MAX_TOP",
+    "Built",
+    "Hit",
+    "Photo",
+    "Searcher",
+    "Verdict",
+    "build",
+    "combine",
+    "verify",
+]

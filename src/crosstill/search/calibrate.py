@@ -14,7 +14,7 @@ import numpy as np
 
 from crosstill.bundle import Bundle, calibration
 from crosstill.errors import ConfigError
-from crosstill.search.vectors import VectorIndex
+from crosstill.search.vector_index import VectorIndex
 
 CAPTIONS = 1000  # that are searched at most: enough for a rate of one in a hundred
 # Lower, and captions of photos much like those of the index would find nothing: see docs/search.md.

@@ -25,7 +25,7 @@ from pydantic import Field
 from crosstill import artefacts, files
 from crosstill.errors import ConfigError, CorruptError, unknown
 from crosstill.search import faiss_files
-from crosstill.search.rows import (
+from crosstill.search.vector_checks import (
     NO_ROW,
     Found,
     checked_ids,

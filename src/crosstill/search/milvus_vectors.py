@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from crosstill.errors import ConfigError, LockedError, MismatchError, RunError
-from crosstill.search.rows import (
+from crosstill.search.vector_checks import (
     NO_ROW,
     Found,
     checked_ids,

@@ -14,10 +14,10 @@ import numpy as np
 from crosstill import artefacts
 from crosstill.bundle import Bundle, Encoder, check_same
 from crosstill.errors import ConfigError, CrosstillError
-from crosstill.search import calibrate, catalogue, generations
+from crosstill.search import calibrate, catalogue, index_folder
 from crosstill.search.catalogue import Catalogue
-from crosstill.search.generations import Pointer
-from crosstill.search.vectors import VectorIndex
+from crosstill.search.index_folder import Pointer
+from crosstill.search.vector_index import VectorIndex
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Searcher:
             check_same(pointer.identity, given.identity, what)
             return given, _open(index, pointer, threads)
 
-        return cls(index, *generations.settled(index, both), threads)
+        return cls(index, *index_folder.settled(index, both), threads)
 
     def __len__(self) -> int:
         return len(self._held.photos)
@@ -191,9 +191,9 @@ class Searcher:
         """
         with self._refreshing:
             try:
-                if generations.read(self.index) == self._held.pointer:
+                if index_folder.read(self.index) == self._held.pointer:
                     return False
-                self._held = generations.settled(self.index, self._newer)
+                self._held = index_folder.settled(self.index, self._newer)
                 return True
             except (CrosstillError, OSError) as error:
                 if str(error) != self._said:
@@ -232,11 +232,11 @@ def combine(*vectors: np.ndarray) -> np.ndarray:
 def _open(
     index: Path, pointer: Pointer, threads: int, before: _Generation | None = None
 ) -> _Generation:
-    generations.check(index, pointer)
-    photos = Catalogue(generations.folder_of(index, pointer.generation) / catalogue.NAME)
+    index_folder.check(index, pointer)
+    photos = Catalogue(index_folder.folder_of(index, pointer.generation) / catalogue.NAME)
     if before and pointer.milvus and before.pointer.milvus == pointer.milvus:
         return _Generation(pointer, photos, before.vectors)
-    return _Generation(pointer, photos, generations.open_vectors(index, pointer, threads))
+    return _Generation(pointer, photos, index_folder.open_vectors(index, pointer, threads))
 
 
 def _entry(held: _Generation, photo_id: str) -> catalogue.Entry | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from crosstill.search.serve.photos import Store
+from crosstill.search.serve.photo_store import Store
 from crosstill.search.serve.settings import Settings
 from serving import QUICK, form, serving
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI, HTTPException
 
 from crosstill.errors import ConfigError, ImageError, printable
 from crosstill.search.searcher import Hit
-from crosstill.search.serve import page
+from crosstill.search.serve import search_page
 from crosstill.search.serve.batching import Overloaded
 from crosstill.search.serve.service import AUTO, Found, NoSuchPhotoError
 from crosstill.search.serve.settings import Settings
@@ -153,7 +153,7 @@ class Client:
 
 def client(service=None):
     app = FastAPI()
-    app.include_router(page.router(service or Fake()))
+    app.include_router(search_page.router(service or Fake()))
     return Client(app)
 
 
@@ -318,7 +318,7 @@ def test_a_photo_that_is_too_large_is_named_so(monkeypatch):
     async def read(request, limit):
         raise HTTPException(413, f"the body is too large; at most {limit} bytes")
 
-    monkeypatch.setattr(page.uploads, "read", read)
+    monkeypatch.setattr(search_page.uploads, "read", read)
     answer = post()
     assert answer.status_code == 413
     assert "<p>This photo is too large: at most 20 MB can be sent.</p>" in answer.text
@@ -346,8 +346,8 @@ def test_names_captions_and_words_are_text(text):
     assert len(more) == 1 and re.fullmatch(r"\./\?q=[\w.+%~-]+&top=48#r25", more[0])
     others = [a for a in read.addresses() if a not in more]
     assert others == [a for a in Read(plain.text).addresses() if not a.startswith("./?q=")]
-    assert read.all["input"][0]["value"] == page.clean(words)
-    assert read.all["img"][1]["alt"] == page.clean(text)
+    assert read.all["input"][0]["value"] == search_page.clean(words)
+    assert read.all["img"][1]["alt"] == search_page.clean(text)
     titles = [a["title"] for a in read.all["p"] if a.get("class") == "path"]
     assert titles == [printable(f"folder/{text}")] * 24
 
@@ -397,11 +397,13 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline(state):
 def test_the_pages_files_are_kept_for_as_long_as_they_are_the_same():
     served, read = client(), Read(get().text)
     files = sorted({a for a in read.addresses() if a.startswith("static/")})
-    assert [a.partition("?")[0] for a in files] == [f"static/{n}" for n in sorted(page.TYPES)]
+    assert [a.partition("?")[0] for a in files] == [
+        f"static/{n}" for n in sorted(search_page.TYPES)
+    ]
     for address in files:
         answer = served.get(address)
         assert answer.status_code == 200 and answer.text
-        assert answer.headers["content-type"] == page.TYPES[address[7:].partition("?")[0]]
+        assert answer.headers["content-type"] == search_page.TYPES[address[7:].partition("?")[0]]
         assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
         other = served.get(address.partition("?")[0], params={"v": "0"})
         assert other.content == answer.content and other.headers["cache-control"] == "no-cache"
@@ -415,14 +417,14 @@ def test_no_other_file_is_served(name):
 
 
 def test_names_are_shortened_in_the_middle():
-    assert page.shortened("x" * 48, 0) == "x" * 48
-    assert page.shortened("a" * 30 + "b" * 30, 24) == "a" * 24 + "…" + "b" * 23
-    assert page.shortened("a" * 30 + "b" * 30, 0) == "…" + "a" * 17 + "b" * 30
+    assert search_page.shortened("x" * 48, 0) == "x" * 48
+    assert search_page.shortened("a" * 30 + "b" * 30, 24) == "a" * 24 + "…" + "b" * 23
+    assert search_page.shortened("a" * 30 + "b" * 30, 0) == "…" + "a" * 17 + "b" * 30
     long = get(Fake(name=lambda i: "f" * 90 + "/" + "n" * 90 + ".jpg"), q="x")
     assert "…" + "f" * 46 + "/" in long.text and "n" * 24 + "…" in long.text
     names = get(Fake(name=lambda i: "a_b-c d.jpg"), q="x")
     assert "<bdi><wbr>a<wbr>_b<wbr>-c d<wbr>.jpg</bdi>" in names.text
-    assert page.counted(1) == "1 photo" and page.counted(8091) == "8,091 photos"
+    assert search_page.counted(1) == "1 photo" and search_page.counted(8091) == "8,091 photos"
 
 
 def luminance(colour):

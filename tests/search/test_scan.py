@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from crosstill.errors import DataError, ImageError, printable
-from crosstill.search import walk
-from crosstill.search.walk import Stamp
+from crosstill.search import scan
+from crosstill.search.scan import Stamp
 
 LINKED = "a link to a folder, not entered"
 OUTSIDE = "a link out of the folder, not followed"
@@ -29,20 +29,20 @@ def put(root: Path, *names: str, data: bytes = b"x") -> None:
 
 def test_photos_are_found_by_their_suffix_in_the_order_of_their_names(root):
     put(root, "b.jpg", "a/2.PNG", "a/10.webp", "notes.txt", "a.pdf", "jpg", "film.gif", "x.svg")
-    scan = walk.walk(root)
-    assert list(scan.photos) == ["a/10.webp", "a/2.PNG", "b.jpg", "film.gif"]
-    assert scan.problems == {} and scan.closed == []
+    found = scan.walk(root)
+    assert list(found.photos) == ["a/10.webp", "a/2.PNG", "b.jpg", "film.gif"]
+    assert found.problems == {} and found.closed == []
 
 
 def test_hidden_files_and_folders_are_skipped_without_a_word(root):
     put(root, ".a.jpg", ".trash/b.jpg", "c/.d/e.jpg", "f.jpg")
-    scan = walk.walk(root)
-    assert list(scan.photos) == ["f.jpg"] and scan.problems == {}
+    found = scan.walk(root)
+    assert list(found.photos) == ["f.jpg"] and found.problems == {}
 
 
 def test_the_index_among_the_photos_is_not_entered(root):
     put(root, "a.jpg", "index/thumbnails/b.jpg")
-    assert list(walk.walk(root, skip=root / "index").photos) == ["a.jpg"]
+    assert list(scan.walk(root, skip=root / "index").photos) == ["a.jpg"]
 
 
 def test_stamps_tell_of_photo_and_caption(root):
@@ -52,7 +52,7 @@ def test_stamps_tell_of_photo_and_caption(root):
     os.utime(root / "a.jpg", ns=(1, 123_456_789))
     os.utime(root / "a.txt", ns=(1, 987_654_321))
     os.utime(root / "b.jpg", ns=(1, 5))
-    found = walk.walk(root).photos
+    found = scan.walk(root).photos
     ctimes = {name: (root / name).stat().st_ctime_ns for name in ("a.jpg", "a.txt", "b.jpg")}
     assert found == {
         "a.jpg": Stamp(5, 123_456_789, ctimes["a.jpg"], 5, 987_654_321, ctimes["a.txt"]),
@@ -69,12 +69,12 @@ def test_links_stay_inside_the_folder(root):
     (root / "sibling.jpg").symlink_to("../photos2/x.jpg")  # shares the beginning of its name
     (root / "chain.jpg").symlink_to("up.jpg")
     (root / "a.txt").symlink_to("../secret.txt")
-    scan = walk.walk(root)
-    assert list(scan.photos) == ["a.jpg", "deep/b.jpg", "in.jpg"]
-    assert scan.problems == dict.fromkeys(
+    found = scan.walk(root)
+    assert list(found.photos) == ["a.jpg", "deep/b.jpg", "in.jpg"]
+    assert found.problems == dict.fromkeys(
         ["up.jpg", "absolute.jpg", "sibling.jpg", "chain.jpg"], OUTSIDE
     )
-    assert scan.photos["a.jpg"].caption_size == -1, "a caption from outside the folder"
+    assert found.photos["a.jpg"].caption_size == -1, "a caption from outside the folder"
 
 
 def odd_things(root: Path) -> dict[str, str | None]:
@@ -104,11 +104,11 @@ def odd_things(root: Path) -> dict[str, str | None]:
 
 def test_everything_odd_is_survived_and_reported(root):
     odd = odd_things(root)
-    scan = walk.walk(root)
-    assert set(scan.photos) == {name for name, why in odd.items() if why is None}
-    assert scan.problems == {name: why for name, why in odd.items() if why is not None}
-    for name in scan.photos:
-        assert walk.read(root, name) == b"x"
+    found = scan.walk(root)
+    assert set(found.photos) == {name for name, why in odd.items() if why is None}
+    assert found.problems == {name: why for name, why in odd.items() if why is not None}
+    for name in found.photos:
+        assert scan.read_photo(root, name) == b"x"
 
 
 def test_a_socket_and_a_device_are_no_photos(root, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_socket_and_a_device_are_no_photos(root, monkeypatch):
             os.mknod(root / "device.jpg", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         except PermissionError:
             (root / "device.jpg").symlink_to("/dev/null")
-        problems = walk.walk(root).problems
+        problems = scan.walk(root).problems
     assert problems["socket.jpg"] == "not a file but a socket"
     assert problems["device.jpg"] in ("not a file but a device", OUTSIDE)
 
@@ -127,9 +127,9 @@ def test_a_socket_and_a_device_are_no_photos(root, monkeypatch):
 def test_a_pipe_in_the_place_of_a_photo_is_never_waited_for(root):
     os.mkfifo(root / "a.jpg")
     with pytest.raises(ImageError, match=r"a\.jpg: not a file but a named pipe"):
-        walk.read(root, "a.jpg")
+        scan.read_photo(root, "a.jpg")
     os.mkfifo(root / "a.txt")
-    assert walk.read_caption(root, "a.jpg") == ""
+    assert scan.read_caption(root, "a.jpg") == ""
 
 
 class Closed:
@@ -153,26 +153,26 @@ def test_an_unreadable_folder_is_reported_and_the_rest_is_found(root, monkeypatc
     put(root, "a.jpg", "closed/b.jpg", "gone/c.jpg", "z/d.jpg")
     errors = {"closed": PermissionError(13, "Permission denied"), "gone": FileNotFoundError(2, "?")}
     monkeypatch.setattr(os, "scandir", Closed(root, errors))
-    scan = walk.walk(root)
-    assert list(scan.photos) == ["a.jpg", "z/d.jpg"]
-    assert scan.problems["closed"] == "Permission denied"
-    assert scan.closed == ["closed"], "what has vanished is not closed"
+    found = scan.walk(root)
+    assert list(found.photos) == ["a.jpg", "z/d.jpg"]
+    assert found.problems["closed"] == "Permission denied"
+    assert found.closed == ["closed"], "what has vanished is not closed"
 
 
 def test_a_file_that_vanishes_while_its_folder_is_read(root, monkeypatch):
     put(root, "a.jpg", "b.jpg")
     monkeypatch.setattr(os, "scandir", Closed(root, {}, vanishing="b.jpg"))
-    scan = walk.walk(root)
-    assert list(scan.photos) == ["a.jpg"]
-    assert scan.problems in ({"b.jpg": "vanished"}, {})  # it may not even be listed
+    found = scan.walk(root)
+    assert list(found.photos) == ["a.jpg"]
+    assert found.problems in ({"b.jpg": "vanished"}, {})  # it may not even be listed
     with pytest.raises(ImageError, match=r"b\.jpg: vanished"):
-        walk.read(root, "b.jpg")
+        scan.read_photo(root, "b.jpg")
 
 
 def test_a_folder_that_cannot_be_listed_at_all_is_refused(root):
     shutil.rmtree(root)
     with pytest.raises(DataError, match="photos: No such file or directory; give a folder"):
-        walk.walk(root)
+        scan.walk(root)
 
 
 def test_a_path_too_long_for_the_system_is_reported(root):
@@ -184,9 +184,9 @@ def test_a_path_too_long_for_the_system_is_reported(root):
         here = below
     os.close(here)
     put(root, "a.jpg")
-    scan = walk.walk(root)
-    assert list(scan.photos) == ["a.jpg"]
-    assert list(scan.problems.values()) == ["File name too long"]
+    found = scan.walk(root)
+    assert list(found.photos) == ["a.jpg"]
+    assert list(found.problems.values()) == ["File name too long"]
 
 
 def test_captions_are_cut_and_decoded_whatever_they_hold(root):
@@ -200,15 +200,15 @@ def test_captions_are_cut_and_decoded_whatever_they_hold(root):
         (b"", ""),
     ):
         put(root, "a.txt", data=data)
-        assert walk.read_caption(root, "a.jpg") == expected
-    assert walk.read_caption(root, "b.jpg") == ""
+        assert scan.read_caption(root, "a.jpg") == expected
+    assert scan.read_caption(root, "b.jpg") == ""
 
 
 def test_a_huge_file_is_refused_before_it_is_read(root):
     with (root / "huge.jpg").open("wb") as file:
-        file.truncate(walk.MAX_BYTES + 1)  # takes no room
+        file.truncate(scan.MAX_BYTES + 1)  # takes no room
     with pytest.raises(ImageError, match=r"huge\.jpg: larger than 512 MB"):
-        walk.read(root, "huge.jpg")
+        scan.read_photo(root, "huge.jpg")
 
 
 def test_names_are_printed_on_one_line_without_control_characters():

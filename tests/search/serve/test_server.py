@@ -17,7 +17,7 @@ from PIL import Image
 
 from crosstill import files
 from crosstill.errors import CorruptError
-from crosstill.search import building
+from crosstill.search import builder
 from serving import QUICK, free_port, last_words, serving
 from verbs import crosstill, refusal
 
@@ -73,7 +73,7 @@ def test_an_option_that_cannot_be_is_named(index_folder, options, named):
 
 
 def test_a_missing_library_is_named(index_folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "crosstill.search.serve.run", None)
+    monkeypatch.setitem(sys.modules, "crosstill.search.serve.server", None)
     assert "pip install 'crosstill[search]'" in refusal("serve", index_folder)
 
 
@@ -127,7 +127,7 @@ def test_sigterm_lets_a_photo_be_read_to_its_end(bundle_folder, tmp_path):
     folder.mkdir()
     Image.new("RGB", (3200, 3200), "red").save(folder / "large.bmp")
     data = (folder / "large.bmp").read_bytes()
-    building.build(bundle_folder, folder, index)
+    builder.build(bundle_folder, folder, index)
     with serving(index, tmp_path) as server, server.connect() as line:
         address = f"/images/{hashlib.sha256(data).hexdigest()}"
         line.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
@@ -217,7 +217,7 @@ def test_searches_before_it_is_ready_are_told_to_wait(searcher, monkeypatch):
     """In this process, where warming can be held up."""
     from starlette.testclient import TestClient
 
-    from crosstill.search.serve.app import create
+    from crosstill.search.serve.routes import create
     from crosstill.search.serve.settings import Settings
 
     app = create(searcher, Settings())
@@ -248,7 +248,7 @@ def test_it_is_not_ready_while_searches_fail(searcher, monkeypatch, name, error,
     """Until they succeed again, with the same workers."""
     from starlette.testclient import TestClient
 
-    from crosstill.search.serve.app import create
+    from crosstill.search.serve.routes import create
     from crosstill.search.serve.settings import Settings
 
     if isinstance(error, CorruptError):
@@ -284,7 +284,7 @@ def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
         other.write_bytes(photo.read_bytes() + b"\0")
         for named in (photo, other):
             named.with_suffix(".txt").write_text("🐕" * 10_000, encoding="utf-8")
-    building.build(bundle_folder, folder, index)
+    builder.build(bundle_folder, folder, index)
     with serving(index, tmp_path) as server:
         assert server.ask("/readyz").status == 200
         catalogue = next(index.glob("g-*/photos.sqlite"))
@@ -293,7 +293,7 @@ def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
         found = server.ask("/readyz")
         assert found.status == 503 and catalogue.name in found.json["error"], found
         assert "crosstill index" in found.json["error"] and str(tmp_path) not in str(found.json)
-        building.build(bundle_folder, folder, index)
+        builder.build(bundle_folder, folder, index)
         wait_for(lambda: server.ask("/readyz").status == 200)
         assert server.search(q="a circle")["results"]
         assert "not ready: " in server.log()
@@ -301,7 +301,7 @@ def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
 
 def test_a_catalogue_that_is_emptied_costs_no_traceback(bundle_folder, photos, tmp_path):
     index = tmp_path / "index"
-    building.build(bundle_folder, photos, index)
+    builder.build(bundle_folder, photos, index)
     with serving(index, tmp_path) as server:
         photo_id = server.search(q="a circle")["results"][0]["id"]
         catalogue = next(index.glob("g-*/photos.sqlite"))
@@ -318,7 +318,7 @@ def test_a_catalogue_that_is_emptied_costs_no_traceback(bundle_folder, photos, t
 def test_an_error_of_ours_tells_the_asker_nothing(searcher, monkeypatch):
     from starlette.testclient import TestClient
 
-    from crosstill.search.serve.app import create
+    from crosstill.search.serve.routes import create
     from crosstill.search.serve.settings import Settings
 
     def broken(texts):
@@ -340,12 +340,12 @@ def test_a_new_generation_is_taken_up(bundle_folder, photos, tmp_path):
     held = min(path for path in folder.rglob("*") if path.suffix == ".png")
     aside = tmp_path / held.name
     held.rename(aside)
-    building.build(bundle_folder, folder, index)
+    builder.build(bundle_folder, folder, index)
     with serving(index, tmp_path) as server:
         first = server.search(q="a circle", top=100)
         assert len(first["results"]) == 39
         shutil.copy(aside, held)
-        building.build(bundle_folder, folder, index)
+        builder.build(bundle_folder, folder, index)
         wait_for(lambda: server.search(q="a")["generation"] > first["generation"])
         assert len(server.search(q="a circle", top=100)["results"]) == 40
         assert server.metric("crosstill_index_photos") == 40
@@ -361,9 +361,9 @@ import sys
 from pathlib import Path
 from crosstill.cli import serve
 from crosstill.search.searcher import Searcher
-from crosstill.search.serve import run
+from crosstill.search.serve import server
 searcher = Searcher.open(Path(sys.argv[1]))
-run.create(searcher, run.Settings())
+server.create(searcher, server.Settings())
 searcher.warm()
 heavy = {"torch", "transformers", "pyarrow"} & set(sys.modules)
 assert not heavy, heavy

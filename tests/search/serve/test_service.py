@@ -5,7 +5,7 @@ import pytest
 
 from crosstill.errors import ConfigError
 from crosstill.search.searcher import MAX_TOP, Hit, combine
-from crosstill.search.serve.compute import NoSuchPhotoError, Query, answer
+from crosstill.search.serve.service import NoSuchPhotoError, Query, answer
 
 # four photos on a circle, 0, 30, 90 and 180 degrees from the first
 ANGLES = {"a": 0, "b": 30, "c": 90, "d": 180}

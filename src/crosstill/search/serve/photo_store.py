@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from crosstill import pixels
 from crosstill.errors import ImageError
-from crosstill.search import walk
+from crosstill.search import scan
 from crosstill.search.searcher import Searcher
 from crosstill.search.serve.batching import Gate, jobs
 from crosstill.search.serve.settings import Settings
@@ -122,7 +122,7 @@ class Store:
         try:
             if photo.path.stat().st_size != photo.size:
                 return None
-            data = walk.read(photo.path.parent, photo.path.name)
+            data = scan.read_photo(photo.path.parent, photo.path.name)
         except (OSError, ImageError):
             return None
         return data if hashlib.sha256(data).hexdigest() == photo_id else None

@@ -16,20 +16,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from crosstill import artefacts
 from crosstill.errors import CorruptError
 from crosstill.search.catalogue import check_tables, damaged, guarded
-from crosstill.search.walk import Stamp
+from crosstill.search.scan import KnownFile, Stamp
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # 1 had no checksums but of vectors, and no ctimes
-SHEETS = "sheets"  # SHA-256 that quarantine.jsonl may have: of the last one, and of the next
-MOMENT = 2_000_000_000  # ns: the coarsest clock of a file system in use
 NOTES = 1000  # files that are remembered at a time where nothing has to be encoded
 KEPT_DAYS = 30  # for which the vector of a content that no file has any more is kept
 
@@ -65,33 +63,7 @@ _TYPES = {  # of the columns of each table; SQLite keeps a value of any type in 
 }
 
 
-class Known(NamedTuple):
-    """What a file held when it was last read.
-
-    Attributes:
-        stamp: its size and times, and its caption's.
-        read_ns: when it was read.
-        sha: SHA-256 of its bytes; None where they could not be read.
-        caption: of its text file.
-        reason: why it is no photo; "" where it is one.
-    """
-
-    stamp: Stamp
-    read_ns: int
-    sha: bytes | None
-    caption: str = ""
-    reason: str = ""
-
-    def still(self, stamp: Stamp) -> bool:
-        """Whether a file that looks like this is certain to be the same.
-
-        A file written in the very moment in which it was read may have changed without a trace.
-        """
-        newest = max(stamp.ctime_ns, stamp.caption_ctime_ns)
-        return self.stamp == stamp and newest + MOMENT < self.read_ns
-
-
-class Work:
+class Memory:
     """The memory of one index, open for one builder.
 
     Args:
@@ -114,7 +86,7 @@ class Work:
             log.warning("%s; now it is thrown away and made anew", str(error).partition(";")[0])
             self._open(key, root)
 
-    def note(self, path: str, known: Known) -> None:
+    def note(self, path: str, known: KnownFile) -> None:
         """Remember a file."""
         self.known[path] = known
         with self._guarded():
@@ -240,23 +212,17 @@ class Work:
             raise
 
 
-def check(path: Path) -> list[str]:
-    """Read a whole memory, and compare every vector with its checksum.
-
-    Returns:
-        What it remembers under `SHEETS`.
+def check(path: Path) -> None:
+    """Read a whole memory, and compare every row with its checksum.
 
     Raises:
         CorruptError: it is damaged.
     """
     with _reading(path) as db:
         _check(db, path)
-        sheets = db.execute("SELECT value FROM meta WHERE name = ?", (SHEETS,)).fetchone()
-        with artefacts.readable(path):
-            return [str(digest) for digest in json.loads(sheets[0])] if sheets else []
 
 
-def read_files(path: Path) -> dict[str, Known]:
+def read_files(path: Path) -> dict[str, KnownFile]:
     """What a whole memory holds of each file, by its path; nothing of an older version's."""
     with _reading(path) as db:
         return _files(db) if _columns(db, "files")[-1:] == ["crc"] else {}
@@ -278,9 +244,9 @@ def _check_links(path: Path) -> None:
         artefacts.member(path.parent, path.name + suffix)
 
 
-def _files(db: sqlite3.Connection) -> dict[str, Known]:
+def _files(db: sqlite3.Connection) -> dict[str, KnownFile]:
     rows = db.execute("SELECT * FROM files")
-    return {os.fsdecode(path): Known(Stamp(*row[:6]), *row[6:-1]) for path, *row in rows}
+    return {os.fsdecode(path): KnownFile(Stamp(*row[:6]), *row[6:-1]) for path, *row in rows}
 
 
 def _check(db: sqlite3.Connection, path: Path) -> None:

@@ -8,6 +8,7 @@ What was encoded is remembered at once (see `work`), so that a killed build lose
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -18,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,47 +35,42 @@ from crosstill.errors import (
     RunError,
     printable,
 )
-from crosstill.search import generations, quarantine
+from crosstill.pixels import quarantine_row
+from crosstill.search import index_folder
+from crosstill.search.builder_memory import KEPT_DAYS, Memory
 from crosstill.search.catalogue import Row
-from crosstill.search.generations import Pointer
+from crosstill.search.index_folder import Pointer
+from crosstill.search.index_writer import IndexWriter, milvus_uri
 from crosstill.search.milvus_vectors import LITE
-from crosstill.search.publishing import Publisher, milvus_uri
-from crosstill.search.reading import Read, Reader, ahead, grouped
-from crosstill.search.walk import Scan, Stamp, emptied, nothing, walk
-from crosstill.search.work import KEPT_DAYS, Work
+from crosstill.search.scan import (
+    Read,
+    Reader,
+    Scan,
+    Stamp,
+    ahead,
+    count_emptied,
+    grouped,
+    no_photos,
+    walk,
+)
 
 log = logging.getLogger(__name__)
 
 BATCH = 32  # photos that are encoded and remembered at a time
 QUEUE = 8  # such batches that may wait for the encoder: enough work while one is published
+QUARANTINE = "quarantine.jsonl"  # lists the files that are not in the index, and why
 FIRST = 1000  # new photos after which a growing index is published for the first time
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How an index is built.
+class _Options(NamedTuple):
+    """Options of `build`."""
 
-    Attributes:
-        workers: threads that read and decode; None means one for each core, 2 to 8.
-        threads: that the encoder, and FAISS, may use.
-        milvus: where the vectors are to live, if not in the index; a URI, or a path in *.db.
-        strict: stop at the first file that cannot be used.
-        rebuild: start from nothing, with whatever bundle; the old generation serves meanwhile.
-    """
-
-    workers: int | None = None
-    threads: int = 1
-    milvus: str | None = None
-    strict: bool = False
-    rebuild: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value}: give 1 or more")
-        if self.milvus is not None:
-            milvus_uri(self.milvus)
+    workers: int | None
+    threads: int
+    milvus: str | None  # as the user wrote it
+    named: str | None  # the same, absolute and without a secret
+    strict: bool
+    rebuild: bool
 
 
 @dataclass(frozen=True)
@@ -105,8 +101,16 @@ class Built:
         return asdict(self)
 
 
-def build(
-    bundle_folder: str | Path, photos_folder: str | Path, out: str | Path, **options: Any
+def build(  # noqa: PLR0913  # its options are its arguments
+    bundle_folder: str | Path,
+    photos_folder: str | Path,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    threads: int = 1,
+    milvus: str | None = None,
+    strict: bool = False,
+    rebuild: bool = False,
 ) -> Built:
     """Index a folder of photos, or bring its index up to date.
 
@@ -114,7 +118,11 @@ def build(
         bundle_folder: the exported student.
         photos_folder: searched with all that is below it.
         out: the index.
-        options: fields of `Options`.
+        workers: threads that read and decode; None means one for each core, 2 to 8.
+        threads: that the encoder, and FAISS, may use.
+        milvus: where the vectors are to live, if not in the index; a URI, or a path in *.db.
+        strict: stop at the first file that cannot be used.
+        rebuild: start from nothing, with whatever bundle; the old generation serves meanwhile.
 
     Raises:
         ModelError: no bundle, or half a one.
@@ -125,18 +133,22 @@ def build(
         ImageError: a file cannot be read and `strict` is set.
         RunError: the disk is full, or Milvus failed.
     """
-    settings = Options(**options)
+    for name, threads_wanted in (("workers", workers), ("threads", threads)):
+        if threads_wanted is not None and threads_wanted < 1:
+            raise ConfigError(f"--{name} {threads_wanted}: give 1 or more")
+    named = None if milvus is None else milvus_uri(milvus)
+    options = _Options(workers, threads, milvus, named, strict, rebuild)
     bundle = Bundle.open(Path(bundle_folder))
     root = Path(photos_folder).resolve()
     if not root.is_dir():
         raise DataError(f"{photos_folder}: no such folder; give a folder of photos")
     index = _place(Path(out))
-    begun = (index / generations.WORK).is_file()
+    begun = (index / index_folder.WORK).is_file()
     with files.locked(index):
         try:
-            return _Build(bundle, root, index, settings).run()
+            return _Build(bundle, root, index, options).run()
         except DataError:
-            if not begun and not (index / quarantine.NAME).is_file():
+            if not begun and not (index / QUARANTINE).is_file():
                 shutil.rmtree(index)  # there were no photos: nothing was begun
             raise
         except OSError as error:
@@ -147,27 +159,27 @@ def build(
 class _Build:
     """One run."""
 
-    def __init__(self, bundle: Bundle, root: Path, index: Path, options: Options) -> None:
+    def __init__(self, bundle: Bundle, root: Path, index: Path, options: _Options) -> None:
         self.bundle, self.root, self.index, self.options = bundle, root, index, options
         self.began, self.encoded, self.due = time.monotonic(), 0, FIRST
         self.taken: set[bytes] = set()  # contents that this run has encoded, or is encoding
         pointer = self._pointer()
         used = pointer.milvus if pointer and pointer.milvus else {}
-        uri = options.milvus or (used and generations.milvus_place(index, used["uri"]))
+        uri = options.milvus or (used and index_folder.milvus_place(index, used["uri"]))
         if uri and uri.endswith(LITE) and not Path(uri).absolute().parent.is_dir():
             raise ConfigError(
                 f"{uri}: no such folder for vectors; make it, or name another place with "
                 "--milvus NEW.db"
             )
-        generations.clean(index, pointer)
+        index_folder.clean(index, pointer)
         base = self._sound(pointer)
         # While an index is remade from nothing, the old one is worth more than a part of the new.
         self.gradual = pointer is None or base is not None
         after = f" after {pointer.generation}" if pointer and options.rebuild else ""
-        self.work = Work(index / generations.WORK, bundle.fingerprint + after, root)
-        self.publisher = Publisher(index, bundle, root, base, self.work)
+        self.work = Memory(index / index_folder.WORK, bundle.fingerprint + after, root)
+        self.publisher = IndexWriter(index, bundle, root, base, self.work)
         self.publisher.threads = options.threads
-        self.publisher.named = milvus_uri(options.milvus) if options.milvus else None
+        self.publisher.named = options.named
         if uri:
             self.publisher.move_to(uri, used.get("collection"))
 
@@ -188,12 +200,12 @@ class _Build:
         self.publisher.remember()
         scan = walk(self.root, skip=self.index)
         if not scan.photos:
-            raise nothing(self.root, scan)
+            raise no_photos(self.root, scan)
         self._encode(scan)
         rows = self._rows(scan) | _under(before, scan.closed)
-        unreadable = quarantine.write(self.index, scan, self.work)
+        unreadable = self._write_quarantine(scan)
         if not rows:
-            where = self.index / quarantine.NAME
+            where = self.index / QUARANTINE
             raise DataError(f"{self.root}: none of its photos can be read; {where} says why")
         if self.publisher.differs(rows):
             self.publisher.publish(rows)
@@ -205,10 +217,10 @@ class _Build:
     # --- what is there ---
 
     def _pointer(self) -> Pointer | None:
-        if not (self.index / generations.POINTER).is_file():
+        if not (self.index / index_folder.POINTER).is_file():
             return None
         try:
-            pointer = generations.read(self.index)
+            pointer = index_folder.read(self.index)
         except CorruptError as error:
             log.warning("%s; now it is made anew", str(error).partition(";")[0])
             return None
@@ -225,7 +237,7 @@ class _Build:
         if pointer is None or self.options.rebuild:
             return None
         try:
-            generations.check(self.index, pointer)
+            index_folder.check(self.index, pointer)
         except CorruptError as error:
             log.warning("%s; now it is made anew", str(error).partition(";")[0])
             return None
@@ -313,6 +325,21 @@ class _Build:
                 found[name] = Row(known.sha, stamp.size, stamp.mtime_ns, known.caption)
         return found
 
+    def _write_quarantine(self, scan: Scan) -> int:
+        """List the files that were left out, and why; return how many."""
+        bad = [
+            quarantine_row(path, why, scan.sizes.get(path, 0))
+            for path, why in scan.problems.items()
+        ]
+        for name, stamp in scan.photos.items():
+            if reason := self.work.known[name].reason:
+                bad.append(quarantine_row(name, reason, stamp.size))
+        data = "".join(json.dumps(row) + "\n" for row in bad).encode()
+        path = self.index / QUARANTINE
+        if not path.is_file() or path.read_bytes() != data:
+            files.write_bytes(path, data)
+        return len(bad)
+
     def _tidy(self, scan: Scan, rows: Mapping[str, Row]) -> None:
         """Forget what has gone; a rebuilt memory becomes an ordinary one."""
         kept = scan.photos.keys() | _under(self.work.known, scan.closed).keys()
@@ -329,7 +356,7 @@ class _Build:
         """Name folders that are there and hold nothing of what they held: mounts that are gone?"""
         shas = {row.sha for row in rows.values()}
         gone = [path for path, row in before.items() if path not in rows and row.sha not in shas]
-        for folder, count in emptied(gone, scan.photos).items():
+        for folder, count in count_emptied(gone, scan.photos).items():
             if count > 1 and (self.root / folder).is_dir():
                 log.warning(
                     "%s: all %d photos in it are gone; if a disk is not mounted, mount it and run "
@@ -364,7 +391,7 @@ def _place(out: Path) -> Path:
     """The folder of the index, which is empty or an index already."""
     index = files.writable_folder(out).resolve()
     held = {path.name for path in index.iterdir() if not path.name.startswith(".")}
-    if held and not held & {generations.POINTER, generations.WORK}:
+    if held and not held & {index_folder.POINTER, index_folder.WORK}:
         raise ConfigError(f"{out} holds {min(held)} and no index; give another --out")
     return index
 

@@ -17,10 +17,10 @@ from crosstill.errors import (
     MismatchError,
     RunError,
 )
-from crosstill.search import faiss_vectors, milvus_vectors, rows
+from crosstill.search import faiss_vectors, milvus_vectors, vector_checks
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.milvus_vectors import MilvusVectors
-from crosstill.search.vectors import VectorIndex, estimate_bytes, kind_for, open_vectors
+from crosstill.search.vector_index import VectorIndex, estimate_bytes, kind_for, open_vectors
 
 DIM = 48
 EXACT = {"flat": 1e-6, "milvus": 1e-6, "hnsw": 0.02}  # how far scores and vectors may be off
@@ -426,8 +426,10 @@ def test_kinds_by_size():
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path, missing, words):
-    found = rows.find_spec
-    monkeypatch.setattr(rows, "find_spec", lambda name: None if name == missing else found(name))
+    found = vector_checks.find_spec
+    monkeypatch.setattr(
+        vector_checks, "find_spec", lambda name: None if name == missing else found(name)
+    )
     with pytest.raises(ConfigError, match=words):
         if missing == "faiss":
             FaissVectors(4)
@@ -437,7 +439,7 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path, missin
 
 def test_neither_library_comes_with_the_module():
     heavy = {"faiss", "pymilvus", "grpc", "torch", "pyarrow"}
-    code = f"import sys, crosstill.search.vectors; print({heavy} & set(sys.modules))"
+    code = f"import sys, crosstill.search.vector_index; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -16,13 +16,13 @@ import numpy as np
 from crosstill import files
 from crosstill.bundle import Bundle
 from crosstill.errors import ConfigError
-from crosstill.search import calibrate, catalogue, generations, vectors
+from crosstill.search import calibrate, catalogue, index_folder, vector_index
+from crosstill.search.builder_memory import Memory
 from crosstill.search.catalogue import Catalogue, Change, Row
 from crosstill.search.faiss_vectors import FaissVectors
-from crosstill.search.generations import Kind, Pointer
+from crosstill.search.index_folder import Kind, Pointer
 from crosstill.search.milvus_vectors import LITE, is_milvus
-from crosstill.search.vectors import VectorIndex
-from crosstill.search.work import Work
+from crosstill.search.vector_index import VectorIndex
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ LARGE = 20_000  # photos from which on the memory that an index takes is said be
 CHUNK = 10_000  # vectors that are held besides the index while it is filled
 
 
-class Publisher:
+class IndexWriter:
     """Publishes one generation after another.
 
     Args:
@@ -51,7 +51,7 @@ class Publisher:
     """
 
     def __init__(
-        self, index: Path, bundle: Bundle, root: Path, base: Pointer | None, work: Work
+        self, index: Path, bundle: Bundle, root: Path, base: Pointer | None, work: Memory
     ) -> None:
         self.index, self.bundle, self.root, self.base, self.work = index, bundle, root, base, work
         self.rows: dict[str, Row] = {}
@@ -59,7 +59,7 @@ class Publisher:
         self.milvus = base.milvus if base else None
         self.threads = 1
         self.named: str | None = None
-        self.copy = generations.keep_bundle(index, bundle)
+        self.copy = index_folder.keep_bundle(index, bundle)
         self._vectors: VectorIndex | None = None
         self._kind: Kind = "flat"
         if base:
@@ -74,8 +74,8 @@ class Publisher:
             uri: of a cluster, or the path of a Milvus Lite file.
             used: a collection that a reader may have open, and that is left alone.
         """
-        place = generations.milvus_place(self.index, milvus_uri(uri))
-        if self.milvus and generations.milvus_place(self.index, self.milvus["uri"]) == place:
+        place = index_folder.milvus_place(self.index, milvus_uri(uri))
+        if self.milvus and index_folder.milvus_place(self.index, self.milvus["uri"]) == place:
             return
         name = self.work.get("collection")
         if name is None or name == used:
@@ -97,8 +97,8 @@ class Publisher:
         Raises:
             DiskFullError: there is too little room.
         """
-        dim, kind = self.bundle.dim, "milvus" if self.milvus else vectors.kind_for(photos)
-        memory = vectors.estimate_bytes(photos, dim, kind)
+        dim, kind = self.bundle.dim, "milvus" if self.milvus else vector_index.kind_for(photos)
+        memory = vector_index.estimate_bytes(photos, dim, kind)
         if photos >= LARGE:
             where = "in Milvus" if self.milvus else "of memory"
             memory_text = files.amount(memory)
@@ -137,14 +137,14 @@ class Publisher:
             RunError: the disk is full.
             CorruptError: the work is damaged.
         """
-        number = generations.next_number(self.index)
+        number = index_folder.next_number(self.index)
         before = self._catalogue(self.base) if self.base else None
-        target = generations.folder_of(self.index, number)
-        with files.writing(self.index, whole=True), generations.written_aside(target) as aside:
+        target = index_folder.folder_of(self.index, number)
+        with files.writing(self.index, whole=True), index_folder.written_aside(target) as aside:
             change = catalogue.write(aside / catalogue.NAME, before, rows)
             held = self._filled(change)
             held.save(aside)
-            digests = generations.digests(aside)
+            digests = index_folder.digests(aside)
         self.base = Pointer(
             generation=number,
             previous=self.base.generation if self.base else None,
@@ -158,7 +158,7 @@ class Publisher:
             quantiles=calibrate.quantiles(self.bundle, held, self.numbers),
             milvus=self.milvus,
         )
-        generations.switch(self.index, self.base)
+        index_folder.switch(self.index, self.base)
         self.rows = rows
 
     def agree(self) -> None:
@@ -179,7 +179,7 @@ class Publisher:
         gone = set(change.removed)
         self.numbers = {sha: n for sha, n in self.numbers.items() if n not in gone}
         self.numbers |= {sha: number for number, sha in change.added}
-        kind: Kind = "milvus" if self.milvus else vectors.kind_for(len(self.numbers))
+        kind: Kind = "milvus" if self.milvus else vector_index.kind_for(len(self.numbers))
         if self.base and (self.base.kind, self.base.milvus) == (kind, self.milvus):
             held = self._of_base(self.base)
             if not self.milvus:
@@ -193,17 +193,17 @@ class Publisher:
 
     def _of_base(self, base: Pointer) -> VectorIndex:
         if self._vectors is None:
-            self._vectors = generations.open_vectors(self.index, base, self.threads, self.named)
+            self._vectors = index_folder.open_vectors(self.index, base, self.threads, self.named)
             self._kind = base.kind
         return self._vectors
 
     def _empty(self, kind: Kind) -> VectorIndex:
         if self.milvus is None:
             return FaissVectors(self.bundle.dim, kind, self.threads)
-        uri = generations.milvus_place(self.index, self.milvus["uri"])
+        uri = index_folder.milvus_place(self.index, self.milvus["uri"])
         name = self.milvus["collection"]
-        token = generations.milvus_token(uri, self.named)
-        return vectors.open_vectors(uri, self.bundle.dim, self.threads, name, token)
+        token = index_folder.milvus_token(uri, self.named)
+        return vector_index.open_vectors(uri, self.bundle.dim, self.threads, name, token)
 
     def _mixed(self, kind: str) -> list[tuple[int, bytes]]:
         """All photos; for a graph in random order, since it takes its range from the first."""
@@ -219,7 +219,7 @@ class Publisher:
             held.add(np.array(numbers), self.work.vectors(shas))
 
     def _catalogue(self, base: Pointer) -> Path:
-        return generations.folder_of(self.index, base.generation) / catalogue.NAME
+        return index_folder.folder_of(self.index, base.generation) / catalogue.NAME
 
 
 def milvus_uri(uri: str) -> str:

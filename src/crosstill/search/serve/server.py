@@ -18,8 +18,8 @@ import uvicorn
 
 from crosstill.errors import ConfigError
 from crosstill.search.searcher import Searcher
-from crosstill.search.serve.app import App, create
 from crosstill.search.serve.batching import jobs
+from crosstill.search.serve.routes import App, create
 from crosstill.search.serve.service import AUTO
 from crosstill.search.serve.settings import Settings
 from crosstill.search.serve.wire import protocol

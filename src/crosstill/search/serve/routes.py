@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 import crosstill
 from crosstill.errors import ConfigError, CorruptError, ImageError, printable
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
-from crosstill.search.serve import page, photos, uploads
+from crosstill.search.serve import photo_store, search_page, uploads
 from crosstill.search.serve.batching import Overloaded
 from crosstill.search.serve.limits import Guard
 from crosstill.search.serve.metrics import TYPE, Metrics
@@ -97,7 +97,7 @@ def create(searcher: Searcher, settings: Settings) -> App:
     """The application that answers for an index; `run.run` listens for it."""
     metrics = Metrics(searcher)
     service = Service(searcher, settings, metrics)
-    store = photos.Store(searcher, settings)
+    store = photo_store.Store(searcher, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -123,8 +123,8 @@ def create(searcher: Searcher, settings: Settings) -> App:
     # on the application itself: a router within it costs time in every request
     _add_search(app)
     _add_health(app)
-    app.include_router(photos.router(store))
-    app.include_router(page.router(service))
+    app.include_router(photo_store.router(store))
+    app.include_router(search_page.router(service))
     _handle_errors(app)
     return app
 

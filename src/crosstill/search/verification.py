@@ -16,11 +16,12 @@ import numpy as np
 from crosstill import artefacts, files
 from crosstill.bundle import Bundle, check_same
 from crosstill.errors import CorruptError, CrosstillError, ImageError, printable
-from crosstill.search import catalogue, generations, quarantine, walk, work
+from crosstill.search import builder_memory, catalogue, index_folder, scan
 from crosstill.search.catalogue import Catalogue, damaged
-from crosstill.search.generations import Pointer
+from crosstill.search.index_folder import Pointer
 from crosstill.search.milvus_vectors import LITE
-from crosstill.search.vectors import VectorIndex
+from crosstill.search.scan import KnownFile
+from crosstill.search.vector_index import VectorIndex
 
 CHUNK = 10_000  # vectors that are looked at at a time
 LONGER = 0.02  # by which a vector of 8-bit codes may miss unit length
@@ -57,18 +58,18 @@ def verify(index: Path) -> Verdict:
         LockedError: it is being built.
     """
     try:
-        pointer = generations.read(index)
+        pointer = index_folder.read(index)
     except CorruptError as error:
         return Verdict(0, [str(error)], _mend(index, None))
     with files.locked(index):
-        damaged_files = [str(error) for error in generations.problems(index, pointer)]
+        damaged_files = [str(error) for error in index_folder.problems(index, pointer)]
         checks = (_bundle,) if damaged_files else (_bundle, _contents)
         memory = _problem(_memory, index, pointer)
         found = [*damaged_files, *(_problem(check, index, pointer) for check in checks), memory]
         problems = [line for line in found if line]
         verdict = Verdict(pointer.photos, problems, _mend(index, pointer))
-        path = index / generations.WORK
-        known = {} if memory or not path.is_file() else work.read_files(path)
+        path = index / index_folder.WORK
+        known = {} if memory or not path.is_file() else builder_memory.read_files(path)
         return _compared(verdict, index, pointer, known)
 
 
@@ -87,10 +88,10 @@ def _bundle(index: Path, pointer: Pointer) -> None:
 
 def _contents(index: Path, pointer: Pointer) -> None:
     """Catalogue and vectors, each by itself and against the other."""
-    folder = generations.folder_of(index, pointer.generation)
+    folder = index_folder.folder_of(index, pointer.generation)
     with (
         closing(Catalogue(folder / catalogue.NAME)) as photos,
-        closing(generations.open_vectors(index, pointer)) as vectors,
+        closing(index_folder.open_vectors(index, pointer)) as vectors,
     ):
         photos.check()
         numbers = np.array(sorted(photos.numbers().values()), np.int64)
@@ -114,17 +115,17 @@ def _lengths(folder: Path, vectors: VectorIndex, numbers: np.ndarray) -> None:
 
 
 def _memory(index: Path, pointer: Pointer) -> None:
-    path = index / generations.WORK
+    path = index / index_folder.WORK
     if path.is_file():
-        quarantine.check(index, work.check(path))
+        builder_memory.check(path)
 
 
 def _compared(
-    verdict: Verdict, index: Path, pointer: Pointer, known: Mapping[str, work.Known]
+    verdict: Verdict, index: Path, pointer: Pointer, known: Mapping[str, KnownFile]
 ) -> Verdict:
     """The verdict, with all files that are not where they were or not what they were."""
     root = Path(pointer.folder)
-    folder = generations.folder_of(index, pointer.generation)
+    folder = index_folder.folder_of(index, pointer.generation)
     try:
         with closing(Catalogue(folder / catalogue.NAME)) as photos:
             rows = photos.rows()
@@ -139,7 +140,7 @@ def _compared(
             continue
         if why := _change(root, path, row, status, known.get(path)):
             changed.append(f"{printable(path)}: {why}")
-    folders = {f: n for f, n in walk.emptied(gone, rows.keys() - gone).items() if n > 1}
+    folders = {f: n for f, n in scan.count_emptied(gone, rows.keys() - gone).items() if n > 1}
     lines = [
         f"{printable(str(root / f))}: all {n:,} photos in it are gone" for f, n in folders.items()
     ]
@@ -149,7 +150,11 @@ def _compared(
 
 
 def _change(
-    root: Path, path: str, row: catalogue.Row, status: os.stat_result, known: work.Known | None
+    root: Path,
+    path: str,
+    row: catalogue.Row,
+    status: os.stat_result,
+    known: KnownFile | None,
 ) -> str:
     """How a photo differs from what was indexed; "" where it does not."""
     if (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns):
@@ -157,7 +162,7 @@ def _change(
     if known and (known.stamp.ctime_ns, known.sha) == (status.st_ctime_ns, row.sha):
         return ""
     try:
-        if hashlib.sha256(walk.read(root, path)).digest() == row.sha:
+        if hashlib.sha256(scan.read_photo(root, path)).digest() == row.sha:
             return ""
     except ImageError as error:
         return error.reason
@@ -172,5 +177,5 @@ def _mend(index: Path, pointer: Pointer | None) -> str:
     bundle = "BUNDLE" if _problem(_bundle, index, pointer) else shlex.quote(own)
     where = [shlex.quote(printable(name)) for name in (pointer.folder, str(index))]
     command = f"crosstill index {bundle} {where[0]} --out {where[1]}"
-    place = Path(generations.milvus_place(index, pointer.milvus["uri"]) if pointer.milvus else "")
+    place = Path(index_folder.milvus_place(index, pointer.milvus["uri"]) if pointer.milvus else "")
     return command if place.suffix != LITE or place.exists() else f"{command} --milvus NEW.db"

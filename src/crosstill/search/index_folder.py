@@ -25,10 +25,10 @@ from pydantic import AfterValidator, ConfigDict, Field
 from crosstill import artefacts, files
 from crosstill.bundle import Bundle
 from crosstill.errors import ConfigError, CorruptError, CrosstillError, DataError
-from crosstill.search import catalogue, faiss_vectors, milvus_vectors, vectors
+from crosstill.search import catalogue, faiss_vectors, milvus_vectors, vector_index
 from crosstill.search.catalogue import damaged
 from crosstill.search.milvus_vectors import LITE
-from crosstill.search.vectors import VectorIndex
+from crosstill.search.vector_index import VectorIndex
 
 POINTER = "index.json"
 WORK = "work.sqlite"
@@ -39,7 +39,7 @@ _FILES = (catalogue.NAME, *faiss_vectors.NAMES)  # and no others
 
 
 def _ours(place: dict[str, str]) -> dict[str, str]:
-    """Check where in Milvus the vectors are: a collection that `Publisher.move_to` has named."""
+    """Check where in Milvus the vectors are: a collection that `IndexWriter.move_to` has named."""
     if set(place) != {"uri", "collection"} or not milvus_vectors.is_milvus(place["uri"]):
         raise ValueError("no Milvus")
     if not re.fullmatch("crosstill_[0-9a-f]{16}", place["collection"]):
@@ -215,10 +215,10 @@ def open_vectors(
     """
     if pointer.milvus is None:
         folder = folder_of(index, pointer.generation)
-        return vectors.open_vectors(folder, pointer.dim, threads)
+        return vector_index.open_vectors(folder, pointer.dim, threads)
     uri, collection = milvus_place(index, pointer.milvus["uri"]), pointer.milvus["collection"]
     token = milvus_token(uri, named)
-    return vectors.open_vectors(uri, pointer.dim, threads, collection, token)
+    return vector_index.open_vectors(uri, pointer.dim, threads, collection, token)
 
 
 def milvus_place(index: Path, uri: str) -> str:

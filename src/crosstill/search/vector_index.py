@@ -17,7 +17,7 @@ from crosstill.errors import MismatchError, unknown
 from crosstill.search import faiss_vectors
 from crosstill.search.faiss_vectors import FLAT_UP_TO, FaissVectors
 from crosstill.search.milvus_vectors import MilvusVectors, is_milvus
-from crosstill.search.rows import Found
+from crosstill.search.vector_checks import Found
 
 
 class VectorIndex(Protocol):

@@ -1,4 +1,4 @@
-"""Which photos a folder holds, and how one is read without ever waiting for a pipe.
+"""Scan a folder for photos, and read and decode them in several threads.
 
 Names are `str` with surrogate escapes, so that any bytes a disk holds come through. What is not
 an ordinary file, cannot be read or leads out of the folder is reported and passed over.
@@ -6,20 +6,29 @@ an ordinary file, cannot be read or leads out of the folder is reported and pass
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple
 
-from crosstill import formats
+import numpy as np
+
+from crosstill import decoding, formats, pixels
 from crosstill.errors import DataError, ImageError
+from crosstill.preprocess import Preprocess
 
 MAX_BYTES = 2**29  # of one photo's file: what a worker is ready to hold
 CAPTION = 10_000  # characters of a caption that are kept
+MOMENT = 2_000_000_000  # ns: the coarsest clock of a file system in use
+AHEAD = 24  # photos that each worker may be ahead: 4 MB at 224 pixels
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -53,6 +62,32 @@ class Stamp(NamedTuple):
         """Take the stamp of a photo and of its text file."""
         files = (photo,) if caption is None else (photo, caption)
         return cls(*(n for f in files for n in (f.st_size, f.st_mtime_ns, f.st_ctime_ns)))
+
+
+class KnownFile(NamedTuple):
+    """What a file held when it was last read.
+
+    Attributes:
+        stamp: its size and times, and its caption's.
+        read_ns: when it was read.
+        sha: SHA-256 of its bytes; None where they could not be read.
+        caption: of its text file.
+        reason: why it is no photo; "" where it is one.
+    """
+
+    stamp: Stamp
+    read_ns: int
+    sha: bytes | None
+    caption: str = ""
+    reason: str = ""
+
+    def still(self, stamp: Stamp) -> bool:
+        """Whether a file that looks like this is certain to be the same.
+
+        A file written in the very moment in which it was read may have changed without a trace.
+        """
+        newest = max(stamp.ctime_ns, stamp.caption_ctime_ns)
+        return self.stamp == stamp and newest + MOMENT < self.read_ns
 
 
 @dataclass
@@ -104,13 +139,13 @@ def walk(root: Path, skip: Path | None = None) -> Scan:
     return scan
 
 
-def nothing(root: Path, scan: Scan) -> DataError:
+def no_photos(root: Path, scan: Scan) -> DataError:
     """What to say of a folder without photos; something that was passed over serves as a hint."""
     hint = next((f" ({name}: {why})" for name, why in scan.problems.items()), "")
     return DataError(f"{root}: no photo in it{hint}; give a folder of photos")
 
 
-def emptied(before: Iterable[str], left: Iterable[str]) -> dict[str, int]:
+def count_emptied(before: Iterable[str], left: Iterable[str]) -> dict[str, int]:
     """Count what each folder held of which nothing is left; "." is the whole.
 
     Args:
@@ -130,7 +165,7 @@ def _folders(name: str) -> list[str]:
     return [str(folder) for folder in reversed(PurePath(name).parents)]
 
 
-def read(root: Path, name: str) -> bytes:
+def read_photo(root: Path, name: str) -> bytes:
     """All bytes of a photo's file.
 
     Raises:
@@ -157,6 +192,69 @@ def read_caption(root: Path, name: str) -> str:
             return ""
         return data.decode("utf-8-sig", "replace")[:CAPTION].strip()
     return ""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One photo off the disk: what to remember of it, and its pixels where they are needed."""
+
+    name: str
+    known: KnownFile
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads photos of one folder.
+
+    Attributes:
+        root: the folder.
+        preprocess: how the student wants its images.
+        encoded: SHA-256 of contents that need no pixels. It may grow while photos are read.
+        refused: why a content is no photo, by its SHA-256.
+    """
+
+    root: Path
+    preprocess: Preprocess
+    encoded: Container[bytes]
+    refused: Mapping[bytes, str]
+
+    def read(self, name: str, stamp: Stamp) -> Read:
+        """Read one photo; whatever is wrong with it becomes its reason."""
+        began = time.time_ns()
+        try:
+            data = read_photo(self.root, name)
+        except ImageError as error:
+            return Read(name, KnownFile(stamp, began, None, reason=error.reason), None)
+        sha = hashlib.sha256(data).digest()
+        caption = read_caption(self.root, name) if stamp.caption_size >= 0 else ""
+        reason, found = self.refused.get(sha, ""), None
+        if sha not in self.encoded and not reason:
+            try:
+                found = pixels.load(data, name, self.preprocess)
+            except ImageError as error:
+                reason = error.reason
+        return Read(name, KnownFile(stamp, began, sha, caption, reason), found)
+
+
+def ahead(
+    read: Callable[[str, Stamp], Read], photos: Mapping[str, Stamp], workers: int
+) -> Iterator[Read]:
+    """All photos in their order, each read by one of the workers before it is asked for."""
+    waiting: deque[Future[Read]] = deque()
+    with decoding.in_threads(workers) as pool:
+        for item in photos.items():
+            waiting.append(pool.submit(read, *item))
+            if len(waiting) >= AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def grouped(reads: Iterator[Read], size: int) -> Iterator[list[Read]]:
+    """So many at a time; the last ones may be fewer."""
+    while group := list(islice(reads, size)):
+        yield group
 
 
 def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) -> Iterator[str]:
