@@ -81,8 +81,6 @@ def home(tmp_path_factory) -> Path:
     crosstill("export", home / "run", "--out", home / "bundle")
     exports.small().save(home / "pooled")
     crosstill("cache", home / "teacher", "scenes:320", "--out", home / "many")
-    listing = (home / "photos/dataset.json").read_text().replace('"000', '"else/000', 3)
-    (home / "lost.json").write_text(listing)
     save_file(small(RETRIEVAL, layers=1), home / "meter.safetensors")
     write_tokenizer(home / "tokenizer")
     return home
@@ -95,7 +93,6 @@ def verbs(home: Path, out: Path) -> dict[str, list[object]]:
     """Every verb that writes, to `out`."""
     photos, small = home / "photos/dataset.json", ["--student", home / "small.toml", *FAST]
     converting = ["--tokenizer", home / "tokenizer", "--out", out]
-    lost = [home / "lost.json", "--images", home / "photos"]
     return {
         "cache": ["cache", home / "teacher", photos, "--out", out, "--views", 3],
         "cache of scores": ["cache", home / "vilt", photos, "--out", out, *FEW],
@@ -134,13 +131,11 @@ def verbs(home: Path, out: Path) -> dict[str, list[object]]:
             "losses.contrastive.queue_size=64",
         ],
         "inspect": ["inspect", home / "meter.safetensors", *converting],
-        "doctor": ["doctor", *lost, "--mend", out / "mended.json"],
     }
 
 
 VERBS = tuple(verbs(Path(), Path()))
 
-MADE = {"doctor"}  # their folder has to be there
 # files that hold times, paths or names of the moment
 TOLD = (".json", ".jsonl", ".lock", ".html", ".md", ".tex", "answers.npz", ".onnx", ".csv")
 # and a pooler that the library makes up at random
@@ -181,8 +176,6 @@ def test_on_disks_of_many_sizes(home, tmp_path, verb):
     for size in SIZES:
         with disk(small, size) as resize:
             words = verbs(home, small / "out")[verb]
-            if verb in MADE:
-                (small / "out").mkdir()
             code, line = run(words)
             if code == 0:
                 break
@@ -327,8 +320,6 @@ def test_what_a_kill_within_a_write_leaves_is_swept(home, tmp_path, verb):
     for renames in (1, 2, 3, 5, 8, 13):
         out = tmp_path / str(renames) / "out"
         out.parent.mkdir()
-        if verb in MADE:
-            out.mkdir()
         words = verbs(home, out)[verb]
         if not killed(words, renames):
             break

@@ -63,7 +63,6 @@ def verbs(cached: Cache, out: Path) -> dict[str, list[object]]:
         "report": ["report", cached.folder, "--out", out],
         "ablate": ["ablate", "table2", cached.folder, "--out", out],
         "inspect": ["inspect", cached.folder, "--out", out, "--tokenizer", cached.folder],
-        "doctor": ["doctor", cached.folder, "--mend", out / "mended.json"],
         "demo": ["demo", "--out", out],
     }
 
@@ -77,7 +76,6 @@ VERBS = (
     "report",
     "ablate",
     "inspect",
-    "doctor",
     "demo",
 )
 

@@ -1,6 +1,5 @@
 """The doctor finds what is wrong with a dataset, and the command that it proposes works."""
 
-import csv
 import json
 import re
 import shlex
@@ -12,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crosstill import data
+from crosstill import doctor
 from crosstill.data import scenes as scenery
-from crosstill.doctor import findings, paths
+from crosstill.doctor import missing
 from crosstill.pixels import CLASSES
-from verbs import crosstill, refusal
+from verbs import crosstill
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def found(report: dict, name: str) -> list[dict]:
 
 
 def test_there_is_advice_for_every_class():
-    assert set(findings.FIXES) == set(CLASSES)
+    assert set(doctor.FIXES) == set(CLASSES)
 
 
 def test_a_clean_dataset_has_no_findings(home):
@@ -92,7 +91,7 @@ def test_each_class_of_failure_is_counted_with_advice(home):
         ("empty", "not-an-image", "unsupported-format", "truncated"), 1
     )
     for each in found(report, "unreadable"):
-        assert each["fix"] == findings.FIXES[each["says"]]
+        assert each["fix"] == doctor.FIXES[each["says"]]
         assert each["rows"][0]["class"] == each["says"]
     text = crosstill("doctor", home / "all.json", "--images", photos).stdout
     assert "000003.png: PDF is not read; convert it to JPEG or PNG (8 bytes)" in text
@@ -129,7 +128,7 @@ def test_a_folder_too_deep_or_not_deep_enough(home):
     assert "unreadable       0" in crosstill(*command).stdout
 
 
-def test_every_kind_of_wrong_path_is_mended(home):
+def test_every_kind_of_wrong_path_is_named_with_its_place(home):
     photos = home / "photos"
     (photos / "more").mkdir()
     (photos / "twice").mkdir()
@@ -164,23 +163,25 @@ def test_every_kind_of_wrong_path_is_mended(home):
         "000006.png": "folder",
         "000007.png": "ambiguous",
     }
+    text = crosstill("doctor", *options, code=2).stdout
+    assert f"change the paths in {listing}" in text and "take out of it what was not found" in text
     command = proposal(*options)
-    assert command[-2:] == ["--mend", "mended.json"]
-    done = crosstill(*command[:-1], home / "mended.json")
-    assert "mended.json: 18 of 20 images" in done.stdout
-    after = shlex.split(re.findall(r"→ crosstill (.*)", done.stdout)[-1])
-    report = examined(*after[1:])
+    assert command == ["doctor", str(listing), "--images", str(photos), "--json"]
+    places = {
+        row["path"]: row["at"] for row in examined(*command[1:-1], code=2)["paths"]["missing"]
+    }
+
+    def follow(images):
+        for item in images:
+            item["filename"] = places.get(item["filename"], item["filename"])
+        images[:] = [item for item in images if item["filename"] is not None]
+
+    report = examined(edited(home, follow), "--images", home)
     assert sum(report["data"]["splits"].values()) == 18
     assert report["data"]["unreadable"] == []
-    before = {item["filename"]: item for item in json.loads(listing.read_text())["images"]}
-    mended = json.loads((home / "mended.json").read_text())["images"]
-    moved = next(item for item in mended if item["filename"] == "more/000006.png")
-    assert moved["split"] == before["000006.png"]["split"]
-    texts = [sentence["raw"] for sentence in before["000006.png"]["sentences"]]
-    assert [sentence["raw"] for sentence in moved["sentences"]] == texts
 
 
-def test_names_as_other_systems_and_lists_write_them_are_mended(home):
+def test_names_as_other_systems_and_lists_write_them_are_found(home):
     photos = home / "photos"
     names = {
         "Café 1.PNG": "Cafe\u0301 1.png",
@@ -197,20 +198,15 @@ def test_names_as_other_systems_and_lists_write_them_are_mended(home):
     rows = "".join(f"{name},caption {n}\n" for n, name in enumerate(names))
     (home / "t.csv").write_text(f"file,caption\n{rows}")
     options = (home / "t.csv", "--images", photos)
-    missing = examined(*options, code=2)["paths"]["missing"]
+    lost = examined(*options, code=2)["paths"]["missing"]
     # those that differ in their Unicode form alone are not missing
     at_once = ["한국어.png", unicodedata.normalize("NFD", "Å.png")]
     kinds = ("unicode", "escapes", "ending", "ending", "number", "number")
-    mended = [(listed, at) for listed, at in names.items() if listed not in at_once]
-    assert {row["path"]: (row["kind"], row["at"]) for row in missing} == {
-        listed: (kind, str(photos / at)) for (listed, at), kind in zip(mended, kinds, strict=True)
+    elsewhere = [(listed, at) for listed, at in names.items() if listed not in at_once]
+    assert {row["path"]: (row["kind"], row["at"]) for row in lost} == {
+        listed: (kind, str(photos / at))
+        for (listed, at), kind in zip(elsewhere, kinds, strict=True)
     }
-    done = crosstill("doctor", *options, "--mend", home / "mended.json")
-    assert "mended.json: 8 of 8 images" in done.stdout
-    pairs = data.open(home / "mended.json", images=photos)
-    expected = [listed if listed in at_once else at for listed, at in names.items()]
-    assert [e.path for e in pairs.examples] == list(dict.fromkeys(expected))
-    assert pairs.examples[-1].captions == ("caption 6", "caption 7")
 
 
 def test_of_several_of_one_name_the_folders_decide(home):
@@ -222,42 +218,14 @@ def test_of_several_of_one_name_the_folders_decide(home):
     def spoil(images):
         images[3]["filename"] = "val/000003.png"
 
-    missing = examined(edited(home, spoil), "--images", photos, code=2)["paths"]["missing"]
-    assert [row["at"] for row in missing] == [str(photos / "deep/val/000003.png")]
-
-
-def test_a_table_is_mended_too(home):
-    rows = [("photos\\000001.png", "one", "train"), ("photos\\000002.png", 'a "two"', "val")]
-    with (home / "t.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("filepath", "caption", "split"), *rows])
-    done = crosstill("doctor", home / "t.csv", "--mend", home / "mended.json")
-    after = shlex.split(re.findall(r"→ crosstill (.*)", done.stdout)[-1])
-    assert examined(*after[1:])["data"]["splits"] == {"train": 1, "val": 1}
+    lost = examined(edited(home, spoil), "--images", photos, code=2)["paths"]["missing"]
+    assert [row["at"] for row in lost] == [str(photos / "deep/val/000003.png")]
 
 
 def test_nothing_found_asks_for_the_folder(home):
     shutil.rmtree(home / "photos")
     done = crosstill("doctor", home / "all.json", code=2)
     assert "20 of 20 files" in done.stdout and "--images FOLDER" in done.stdout
-    line = refusal("doctor", home / "all.json", "--mend", home / "m.json")
-    assert "none of its files was found" in line
-
-
-def test_mend_of_a_sound_listing_is_refused(home):
-    options = (home / "all.json", "--images", home / "photos", "--mend", home / "m.json")
-    assert "no file that" in refusal("doctor", *options)
-    assert not (home / "m.json").exists()
-
-
-def test_mend_replaces_nothing(home):
-    kept = home / "kept.csv"
-    kept.write_text("filepath,caption\nphotos/000000.png,a scene\n")
-    before = kept.read_bytes()
-    assert "a name in .json" in refusal("doctor", kept, "--mend", kept)
-    there = home / "all.json"
-    whole = there.read_bytes()
-    assert "is there already" in refusal("doctor", there, "--mend", there)
-    assert (kept.read_bytes(), there.read_bytes()) == (before, whole)
 
 
 def test_a_table_of_paths_gets_the_folder_that_works(home):
@@ -267,12 +235,11 @@ def test_a_table_of_paths_gets_the_folder_that_works(home):
     pq.write_table(pa.table(rows), home / "paths.parquet")
     done = crosstill("doctor", home / "paths.parquet", "--images", home / "photos", code=2)
     after = shlex.split(re.findall(r"→ crosstill (.*)", done.stdout)[-1])
-    assert "--mend" not in after
     assert sum(examined(*after[1:])["data"]["splits"].values()) == 6
 
 
 def test_a_huge_tree_is_looked_at_in_part(home, monkeypatch):
-    monkeypatch.setattr(paths, "MOST", 10)
+    monkeypatch.setattr(missing, "MOST", 10)
     (home / "a").mkdir()
     for number in range(30):
         (home / f"a/{number}.txt").touch()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from crosstill import files
 from crosstill.cli import common
 
 
@@ -18,13 +16,6 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="Count the captions that this model would cut.")
     ] = None,
-    mend: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where files are missing: write a listing of those found, to this file.",
-            metavar="JSON",
-        ),
-    ] = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Describe the machine and, given DATA, dry-run the dataset: every image is decoded.
@@ -34,15 +25,13 @@ def command(
     """
     if data is not None:
         common.check_data(data)
-    if mend is not None:
-        files.check_writable(mend.parent)
     common.hush()
     from crosstill import doctor
 
-    found = doctor.examine(data, images, model, mend, splits)
+    report = doctor.examine(data, images, model, splits)
     if as_json:
-        common.dump(found.to_json())
+        common.dump(report.to_json())
     else:
-        common.say(found.text())
-    if found.error is not None:
-        raise found.error
+        common.say(report.text())
+    if report.error is not None:
+        raise report.error

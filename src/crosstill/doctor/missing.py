@@ -1,4 +1,4 @@
-"""Where the image files are that a listing names and that are not where it says.
+"""Find the image files that a listing names and that are not where it says.
 
 The folders at hand are walked once. A file is taken for the listed one when its name is the same,
 capitals and Unicode forms aside, and of several of that name the one whose folders agree furthest.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from crosstill import files, formats
-from crosstill.errors import ConfigError, DataError, MissingError, printable
+from crosstill import formats
+from crosstill.errors import DataError, MissingError, printable
 
 MOST = 300_000  # files that are looked at
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -56,7 +56,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a listing's files.
+    """The search for the files of a listing.
 
     Attributes:
         source: the dataset, as it was given.
@@ -77,13 +77,18 @@ class Diagnosis:
     @property
     def command(self) -> str:
         """What to run next."""
-        source = _quoted(self.source)
+        doctor = f"crosstill doctor {_quoted(self.source)} --images"
         if self.images is not None:
-            return f"crosstill doctor {source} --images {_quoted(self.images)}"
-        if self._present():
-            images = f" --images {_quoted(str(self.error.root))}"
-            return f"crosstill doctor {source}{images} --mend mended.json"
-        return f"crosstill doctor {source} --images FOLDER, with the folder of the images"
+            return f"{doctor} {_quoted(self.images)}"
+        if self._some_found:
+            return f"{doctor} {_quoted(str(self.error.root))} --json"
+        return f"{doctor} FOLDER, with the folder of the images"
+
+    @property
+    def _some_found(self) -> bool:
+        """Whether a listed file is where it is listed, or was found elsewhere."""
+        found = any(lost.at is not None for lost in self.lost)
+        return found or len(set(self.error.missing)) < len({e.path for e in self.error.listed})
 
     @property
     def refusal(self) -> DataError:
@@ -92,7 +97,7 @@ class Diagnosis:
         return DataError(f"{self.source}: {counted}; run: {self.command}")
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return all of it."""
         return {
             "root": str(self.error.root),
             "listed": len(self.error.listed),
@@ -105,49 +110,26 @@ class Diagnosis:
         }
 
     def text(self) -> str:
-        """It for people: how many of each kind, a few of them, and what to run."""
+        """Describe it for people: how many of each kind, a few of them, and what to run."""
         missing, listed = f"{len(self.lost):,}", f"{len(self.error.listed):,}"
         cut = "" if self.files < MOST else ", no more were looked at"
         lines = [f"missing          {missing} of {listed} files below {_clean(self.error.root)}"]
         for kind, says in _KINDS.items():
-            some = [lost for lost in self.lost if lost.kind == kind]
-            lines += [f"  {len(some):,} {says}"] if some else []
-            lines += [f"    {_clean(lost.path)}{_arrow(lost.at)}" for lost in some[:SHOWN]]
+            alike = [lost for lost in self.lost if lost.kind == kind]
+            lines += [f"  {len(alike):,} {says}"] if alike else []
+            for lost in alike[:SHOWN]:
+                place = f" is {_clean(lost.at)}" if lost.at else ""
+                lines.append(f"    {_clean(lost.path)}{place}")
         looked = ", ".join(map(_clean, self.looked_in))
         lines.append(f"looked in        {looked}: {self.files:,} files{cut}")
-        if any(lost.at is None for lost in self.lost) and self.images is None:
-            lines.append("  → --mend leaves out what was not found; or put those files there")
+        if self.images is None:
+            if any(lost.at is not None for lost in self.lost):
+                lines.append(
+                    f"  → change the paths in {_clean(self.source)}; --json has all of them"
+                )
+            if any(lost.at is None for lost in self.lost):
+                lines.append("  → take out of it what was not found, or put those files there")
         return "\n".join([*lines, f"  → {self.command}"])
-
-    def mend(self, out: Path) -> str:
-        """Write a listing (Karpathy's JSON) of every file that is there; say what was written.
-
-        Raises:
-            DataError: none is.
-        """
-        present = self._present()
-        if not present:
-            raise DataError(f"{self.source}: none of its files was found; give their --images")
-        root = os.path.commonpath([os.path.dirname(path) for path in present.values()])
-        rows: dict[tuple[str, str | None], dict[str, Any]] = {}  # by file and split
-        listed = [entry for entry in self.error.listed if entry.path in present]
-        for entry in listed:
-            row: dict[str, Any] = {"filename": os.path.relpath(present[entry.path], root)}
-            row |= {"split": entry.split} if entry.split else {}
-            row = rows.setdefault((row["filename"], entry.split), row | {"sentences": []})
-            row["sentences"] += [{"raw": text} for text in entry.captions]
-        files.write_json(out, {"dataset": Path(self.source).stem, "images": list(rows.values())})
-        return (
-            f"{out}: {len(listed):,} of {len(self.error.listed):,} images\n"
-            f"  → crosstill doctor {_quoted(str(out))} --images {_quoted(root)}"
-        )
-
-    def _present(self) -> dict[str, str]:
-        """Listed path → where the file is, of all that are somewhere."""
-        found = {lost.path: lost.at for lost in self.lost}
-        root = self.error.root
-        places = {e.path: found.get(e.path, str(root / e.path)) for e in self.error.listed}
-        return {path: place for path, place in places.items() if place is not None}
 
 
 def diagnose(error: MissingError, source: str, places: Iterable[Path]) -> Diagnosis:
@@ -177,7 +159,7 @@ def diagnose(error: MissingError, source: str, places: Iterable[Path]) -> Diagno
 def _named(
     place: Path, paths: Sequence[str], seen: set[tuple[int, int]], most: int
 ) -> tuple[dict[str, list[str]], int]:
-    """Files below a folder by the keys of their names, of the names wanted; files seen."""
+    """Collect the files below a folder that have a wanted name, by its key; count all files."""
     wanted = {_key(_parts(form)[-1]) for path in paths for form in _forms(path)}
     tree: defaultdict[str, list[str]] = defaultdict(list)
     count = 0
@@ -192,7 +174,7 @@ def _named(
 
 
 def _walk(place: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
-    """Folders and the names of their files; links are followed, and no folder is entered twice."""
+    """Yield folders and names of their files, links followed, no folder entered twice."""
     for folder, subfolders, names in os.walk(place, followlinks=True):
         try:
             status = os.stat(folder)
@@ -208,7 +190,7 @@ def _walk(place: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[s
 
 
 def _parts(path: str) -> list[str]:
-    r"""The names along a path of any system: C:\photos\a.jpg has photos and a.jpg."""
+    r"""Split a path of any system into names: C:\photos\a.jpg has photos and a.jpg."""
     plain = re.sub(r"^[A-Za-z]:", "", path).replace("\\", "/")
     return [part for part in plain.split("/") if part not in ("", ".", "..")]
 
@@ -236,7 +218,7 @@ def _find(path: str, tree: dict[str, list[str]]) -> Lost:
 
 
 def _forms(path: str) -> dict[str, str]:
-    """The ways to read a listed path, the plain one first, and the kind of each."""
+    """Return the ways to read a listed path, the plain one first, and the kind of each."""
     if not _parts(path):
         return {}
     forms = {path: "folder"}
@@ -251,12 +233,12 @@ def _forms(path: str) -> dict[str, str]:
 
 
 def _key(name: str) -> str:
-    """A name, capitals and Unicode forms aside."""
+    """Return a name, capitals and Unicode forms aside."""
     return formats.name_key(name.casefold())
 
 
 def _agreement(wanted: list[str], found: list[str]) -> tuple[int, int]:
-    """How many names agree from the end, by their keys, and how many of them to the letter."""
+    """Count the names that agree from the end, by their keys, and those that do to the letter."""
     alike = exact = 0
     for one, other in zip(reversed(wanted), reversed(found), strict=False):
         if _key(one) != _key(other):
@@ -266,7 +248,7 @@ def _agreement(wanted: list[str], found: list[str]) -> tuple[int, int]:
 
 
 def _common_root(error: MissingError, lost: Sequence[Lost]) -> str | None:
-    """A folder below which every listed file is, at the very path that is listed."""
+    """Return a folder below which every listed file is, at the very path that is listed."""
     votes: Counter[str] = Counter()
     for one in lost:
         if one.at is not None and one.at.endswith(f"/{one.path}"):
@@ -277,25 +259,9 @@ def _common_root(error: MissingError, lost: Sequence[Lost]) -> str | None:
     return None
 
 
-def _arrow(at: str | None) -> str:
-    return f" is {_clean(at)}" if at else ""
-
-
 def _clean(path: str | Path) -> str:
     return printable(str(path))
 
 
 def _quoted(path: str) -> str:
     return shlex.quote(printable(path))
-
-
-def refuse_mend(out: Path) -> None:
-    """Refuse a name under which a mended listing cannot be written, before any work.
-
-    Raises:
-        ConfigError: there is such a file, or it is called otherwise than a JSON.
-    """
-    if out.suffix.lower() != ".json":
-        raise ConfigError(f"--mend {out}: a listing in Karpathy's layout; give a name in .json")
-    if out.exists():
-        raise ConfigError(f"--mend {out}: is there already, and stays; give a new name")
