@@ -167,16 +167,15 @@ def test_every_kind_of_wrong_path_is_named_with_its_place(home):
     assert f"change the paths in {listing}" in text and "take out of it what was not found" in text
     command = proposal(*options)
     assert command == ["doctor", str(listing), "--images", str(photos), "--json"]
-    places = {
-        row["path"]: row["at"] for row in examined(*command[1:-1], code=2)["paths"]["missing"]
-    }
+    lost = examined(*command[1:-1], code=2)["paths"]["missing"]
+    places = {row["path"]: row["at"] and Path(row["at"]).relative_to(photos) for row in lost}
 
     def follow(images):
         for item in images:
-            item["filename"] = places.get(item["filename"], item["filename"])
-        images[:] = [item for item in images if item["filename"] is not None]
+            item["filename"] = str(places.get(item["filename"], item["filename"]))
+        images[:] = [item for item in images if item["filename"] != "None"]
 
-    report = examined(edited(home, follow), "--images", home)
+    report = examined(edited(home, follow), "--images", photos)
     assert sum(report["data"]["splits"].values()) == 18
     assert report["data"]["unreadable"] == []
 
