@@ -42,7 +42,12 @@ class Kind:
 
     def names(self) -> list[str]:
         """Return the names of all parts, ours and those of other distributions, sorted."""
-        return sorted({*self._own(), *(point.name for point in self._others())})
+        return sorted(self.in_order())
+
+    def in_order(self) -> list[str]:
+        """Return the names of all parts, ours in the order of their table before others'."""
+        others = sorted(point.name for point in entry_points(group=self.group))
+        return list(dict.fromkeys([*self._own(), *others]))
 
     def find(self, name: str) -> Any:
         """Import the part of that name. Our own wins over another distribution's.
@@ -51,8 +56,10 @@ class Kind:
             ConfigError: there is none, there are several, or it cannot be imported.
         """
         if name in (own := self._own()):
-            return _resolve(own[name])
-        points = [point for point in self._others() if point.name == name]
+            module, _, attribute = own[name].partition(":")
+            part = import_module(module)
+            return getattr(part, attribute) if attribute else part
+        points = list(entry_points(group=self.group, name=name))
         if not points:
             raise unknown(self.noun, name, self.names())
         if len(points) > 1:
@@ -93,15 +100,6 @@ class Kind:
         modules = pkgutil.iter_modules(import_module(self.group).__path__)
         names = (module.name for module in modules if not module.ispkg)
         return {name: f"{self.group}.{name}" for name in names if name not in self.shared}
-
-    def _others(self) -> list[EntryPoint]:
-        return list(entry_points(group=self.group))
-
-
-def _resolve(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    part = import_module(module)
-    return getattr(part, attribute) if attribute else part
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -19,21 +19,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from crosstill.data import scenes
-from crosstill.data.collection import Listing, collect, read_packed
+from crosstill import plugins
+from crosstill.data import karpathy, scenes
+from crosstill.data.collection import Listing, collect
 from crosstill.data.fileset import locate, read_photo_folder
-from crosstill.data.pairs import SPLITS, HashedReader, Pairs, read_image, read_licence
+from crosstill.data.pairs import SPLITS, HashedReader, Pairs, read_licence
 from crosstill.errors import DataError
-from crosstill.types import Example
 
-__all__ = ["SPLITS", "Pairs", "open", "reader"]
+__all__ = ["FORMATS", "SOURCES", "SPLITS", "Pairs", "open", "reader"]
 
-# The reader of every kind of file, a function of (fileset, images), loaded when it is needed
+# The reader of every kind of file by its ending, a function of (fileset, images)
 _FORMATS = {
     ".json": "crosstill.data.karpathy:read",
     ".csv": "crosstill.data.listings:read_table",
@@ -45,6 +43,15 @@ _FORMATS = {
         (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), "crosstill.data.shards:read"
     ),
 }
+FORMATS = plugins.Kind(__name__, "data format", _FORMATS)
+
+# The reader of images by the form in their source's record, a function of the record
+_SOURCES = {
+    "files": "crosstill.data.collection:files_reader",
+    "packed": "crosstill.data.collection:packed_reader",
+    "scenes": "crosstill.data.scenes:scenes_reader",
+}
+SOURCES = plugins.Kind(f"{__name__}.sources", "source of images", _SOURCES)
 
 
 def open(
@@ -74,7 +81,7 @@ def open(
         return replace(scenes.read(str(source)), licence=licence)
     listing = _list(str(source), Path(images).absolute() if images is not None else None)
     if splits is not None:
-        listing = _function("crosstill.data.karpathy:apply_splits")(listing, Path(splits))
+        listing = karpathy.apply_splits(listing, Path(splits))
     if images is not None:
         _check_inside(listing, Path(images).absolute())
     if listing.bad and not listing.entries:
@@ -107,20 +114,24 @@ def _list(source: str, images: Path | None) -> Listing:
     if images is not None and not images.is_dir():
         raise DataError(f"{images}: no such folder of images; check --images")
     if source.startswith("hf:"):
-        return _function("crosstill.data.hub:read")(source, images)
+        from crosstill.data import hub  # it and its pyarrow are needed by few
+
+        return hub.read(source, images)
     fileset = locate(source)
     if fileset.names == (".",):
         return read_photo_folder(fileset.base)
     kinds = sorted({_kind(name) for name in fileset.names})
-    readers = {_FORMATS.get(kind) for kind in kinds}
+    known = FORMATS.in_order()
+    readers: set[Callable[..., Listing] | None] = {
+        FORMATS.find(kind) if kind in known else None for kind in kinds
+    }
     if len(readers) > 1:
         raise DataError(f"{source}: files of several kinds ({', '.join(kinds)}); give those of one")
-    if (reader := readers.pop()) is None:
-        known = ", ".join(_FORMATS)
+    if (read := readers.pop()) is None:
         raise DataError(
-            f"{fileset.origin}: not a dataset; give a {known} file, a folder, or scenes"
+            f"{fileset.origin}: not a dataset; give a {', '.join(known)} file, a folder, or scenes"
         )
-    return _function(reader)(fileset, images)
+    return read(fileset, images)
 
 
 def _kind(name: str) -> str:
@@ -130,12 +141,6 @@ def _kind(name: str) -> str:
     return both if both.startswith(".tar.") else "".join(endings[-1:])
 
 
-def _function(target: str) -> Callable[..., Listing]:
-    """Import the function "module:name"."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
-
-
 def reader(record: dict[str, Any]) -> HashedReader:
     """Make the function `Pairs.read` again, from the JSON-able record `Pairs.source`; it pickles.
 
@@ -143,13 +148,6 @@ def reader(record: dict[str, Any]) -> HashedReader:
         DataError: the record is of no form known here.
     """
     form = record.get("form")
-    read: Callable[[Example], bytes]
-    if form == "files":
-        read = partial(read_image, Path(record["root"]))
-    elif form == "packed":
-        read = partial(read_packed, Path(record["root"]), str(record["column"]))
-    elif form == "scenes":
-        read = partial(scenes.read_scene, int(record["seed"]))
-    else:
+    if form not in SOURCES.names():
         raise DataError(f"images of form {form!r} cannot be read; upgrade crosstill")
-    return HashedReader(read)
+    return HashedReader(SOURCES.find(form)(record))

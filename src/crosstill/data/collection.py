@@ -160,6 +160,16 @@ class Packed:
         return self.images | Folder(self.base).identify(alone) if alone else self.images
 
 
+def files_reader(record: Mapping[str, Any]) -> Callable[[Example], bytes]:
+    """Make `Folder.read` again from the record of its source."""
+    return Folder(Path(record["root"])).read
+
+
+def packed_reader(record: Mapping[str, Any]) -> Callable[[Example], bytes]:
+    """Make `Packed.read` again from the record of its source."""
+    return Packed(Path(record["root"]), str(record["column"])).read
+
+
 def slice_path(container: str, offset: int, size: int, name: str) -> str:
     """Return the path of an image that lies in a file as it is."""
     return f"{container}@{offset}+{size}/{name}"

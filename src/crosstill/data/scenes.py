@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -93,6 +94,11 @@ def scene(seed: int, index: int) -> tuple[bytes, tuple[str, ...]]:
 def read_scene(seed: int, example: Example) -> bytes:
     """Render the file of one example again: the bytes of which its id is the hash."""
     return scene(seed, int(PurePath(example.path).stem))[0]
+
+
+def scenes_reader(record: Mapping[str, Any]) -> Callable[[Example], bytes]:
+    """Make the function from an example to its bytes again, from the record of the dataset."""
+    return partial(read_scene, int(record["seed"]))
 
 
 def write(folder: Path, count: int = COUNT, seed: int = 0) -> Path:
