@@ -49,6 +49,15 @@ class Kind:
         others = sorted(point.name for point in entry_points(group=self.group))
         return list(dict.fromkeys([*self._own(), *others]))
 
+    def check(self, name: str) -> None:
+        """Refuse a name that no part has, without importing anything.
+
+        Raises:
+            ConfigError: there is none; the message gives the nearest name.
+        """
+        if name not in self.in_order():
+            raise unknown(self.noun, name, self.names())
+
     def find(self, name: str) -> Any:
         """Import the part of that name. Our own wins over another distribution's.
 
@@ -59,9 +68,8 @@ class Kind:
             module, _, attribute = own[name].partition(":")
             part = import_module(module)
             return getattr(part, attribute) if attribute else part
+        self.check(name)
         points = list(entry_points(group=self.group, name=name))
-        if not points:
-            raise unknown(self.noun, name, self.names())
         if len(points) > 1:
             offering = " and ".join(sorted(_distribution(point) for point in points))
             raise ConfigError(

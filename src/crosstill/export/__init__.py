@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosstill.errors import ConfigError, unknown
+from crosstill import plugins
+from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
     from crosstill.data import Pairs
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMS", "Exported", "onnx", "run", "sentence_transformers", "transformers"]
 
-FORMS = ("onnx", "sentence-transformers", "transformers")
+# Functions of (provenance, out, facts, options): they write an export that has passed its gates
+_FORMS = {
+    "onnx": "crosstill.export.bundling:export",
+    "sentence-transformers": "crosstill.export.sentence:export",
+    "transformers": "crosstill.export.dual_encoder:export",
+}
+FORMS = plugins.Kind(__name__, "form of export", _FORMS)
 MAX_LOSS = 0.01  # of the RSUM, that 8 bits may cost
 
 
@@ -80,7 +87,7 @@ def run(source: str | Path | Run | Student, form: str, out: str | Path, **option
 
     Args:
         source: a run, its folder, a student's folder or a student.
-        form: one of `FORMS`.
+        form: one of `FORMS.names()`.
         out: a folder that is empty, absent, or holds an earlier export, which is replaced.
         options: fields of `Options`.
 
@@ -89,8 +96,7 @@ def run(source: str | Path | Run | Student, form: str, out: str | Path, **option
         ModelError: there is no student, or its parts do not fit the form; they are named.
         ExportError: a gate was not passed; its figures are in the message.
     """
-    if form not in FORMS:
-        raise unknown("form of export", form, FORMS)
+    FORMS.check(form)
     # torch and transformers take seconds to import
     from crosstill.export import writing
 

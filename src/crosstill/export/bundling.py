@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from crosstill import bundle as bundles
 from crosstill import files
 from crosstill.errors import ConfigError
-from crosstill.export import graphs, quality
+from crosstill.export import Options, graphs, quality
 from crosstill.export.card import card
 from crosstill.export.facts import Facts, Rounding
+from crosstill.export.folder import aside
 from crosstill.export.provenance import Provenance
 from crosstill.export.quality import Measured
 from crosstill.students.student import Student
 from crosstill.teachers.bundle import BundleModel
 
-FORM: Literal["onnx"] = "onnx"
+FORM = "onnx"
+
+
+def export(known: Provenance, out: Path, facts: Facts, options: Options) -> list[str]:
+    """Write a student to `out` as a bundle that has passed its gates: see `write`."""
+    with aside(out, 4 * known.student.parameter_count()) as new:
+        return write(known, new, facts, options.int8, options.max_loss)
 
 
 def write(known: Provenance, folder: Path, facts: Facts, int8: bool, max_loss: float) -> list[str]:

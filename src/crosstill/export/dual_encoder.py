@@ -25,9 +25,13 @@ from transformers import (
 )
 
 from crosstill.errors import ConfigError
-from crosstill.export import processor
+from crosstill.export import Options, processor
+from crosstill.export.card import card
+from crosstill.export.facts import Facts
 from crosstill.export.folder import aside
 from crosstill.export.parity import Parity, measure
+from crosstill.export.provenance import Provenance
+from crosstill.export.writing import with_recall
 from crosstill.progress import quiet
 from crosstill.students.student import Student
 from crosstill.towers import narrow
@@ -74,13 +78,20 @@ def require(student: Student) -> None:
         )
 
 
-def write(student: Student, folder: Path, card: str) -> Parity:
+def export(known: Provenance, out: Path, facts: Facts, options: Options) -> list[str]:
+    """Measure a student and write it to `out` in this form: see `write`."""
+    require(known.student)
+    parity = write(known.student, out, card(with_recall(known, facts), FORM))
+    return [str(parity)]
+
+
+def write(student: Student, folder: Path, readme: str) -> Parity:
     """Export a student; the folder is there only if plain transformers gives the same rows.
 
     Args:
         student: in eval mode or not; it stays as it is.
         folder: new, empty, or an earlier export, which is replaced.
-        card: the text of its README.md.
+        readme: the text of its README.md, the model card.
 
     Raises:
         ConfigError: the student does not fit; the message says why, and which form to use.
@@ -89,7 +100,7 @@ def write(student: Student, folder: Path, card: str) -> Parity:
     require(student)
     with aside(folder, 4 * student.parameter_count()) as new:
         _save(student, new)
-        (new / "README.md").write_text(card, encoding="utf-8")
+        (new / "README.md").write_text(readme, encoding="utf-8")
         parity = check(student, new)
         parity.require()
     return parity

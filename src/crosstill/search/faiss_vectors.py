@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from crosstill import artefacts, files
-from crosstill.errors import ConfigError, CorruptError, unknown
+from crosstill.errors import ConfigError, CorruptError, MismatchError, unknown
 from crosstill.search import faiss_files
 from crosstill.search.vector_checks import (
     NO_ROW,
@@ -246,6 +246,18 @@ class FaissVectors:
             yield
         finally:
             self._faiss.omp_set_num_threads(before)
+
+
+def open_index(
+    place: Path | str, dim: int, threads: int, collection: str, token: str | None
+) -> FaissVectors:
+    """Open the FAISS files in a folder: see `vector_index.open_vectors`."""
+    index = FaissVectors.load(Path(place), threads)
+    if index.dim != dim:
+        raise MismatchError(
+            f"{place}: vectors of {index.dim} dimensions, and a model of {dim}; make the index anew"
+        )
+    return index
 
 
 def estimate_bytes(count: int, dim: int, kind: str) -> int:

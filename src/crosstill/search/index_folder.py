@@ -25,7 +25,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from crosstill import artefacts, files
 from crosstill.bundle import Bundle
 from crosstill.errors import ConfigError, CorruptError, CrosstillError, DataError
-from crosstill.search import catalogue, faiss_vectors, milvus_vectors, vector_index
+from crosstill.search import catalogue, faiss_vectors, vector_index
 from crosstill.search.catalogue import damaged
 from crosstill.search.milvus_vectors import LITE
 from crosstill.search.vector_index import VectorIndex
@@ -40,7 +40,7 @@ _FILES = (catalogue.NAME, *faiss_vectors.NAMES)  # and no others
 
 def _ours(place: dict[str, str]) -> dict[str, str]:
     """Check where in Milvus the vectors are: a collection that `IndexWriter.move_to` has named."""
-    if set(place) != {"uri", "collection"} or not milvus_vectors.is_milvus(place["uri"]):
+    if set(place) != {"uri", "collection"} or not vector_index.is_server(place["uri"]):
         raise ValueError("no Milvus")
     if not re.fullmatch("crosstill_[0-9a-f]{16}", place["collection"]):
         raise ValueError("a collection that crosstill has not named")

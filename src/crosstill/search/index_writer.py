@@ -21,7 +21,7 @@ from crosstill.search.builder_memory import Memory
 from crosstill.search.catalogue import Catalogue, Change, Row
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.index_folder import Kind, Pointer
-from crosstill.search.milvus_vectors import LITE, is_milvus
+from crosstill.search.milvus_vectors import LITE
 from crosstill.search.vector_index import VectorIndex
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def milvus_uri(uri: str) -> str:
     Raises:
         ConfigError: it holds a user or a password, or is no Milvus.
     """
-    if not is_milvus(uri):
+    if not vector_index.is_server(uri):
         raise ConfigError(f"--milvus {uri}: no Milvus; give http://host:19530 or a path in *.db")
     if "@" in urlsplit(uri).netloc:
         raise ConfigError("--milvus: holds a password; give it in the variable MILVUS_TOKEN alone")

@@ -268,6 +268,13 @@ class MilvusVectors:
             raise RunError(f"{self._what()}: {_line(error)}") from None
 
 
+def open_index(
+    place: Path | str, dim: int, threads: int, collection: str, token: str | None
+) -> MilvusVectors:
+    """Open a collection in Milvus: see `vector_index.open_vectors`."""
+    return MilvusVectors(str(place), collection, dim, token)
+
+
 def _parts(count: int, size: int) -> Iterator[slice]:
     """Slices that cover 0..count, each of at most `size`."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

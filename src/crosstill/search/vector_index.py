@@ -3,7 +3,8 @@
     faiss_vectors     in the memory of this process, saved as files
     milvus_vectors    a Milvus cluster, or a Milvus Lite file
 
-Neither library is imported before an index of its kind is opened.
+Neither library is imported before an index of its kind is opened. Another distribution may offer
+further kinds: the place NAME://... opens the entry point NAME of the group that `INDEXES` names.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from crosstill.errors import MismatchError, unknown
+from crosstill import plugins
+from crosstill.errors import unknown
 from crosstill.search import faiss_vectors
-from crosstill.search.faiss_vectors import FLAT_UP_TO, FaissVectors
-from crosstill.search.milvus_vectors import MilvusVectors, is_milvus
+from crosstill.search.faiss_vectors import FLAT_UP_TO
+from crosstill.search.milvus_vectors import is_milvus
 from crosstill.search.vector_checks import Found
+
+# Functions of (place, dim, threads, collection, token), see `open_vectors`
+_INDEXES = {
+    "faiss": "crosstill.search.faiss_vectors:open_index",
+    "milvus": "crosstill.search.milvus_vectors:open_index",
+}
+INDEXES = plugins.Kind("crosstill.search.vectors", "vector index", _INDEXES)
 
 
 class VectorIndex(Protocol):
@@ -79,8 +88,8 @@ def open_vectors(
     """Open vectors where they are.
 
     Args:
-        place: a folder that `FaissVectors.save` wrote to, or Milvus: the URI of a cluster or the
-            path of a Milvus Lite file, which ends in ".db".
+        place: a folder that `FaissVectors.save` wrote to; or Milvus: the URI of a cluster or the
+            path of a Milvus Lite file, which ends in ".db"; or NAME://... of another kind.
         dim: D.
         threads: of one FAISS call, at most.
         collection: the name in Milvus; it is made where there is none.
@@ -91,23 +100,29 @@ def open_vectors(
         CorruptError: a file is missing or damaged.
         ConfigError: Milvus does not answer, or a library is not installed.
     """
+    index: VectorIndex = INDEXES.find(_kind_at(place))(place, dim, threads, collection, token)
+    return index
+
+
+def is_server(place: Path | str) -> bool:
+    """Tell whether vectors live at a place of their own, not in an index's folder."""
+    return _kind_at(place) != "faiss"
+
+
+def _kind_at(place: Path | str) -> str:
     if is_milvus(place):
-        return MilvusVectors(str(place), collection, dim, token)
-    found = FaissVectors.load(Path(place), threads)
-    if found.dim != dim:
-        raise MismatchError(
-            f"{place}: vectors of {found.dim} dimensions, and a model of {dim}; make the index anew"
-        )
-    return found
+        return "milvus"
+    scheme, separator, _ = str(place).partition("://")
+    return scheme if separator and scheme in INDEXES.names() else "faiss"
 
 
 def kind_for(count: int) -> Literal["flat", "hnsw"]:
-    """The kind of FAISS index for so many vectors."""
+    """Choose the kind of FAISS index for so many vectors."""
     return "flat" if count <= FLAT_UP_TO else "hnsw"
 
 
 def estimate_bytes(count: int, dim: int, kind: str) -> int:
-    """The memory that an index of so many vectors takes, in bytes; known before it is built.
+    """Estimate the memory that an index of so many vectors takes, in bytes, before it is built.
 
     While a FAISS index grows, it takes up to twice that for moments.
 
