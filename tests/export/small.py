@@ -12,6 +12,11 @@ import torch
 from PIL import Image
 
 from crosstill import students
+from crosstill.export.base import Options
+from crosstill.export.folder import aside
+from crosstill.export.gates import Parity
+from crosstill.export.library_folders import LibraryFolder
+from crosstill.export.provenance import Provenance
 from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
 
@@ -96,6 +101,17 @@ def small(
         for _ in range(20):  # what batch norms take in before they are frozen
             student.pool_image(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
     return student.eval()
+
+
+def write(form: LibraryFolder, student: Student, out: Path, text: str = CARD) -> Parity:
+    """Export a student with a card of this text; return what the gate measured."""
+    source = Provenance(student, student.name)
+    form.require(source, Options())
+    facts = source.facts("", None, None)
+    with aside(out) as new:
+        form.write(source, new, facts, Options())
+        (new / "README.md").write_text(text, encoding="utf-8")
+    return form.check(student, out)
 
 
 def said_by(card: str, folder: Path) -> str:

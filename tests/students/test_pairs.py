@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from crosstill import export, files, students
 from crosstill.cache import Cache
 from crosstill.errors import ConfigError, ModelError
-from crosstill.export import dual_encoder, sentence
+from crosstill.export.library_folders import SentenceTransformersFolder, TransformersFolder
 from crosstill.recipes import distill
 from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
@@ -99,10 +99,10 @@ def test_it_learns_and_is_kept(
     assert not any("running_" in name for name in moved)
     assert not _idle(student.train(), cached)
     assert all(map(torch.equal, seen(student.eval()), seen(run.best)))
-    reasons = "; ".join(dual_encoder.fits(run.best))
+    reasons = "; ".join(TransformersFolder().fits(run.best))
     word = family.plain(pooling)
     assert word in reasons if word else f"its {_side(family)} tower" not in reasons
-    assert not sentence.fits(run.best)
+    assert not SentenceTransformersFolder().fits(run.best)
 
 
 def _idle(student: Student, cached: Cache) -> list[str]:

@@ -2,92 +2,79 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
-from crosstill import plugins
 from crosstill.errors import ConfigError
+from crosstill.export.base import (
+    MAX_LOSS,
+    BundleOptions,
+    Exported,
+    FolderOptions,
+    Form,
+    Options,
+)
+from crosstill.plugins import Kind
 
 if TYPE_CHECKING:
-    from crosstill.data import Pairs
     from crosstill.students.student import Student
     from crosstill.train import Run
 
-__all__ = ["FORMS", "Exported", "onnx", "run", "sentence_transformers", "transformers"]
+__all__ = [
+    "FORMS",
+    "MAX_LOSS",
+    "Exported",
+    "Form",
+    "Options",
+    "onnx",
+    "run",
+    "sentence_transformers",
+    "transformers",
+]
 
-# Functions of (provenance, out, facts, options): they write an export that has passed its gates
-_FORMS = {
-    "onnx": "crosstill.export.bundling:export",
-    "sentence-transformers": "crosstill.export.sentence:export",
-    "transformers": "crosstill.export.dual_encoder:export",
-}
-FORMS = plugins.Kind(__name__, "form of export", _FORMS)
-MAX_LOSS = 0.01  # of the RSUM, that 8 bits may cost
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A finished export.
-
-    Attributes:
-        folder: where it is.
-        lines: what its gates measured, and what could not be.
-    """
-
-    folder: Path
-    lines: tuple[str, ...]
+FORMS = Kind(
+    __name__,
+    "form of export",
+    {
+        "onnx": "crosstill.export.onnx_bundle:OnnxBundle",
+        "sentence-transformers": "crosstill.export.library_folders:SentenceTransformersFolder",
+        "transformers": "crosstill.export.library_folders:TransformersFolder",
+    },
+)
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to export.
-
-    Attributes:
-        int8: of "onnx": 8-bit matrix products and embeddings.
-        max_loss: the share of the validation RSUM that 8 bits may cost.
-        pairs, split: photos and captions to measure on, and their name; None takes those of the
-            student's run.
-        teacher_licence, data_licence: for the card, where their own cards do not say.
-        command: for the card.
-    """
-
-    int8: bool = False
-    max_loss: float = MAX_LOSS
-    pairs: Pairs | None = None
-    split: str = "val"
-    teacher_licence: str | None = None
-    data_licence: str | None = None
-    command: str = ""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_loss <= 1:
-            raise ConfigError(f"--max-loss {self.max_loss}: a share of the RSUM, from 0 to 1")
-
-
-def onnx(source: str | Path | Run | Student, out: str | Path, **options: Any) -> Exported:
-    """Export a bundle for `crosstill.search`: see `run` and `Options`."""
+def onnx(
+    source: str | Path | Run | Student, out: str | Path, **options: Unpack[BundleOptions]
+) -> Exported:
+    """Export a bundle for `crosstill.search`: see `run`; the options are those of `Options`."""
     return run(source, "onnx", out, **options)
 
 
-def transformers(source: str | Path | Run | Student, out: str | Path, **options: Any) -> Exported:
-    """Export a `VisionTextDualEncoderModel` folder: see `run` and `Options`."""
+def transformers(
+    source: str | Path | Run | Student, out: str | Path, **options: Unpack[FolderOptions]
+) -> Exported:
+    """Export a `VisionTextDualEncoderModel` folder: see `run`."""
     return run(source, "transformers", out, **options)
 
 
 def sentence_transformers(
-    source: str | Path | Run | Student, out: str | Path, **options: Any
+    source: str | Path | Run | Student, out: str | Path, **options: Unpack[FolderOptions]
 ) -> Exported:
-    """Export a folder for `SentenceTransformer(folder)`: see `run` and `Options`."""
+    """Export a folder for `SentenceTransformer(folder)`: see `run`."""
     return run(source, "sentence-transformers", out, **options)
 
 
-def run(source: str | Path | Run | Student, form: str, out: str | Path, **options: Any) -> Exported:
+def run(
+    source: str | Path | Run | Student,
+    form: str,
+    out: str | Path,
+    **options: Unpack[BundleOptions],
+) -> Exported:
     """Export a student; the folder is there once every gate is passed, and not before.
 
     Args:
         source: a run, its folder, a student's folder or a student.
-        form: one of `FORMS.names()`.
+        form: the name of one of `FORMS`.
         out: a folder that is empty, absent, or holds an earlier export, which is replaced.
         options: fields of `Options`.
 
@@ -97,7 +84,19 @@ def run(source: str | Path | Run | Student, form: str, out: str | Path, **option
         ExportError: a gate was not passed; its figures are in the message.
     """
     FORMS.check(form)
+    place, chosen = Path(out), Options(**options)
     # torch and transformers take seconds to import
-    from crosstill.export import writing
+    from crosstill.export import folder, provenance
+    from crosstill.export.card import card
 
-    return writing.write(source, form, Path(out), Options(**options))
+    writer = FORMS.find_class(form, Form)()
+    if chosen.int8 and not writer.int8:
+        raise ConfigError(f"--int8: {form} has no 8-bit form; use --to onnx")
+    folder.check_place(place)
+    known = provenance.find(source, chosen.pairs, chosen.split if chosen.pairs else "")
+    facts = known.facts(chosen.command, chosen.teacher_licence, chosen.data_licence)
+    writer.require(known, chosen)
+    with folder.aside(place, 4 * known.student.parameter_count()) as new:
+        facts, lines = writer.write(known, new, facts, chosen)
+        (new / "README.md").write_text(card(facts, writer), encoding="utf-8")
+    return Exported(place, (*known.notes, *lines))

@@ -1,4 +1,4 @@
-"""A model card: the README.md of an export, with the front matter that the Hugging Face hub reads.
+"""Write model cards: the README.md of an export, with front matter for the Hugging Face hub.
 
 It lists what was measured and on which split, what the student learnt from, the licences of all
 that, how to load it, and the command that made it. Where a licence forbids use in trade, or is not
@@ -9,81 +9,127 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from crosstill.evaluate.tabular import markdown
-from crosstill.export.facts import Facts, Origin, Score
-from crosstill.export.licences import standing
+from crosstill.export.base import Form
 from crosstill.preprocess import Preprocess
 
-_TASK = {
-    "transformers": "feature-extraction",
-    "sentence-transformers": "sentence-similarity",
-    "onnx": "feature-extraction",
-}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-_LOADING = {
-    "transformers": """\
-Needs transformers 5, torch and Pillow; nothing of crosstill.
+Standing = Literal["free", "bound", "unknown"]
 
-```python
-import torch
-from PIL import Image, ImageOps
-from transformers import AutoModel, AutoProcessor
-
-model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
-photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-texts = ["two dogs on snow", "a red car"]
-with torch.inference_mode():
-    image = model.get_image_features(**processor(images=photo, return_tensors="pt"))
-    tokens = processor(text=texts, padding=True, truncation=True, return_tensors="pt")
-    text = model.get_text_features(**tokens)
-print(torch.cosine_similarity(image.pooler_output, text.pooler_output))
-```
-
-The features are not yet of unit length: compare them by cosine. `logit_scale` was not trained.""",
-    "sentence-transformers": """\
-Needs sentence-transformers 6 and Pillow; nothing of crosstill, and no `trust_remote_code`.
-
-```python
-from PIL import Image, ImageOps
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer(FOLDER)
-photos = model.encode([ImageOps.exif_transpose(Image.open("photo.jpg"))])
-texts = model.encode(["two dogs on snow", "a red car"])
-print(model.similarity(photos, texts))
-```
-
-Rows are of unit length. A list holds texts or photos (PIL images, paths, addresses), not both.""",
-    "onnx": """\
-Needs onnxruntime and crosstill; no torch.
-
-```sh
-crosstill index BUNDLE PHOTOS --out INDEX
-crosstill search INDEX "two dogs on snow"
-```
-
-```python
-from pathlib import Path
-from crosstill.bundle import Bundle, Encoder
-
-encoder = Encoder(Bundle.open(Path("BUNDLE")))
-pixels = encoder.load(Path("photo.jpg").read_bytes(), "photo.jpg")
-print(encoder.encode_images(pixels[None]) @ encoder.encode_texts(["two dogs on snow"]).T)
-```
-
-Rows are of unit length.""",
-}
+_BOUND = re.compile(
+    r"\bnc\b|non-? ?commercial|no(t for)? commercial|research|academic|educational|personal use"
+    r"|evaluation only|apple-amlr|deepfloyd-if"
+)
+# "for research and commercial use" names research, and binds nobody to it.
+_BOTH = re.compile(r"\b(research|academic|educational|personal)( use)?( and|,? or|,) commercial")
+_FREE = re.compile(
+    r"(apache|mit\b|bsd|isc\b|zlib|[al]?gpl|mpl|epl|eupl|afl|artistic|bsl-1|boost|unlicense|wtfpl"
+    r"|cc-?0|cc-by(-sa)?(-\d|$)|https?://creativecommons\.org/(licenses/by(-sa)?/|publicdomain)"
+    r"|public domain|pddl|odc-by|odbl|cdla|c-uda|ecl|osl|etalab|ms-pl|ncsa|ofl|postgresql|lppl"
+    r"|apple-ascl|openmdw|openrail|bigscience|bigcode|creativeml)"
+)
 
 
-def card(facts: Facts, form: str) -> str:
-    """The text of a README.md.
+@dataclass(frozen=True)
+class Origin:
+    """One origin of a student: its teacher, its data, or one of its towers.
+
+    Attributes:
+        name: of the origin.
+        licence: from its own card, or as given; None where it is not known.
+        source: a hub id or an address; never a path of this machine.
+    """
+
+    name: str
+    licence: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model's recall on one split, in percent.
+
+    Attributes:
+        model: such as "student" or "teacher".
+        split: such as "test".
+        images, captions: how many there are in it.
+        i2t: R@1, R@5 and R@10 of images that find captions.
+        t2i: the same of captions that find images.
+    """
+
+    model: str
+    split: str
+    images: int
+    captions: int
+    i2t: tuple[float, float, float]
+    t2i: tuple[float, float, float]
+
+    @property
+    def rsum(self) -> float:
+        """Return the sum of all six, 0 to 600."""
+        return sum(self.i2t) + sum(self.t2i)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The cost of 8 bits: RSUM on a split, before and after."""
+
+    split: str
+    before: float
+    after: float
+
+    @property
+    def loss(self) -> float:
+        """Return the loss in percent of the RSUM before; below zero where it grew."""
+        return 100 * (self.before - self.after) / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts that a card states of a student.
+
+    Attributes:
+        name: of the student.
+        parameters: how many each part has, "total" among them.
+        dim: D, the width of the joint space.
+        max_length: tokens of a text, special ones included.
+        preprocess: how it wants its images.
+        scores: recall, a row each.
+        teacher: None for a student that learnt from captions alone.
+        data: what it was trained on.
+        towers: its pretrained towers, by "image" and "text"; none that began at random.
+        command: the line that made it.
+        version: of crosstill.
+        fingerprint: SHA-256 of weights, preprocess, tokenizer and activation.
+        rounding: the cost of int8, for an int8 export.
+    """
+
+    name: str
+    parameters: Mapping[str, int]
+    dim: int
+    max_length: int
+    preprocess: Preprocess
+    data: Origin
+    teacher: Origin | None = None
+    towers: Mapping[str, Origin] = field(default_factory=dict)
+    scores: tuple[Score, ...] = ()
+    command: str = ""
+    version: str = ""
+    fingerprint: str = ""
+    rounding: Rounding | None = None
+
+
+def card(facts: Facts, form: Form) -> str:
+    """Return the text of a README.md.
 
     Args:
         facts: of the student and what it came from.
-        form: "transformers", "sentence-transformers" or "onnx".
+        form: of the export.
     """
     name = _line(facts.name)
     taught = f", distilled from {_line(facts.teacher.name)}" if facts.teacher else ""
@@ -96,7 +142,7 @@ def card(facts: Facts, form: str) -> str:
         "## Recall",
         _recall(facts),
         "## How to load it",
-        _LOADING[form],
+        form.loading,
         "## What it came from",
         _origins(facts),
         "## What it is made of",
@@ -108,23 +154,23 @@ def card(facts: Facts, form: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(facts: Facts, form: str) -> str:
+def _front_matter(facts: Facts, form: Form) -> str:
     origins = [*facts.towers.values(), *([facts.teacher] if facts.teacher else [])]
     # A set has no order of its own, and equal facts give equal bytes.
     bases = list(dict.fromkeys(o.source for o in origins if _is_hub_id(o.source)))
-    tags = ["crosstill", "image-text-retrieval", "knowledge-distillation", "dual-encoder", form]
+    tags = ["crosstill", "image-text-retrieval", "knowledge-distillation", "dual-encoder"]
     lines = [
         *_licence(facts),
-        f"library_name: {form}",
-        f"pipeline_tag: {_TASK[form]}",
-        *_listed("tags", tags),
+        f"library_name: {form.name}",
+        f"pipeline_tag: {form.task}",
+        *_listed("tags", [*tags, form.name]),
         *_listed("base_model", [str(base) for base in bases]),
     ]
     return "\n".join(["---", *lines, "---"])
 
 
 def _licence(facts: Facts) -> list[str]:
-    """One licence where all agree on a free one; else the table below has to be read."""
+    """Write the licence: one where all agree on a free one, else a reference to the card."""
     licences = {origin.licence for _, origin in _all_origins(facts)}
     one = licences.pop() if len(licences) == 1 else None
     if one and standing(one) == "free":
@@ -135,20 +181,20 @@ def _licence(facts: Facts) -> list[str]:
 
 
 def _warnings(facts: Facts) -> list[str]:
-    """A paragraph of those that are bound, and one of those of which nothing is known."""
-    found: dict[str, list[str]] = {"bound": [], "unknown": []}
+    """Write a paragraph on origins whose licence binds, and one on those of unknown licence."""
+    notices: dict[str, list[str]] = {"bound": [], "unknown": []}
     for role, origin in _all_origins(facts):
         state = standing(origin.licence)
         if state != "free":
-            told = f": {_line(origin.licence)}" if origin.licence else ", which names none"
-            found[state].append(f"{role} ({_line(origin.name)}{told})")
+            terms = f": {_line(origin.licence)}" if origin.licence else ", which names none"
+            notices[state].append(f"{role} ({_line(origin.name)}{terms})")
     texts = {
         "bound": "**Not for commercial use.** The licence of {} forbids it, or allows research "
         "only; what was learnt from it may be bound by the same terms.",
         "unknown": "**A licence is not known.** Read or ask for that of {} before you publish or "
         "sell anything that uses this model.",
     }
-    return ["> " + texts[state].format(_and(who)) for state, who in found.items() if who]
+    return ["> " + texts[state].format(_and(who)) for state, who in notices.items() if who]
 
 
 def _recall(facts: Facts) -> str:
@@ -185,12 +231,12 @@ def _origins(facts: Facts) -> str:
 
 def _made_of(facts: Facts) -> str:
     counts = [[_line(part), f"{count:,}"] for part, count in facts.parameters.items()]
-    told = [
+    lines = [
         f"- Photos: {_photos(facts.preprocess)}.",
         f"- Texts: up to {facts.max_length} tokens, special ones included; the rest is cut off.",
         f"- Fingerprint (weights, preprocess, tokenizer, activation): `{_line(facts.fingerprint)}`",
     ]
-    return markdown(["part", "parameters"], counts) + "\n\n" + "\n".join(told)
+    return markdown(["part", "parameters"], counts) + "\n\n" + "\n".join(lines)
 
 
 def _photos(preprocess: Preprocess) -> str:
@@ -231,6 +277,29 @@ def _and(words: Sequence[str]) -> str:
 
 
 def _line(text: str | None, cell: bool = True) -> str:
-    """On one line; in a table or a paragraph also without what Markdown and HTML would read."""
+    """Put a text on one line; in a table or a paragraph, escape Markdown and HTML too."""
     text = " ".join((text or "").split())
     return re.sub(r"([|*_`<\[\]])", r"\\\1", text) if cell else text
+
+
+def standing(licence: str | None) -> Standing:
+    """Classify a licence by its text, as model cards and people write it.
+
+    Of several in one text ("apache-2.0 and cc-by-nc-4.0") the strictest counts.
+
+    Returns:
+        "bound" where it forbids use in trade, or allows research alone; "free" where it is known
+        by name not to; else "unknown", as "other" is: somebody has to read it.
+    """
+    text = " ".join((licence or "").lower().replace("_", "-").split())
+    if _BOUND.search(_BOTH.sub("", text)):
+        return "bound"
+    parts = [_one_spelling(part) for part in re.split(r" and | & |[;+]", text)]
+    return "free" if all(_FREE.match(part) for part in parts) else "unknown"
+
+
+def _one_spelling(text: str) -> str:
+    """Spell Creative Commons BY-SA 4.0 and CC BY-SA 4.0 as cc-by-sa-4.0."""
+    text = text.strip(" .'\"").removeprefix("the ").replace("creative commons", "cc")
+    text = text.replace("attribution", "by").replace("sharealike", "sa")
+    return re.sub(r"[\s-]+", "-", text) if text.startswith("cc") else text

@@ -1,4 +1,4 @@
-"""Where a student comes from: its run, its teacher, and the photos that measure what was lost."""
+"""Find what a student came from: its run, its teacher, and the photos that measure its export."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from crosstill import __version__, files, students
 from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
-from crosstill.evaluate import open_live
+from crosstill.evaluate import embed, open_live
 from crosstill.evaluate.encode import teacher_recall
 from crosstill.evaluate.models import split_width
 from crosstill.evaluate.recall import Retrieval
-from crosstill.evaluate.report import six
-from crosstill.export.facts import Facts, Origin, Score
+from crosstill.evaluate.report import judge, six
+from crosstill.export.card import Facts, Origin, Score
 from crosstill.students.student import Student
 from crosstill.train import Run
 from crosstill.train import folder as runs
@@ -23,16 +23,16 @@ from crosstill.train import folder as runs
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of a student besides itself.
+    """A student and what it came from.
 
     Attributes:
         student: in eval mode, on the CPU.
-        name: what to call it.
-        pairs: photos and captions that it has not learnt; None where none are at hand.
-        split: what to call them.
+        name: of the student.
+        pairs: photos and captions that it was not trained on; None where none are at hand.
+        split: name of these pairs.
         teacher: name, source, licence, parameters, as the run recorded them; {} without one.
-        data: name and perhaps licence of what it learnt from; {} where unknown.
-        told: the teacher's recall on `pairs`, where its features of them were kept.
+        data: name and perhaps licence of the training data; {} where unknown.
+        teacher_recall: on `pairs`, where the teacher's features of them were kept.
         notes: what could not be found, and why.
     """
 
@@ -42,23 +42,33 @@ class Provenance:
     split: str = ""
     teacher: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
-    told: Retrieval | None = None
+    teacher_recall: Retrieval | None = None
     notes: tuple[str, ...] = ()
 
     def scores(self, recall: Retrieval, images: int, captions: int) -> tuple[Score, ...]:
-        """The rows of a card: the teacher's, where known, and the student's."""
-        rows = {"teacher": self.told, "student": recall}
+        """Return the rows of a card's table: the teacher's, where known, and the student's."""
+        rows = {"teacher": self.teacher_recall, "student": recall}
         return tuple(
             Score(name, self.split, images, captions, *_threes(row))
             for name, row in rows.items()
             if row is not None
         )
 
+    def measured(self, facts: Facts) -> Facts:
+        """Add the student's recall to the facts, where there are pairs to measure it on."""
+        if self.pairs is None:
+            return facts
+        rows = embed(self.student, self.pairs)
+        recall = judge(self.student, rows).recall
+        return replace(facts, scores=self.scores(recall, len(rows.image), len(rows.text)))
+
     def facts(self, command: str, teacher_licence: str | None, data_licence: str | None) -> Facts:
-        """What a card says before anything is measured; licences that are given win."""
+        """Return what a card states before anything is measured; given licences win."""
         student, teacher, data = self.student, self.teacher or {}, self.data or {}
-        taught = Origin(teacher["name"], teacher_licence or teacher["licence"]) if teacher else None
-        learnt = Origin(data.get("name", "not known"), data_licence or data.get("licence"))
+        teacher_origin = (
+            Origin(teacher["name"], teacher_licence or teacher["licence"]) if teacher else None
+        )
+        data_origin = Origin(data.get("name", "not known"), data_licence or data.get("licence"))
         towers = {
             side: Origin(_public(getattr(student.config, side).source) or f"{side} tower", licence)
             for side, licence in student.licences.items()
@@ -70,8 +80,8 @@ class Provenance:
             dim=student.dim,
             max_length=student.config.max_length,
             preprocess=student.preprocess,
-            data=learnt,
-            teacher=taught,
+            data=data_origin,
+            teacher=teacher_origin,
             towers=towers,
             command=command,
             version=__version__,
@@ -80,7 +90,7 @@ class Provenance:
 
 
 def _public(source: str | None) -> str | None:
-    """A hub id as it is; of a folder only its name: a card is no place for someone's paths."""
+    """Return a hub id as it is, of a folder only its name: a card holds nobody's paths."""
     return Path(source).name if source and Path(source).exists() else source
 
 
@@ -92,7 +102,12 @@ def _threes(recall: Retrieval) -> tuple[tuple[float, float, float], tuple[float,
 def find(
     source: str | Path | Run | Student, pairs: Pairs | None = None, split: str = ""
 ) -> Provenance:
-    """A run, its folder, a student's folder or a student; with pairs that are not those of its run.
+    """Find a student and what it came from.
+
+    Args:
+        source: a run, its folder, a student's folder or a student.
+        pairs: to measure on in place of those of the run.
+        split: name of these pairs.
 
     Raises:
         ModelError: there is no student, or one that reads pairs.
@@ -105,7 +120,7 @@ def find(
         place = source.folder if isinstance(source, Run) else source
         folder, _ = split_width(place)
         student = _student(folder, place)
-        run = next((held for held in (folder, folder.parent) if runs.is_run(held)), None)
+        run = next((place for place in (folder, folder.parent) if runs.is_run(place)), None)
     student = student.to("cpu").eval()
     if student.config.widths:  # turned, so that whoever opens it may cut its rows
         student = students.shorten(student, student.dim)
@@ -118,9 +133,9 @@ def _student(folder: Path, place: str | Path) -> Student:
         raise InputError(
             f"{folder}: the run is not finished; finish it with `crosstill train … --resume`"
         )
-    found = open_live(place)
-    if isinstance(found, Student):
-        return found
+    model = open_live(place)
+    if isinstance(model, Student):
+        return model
     raise ModelError(
         f"{folder}: only a student of ours (a dual encoder that crosstill trained) is exported"
     )
@@ -145,4 +160,4 @@ def _of_run(origin: Provenance, folder: Path) -> Provenance:
             pairs.read(pairs.examples[0])
     except CrosstillError as error:
         return replace(origin, notes=(f"no validation photos: {error}",))
-    return replace(origin, pairs=pairs, split=split, told=teacher_recall(cache, rows))
+    return replace(origin, pairs=pairs, split=split, teacher_recall=teacher_recall(cache, rows))

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import CARD, alone, said_by, small
+from small import CARD, alone, said_by, small, write
 
 from crosstill import images
 from crosstill.errors import ConfigError, ExportError
-from crosstill.export import dual_encoder, sentence
-from crosstill.export.card import card
-from crosstill.export.facts import Facts, Origin
+from crosstill.export.card import Facts, Origin, card
+from crosstill.export.library_folders import SentenceTransformersFolder, TransformersFolder
 from crosstill.preprocess import Preprocess
 
+TRANSFORMERS = TransformersFolder()
+SENTENCES = SentenceTransformersFolder()
 ALONE = """
 from sentence_transformers import SentenceTransformer
 warnings.simplefilter("error")
@@ -56,7 +57,7 @@ def _photo(path: Path) -> torch.Tensor:
 
 def test_it_loads_where_crosstill_is_absent_and_without_trust(tmp_path: Path) -> None:
     student = small("resnet", poolings="pooler mean", max_length=12, bias=True)
-    sentence.write(student, tmp_path / "out", CARD)
+    write(SENTENCES, student, tmp_path / "out", CARD)
     pixels = _photo(tmp_path / "photo.png")
     alone(ALONE, tmp_path / "out", tmp_path / "photo.png", tmp_path / "rows.pt")
     found = torch.load(tmp_path / "rows.pt", weights_only=True)
@@ -70,7 +71,7 @@ def test_it_loads_where_crosstill_is_absent_and_without_trust(tmp_path: Path) ->
 @pytest.mark.parametrize(("image", "text"), [*product(["mean", "cls", "pooler"], repeat=2)])
 def test_every_pooling(image: str, text: str, tmp_path: Path) -> None:
     student = small(poolings=f"{image} {text}", bias=image == "cls")
-    parity = sentence.write(student, tmp_path / "out", CARD)
+    parity = write(SENTENCES, student, tmp_path / "out", CARD)
     assert parity.holds and parity.cosine > 0.999
     assert (tmp_path / "out" / "README.md").read_text() == CARD
 
@@ -84,7 +85,7 @@ def test_every_pooling(image: str, text: str, tmp_path: Path) -> None:
     ],
 )
 def test_other_towers(image: str, text: str, poolings: str, tmp_path: Path) -> None:
-    assert sentence.write(small(image, text, poolings), tmp_path / "out", CARD).holds
+    assert write(SENTENCES, small(image, text, poolings), tmp_path / "out", CARD).holds
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
@@ -93,22 +94,24 @@ def test_the_preprocess_goes_along(resize: str, tmp_path: Path) -> None:
     student.preprocess = Preprocess(
         size=(32, 32), resize=resize, interpolation="bilinear", std=(0.2, 0.3, 0.4)
     )
-    assert sentence.write(student, tmp_path / "out", CARD).levels <= 2
+    assert write(SENTENCES, student, tmp_path / "out", CARD).levels <= 2
 
 
 def test_a_preprocess_that_no_processor_does_is_refused(tmp_path: Path) -> None:
     student = small()
     student.preprocess = Preprocess(size=(32, 32), resize="fit", shorter=32)
     with pytest.raises(ConfigError, match=r"fit.*Export it as onnx"):
-        sentence.write(student, tmp_path / "out", CARD)
+        write(SENTENCES, student, tmp_path / "out", CARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_dual_encoder_form_loads_there_too(tmp_path: Path) -> None:
     student = small("mobilenet_v2")
-    dual_encoder.write(student, tmp_path / "out", CARD)
-    assert sentence.check(student, tmp_path / "out").texts > 1e-5  # its rows are not of unit length
-    model = sentence._Loaded(tmp_path / "out").model
+    write(TRANSFORMERS, student, tmp_path / "out", CARD)
+    assert (
+        SENTENCES.check(student, tmp_path / "out").texts > 1e-5
+    )  # its rows are not of unit length
+    model = SENTENCES.load(tmp_path / "out").model
     rows = model.encode(TEXTS, normalize_embeddings=True, convert_to_tensor=True)
     torch.testing.assert_close(rows.clone(), student.embed_texts(TEXTS), atol=1e-5, rtol=0)
 
@@ -117,11 +120,11 @@ def test_towers_without_a_pooler_load_without_a_made_up_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = small(poolings="cls mean")
-    sentence.write(student, tmp_path / "out", CARD)
+    write(SENTENCES, student, tmp_path / "out", CARD)
     for side in ("image", "text"):
         path = tmp_path / "out" / f"{side}_0_Transformer" / "sentence_bert_config.json"
         assert json.loads(path.read_text())["model_kwargs"] == {"add_pooling_layer": False}
-    model = sentence._Loaded(tmp_path / "out").model
+    model = SENTENCES.load(tmp_path / "out").model
     assert not [name for name, _ in model.named_parameters() if "pooler" in name]
     told = capsys.readouterr()
     assert told.out == "" and "MISSING" not in told.err
@@ -134,7 +137,7 @@ def test_nothing_is_said_and_nothing_changed(
     student.save(tmp_path / "before")
     draws = torch.random.get_rng_state()
     capfd.readouterr()
-    sentence.write(student, tmp_path / "out", CARD)
+    write(SENTENCES, student, tmp_path / "out", CARD)
     assert capfd.readouterr() == ("", "")
     assert torch.equal(torch.random.get_rng_state(), draws)
     assert student.training
@@ -146,7 +149,7 @@ def test_nothing_is_said_and_nothing_changed(
 def test_equal_students_give_equal_folders(tmp_path: Path) -> None:
     student = small()
     for name in ("one", "two"):
-        sentence.write(student, tmp_path / name, CARD)
+        write(SENTENCES, student, tmp_path / name, CARD)
     one, two = (
         {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()}
         for f in (tmp_path / "one", tmp_path / "two")
@@ -155,38 +158,38 @@ def test_equal_students_give_equal_folders(tmp_path: Path) -> None:
 
 
 def test_a_failed_gate_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    student, save = small(), sentence._save
+    student, save = small(), SENTENCES.save
 
     def wrong(student: object, folder: Path) -> None:
         save(small(poolings="mean pooler"), folder)
 
-    monkeypatch.setattr(sentence, "_save", wrong)
+    monkeypatch.setattr(SENTENCES, "save", wrong)
     with pytest.raises(ExportError, match=r"sentence-transformers: rows differ.*bound 1e-05"):
-        sentence.write(student, tmp_path / "out", CARD)
+        write(SENTENCES, student, tmp_path / "out", CARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_that_is_no_number_never_holds(tmp_path: Path) -> None:
     student = small()
-    sentence.write(student, tmp_path / "out", CARD)
+    write(SENTENCES, student, tmp_path / "out", CARD)
     path = tmp_path / "out" / "text_1_Dense" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-4:] = np.float32(np.nan).tobytes()
     path.write_bytes(data)
-    assert not sentence.check(student, tmp_path / "out").holds
+    assert not SENTENCES.check(student, tmp_path / "out").holds
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"crosstill\[export\]"):
-        sentence.write(small(), tmp_path / "out", CARD)
+        write(SENTENCES, small(), tmp_path / "out", CARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lines_of_the_card_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = small()
     facts = Facts("small", {}, 24, 30, student.preprocess, Origin("scenes", "mit"))
-    sentence.write(student, tmp_path / "out", card(facts, sentence.FORM))
+    write(SENTENCES, student, tmp_path / "out", card(facts, SENTENCES))
     monkeypatch.chdir(tmp_path)
     found = said_by((tmp_path / "out" / "README.md").read_text(), tmp_path / "out")
     data = (tmp_path / "photo.jpg").read_bytes()

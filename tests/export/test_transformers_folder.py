@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from small import CAPTIONS, CARD, alone, said_by, small
+from small import CAPTIONS, CARD, alone, said_by, small, write
 
 from crosstill import images, students, teachers
 from crosstill.errors import ConfigError, ExportError
-from crosstill.export import dual_encoder
-from crosstill.export.card import card
-from crosstill.export.facts import Facts, Origin
+from crosstill.export.card import Facts, Origin, card
+from crosstill.export.library_folders import TransformersFolder
 from crosstill.preprocess import Preprocess
 from crosstill.students.presets import PRESETS
 from crosstill.students.student import Student
 
+TRANSFORMERS = TransformersFolder()
 ALONE = """
 from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel
 from transformers import VisionTextDualEncoderProcessor
@@ -44,10 +44,10 @@ torch.save({"text": both.text_embeds, "image": both.image_embeds}, sys.argv[3])
 )
 def test_towers_that_fit(image: str, text: str, tmp_path: Path) -> None:
     student = small(image, text)
-    assert dual_encoder.fits(student) == []
-    parity = dual_encoder.write(student, tmp_path / "out", CARD)
+    assert TRANSFORMERS.fits(student) == []
+    parity = write(TRANSFORMERS, student, tmp_path / "out", CARD)
     assert parity.holds and max(parity.images, parity.texts) < 1e-5 and parity.cosine > 0.999
-    assert parity == dual_encoder.check(student, tmp_path / "out")
+    assert parity == TRANSFORMERS.check(student, tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == CARD
 
 
@@ -55,13 +55,13 @@ def test_the_presets_for_this_form() -> None:
     mobile, fitting = PRESETS["mobile"].model_dump(), PRESETS["mobile-hf"].model_dump()
     changed = {"name": "mobile-hf", "text": {**mobile["text"], "pooling": "pooler"}}
     assert fitting == {**mobile, **changed}
-    assert dual_encoder.fits(students.build("tiny-hf", 24, CAPTIONS)) == []
-    assert dual_encoder.fits(students.build("tiny", 24, CAPTIONS)) != []
+    assert TRANSFORMERS.fits(students.build("tiny-hf", 24, CAPTIONS)) == []
+    assert TRANSFORMERS.fits(students.build("tiny", 24, CAPTIONS)) != []
 
 
 def test_plain_transformers_loads_it_where_crosstill_is_absent(tmp_path: Path) -> None:
     student = small("mobilenet_v2", max_length=12)
-    dual_encoder.write(student, tmp_path / "out", CARD)
+    write(TRANSFORMERS, student, tmp_path / "out", CARD)
     noise = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)  # of the size that it takes
     Image.fromarray(noise.numpy()).save(tmp_path / "photo.png")
     alone(ALONE, tmp_path / "out", tmp_path / "photo.png", tmp_path / "rows.pt")
@@ -85,7 +85,7 @@ def test_plain_transformers_loads_it_where_crosstill_is_absent(tmp_path: Path) -
 def test_students_that_do_not_fit(made: dict, reason: str, tmp_path: Path) -> None:
     student = small(**made)
     with pytest.raises(ConfigError) as caught:
-        dual_encoder.write(student, tmp_path / "out", CARD)
+        write(TRANSFORMERS, student, tmp_path / "out", CARD)
     line = str(caught.value)
     assert reason in line and "sentence-transformers" in line and "onnx" in line
     assert "\n" not in line
@@ -93,7 +93,7 @@ def test_students_that_do_not_fit(made: dict, reason: str, tmp_path: Path) -> No
 
 
 def test_all_reasons_are_named_at_once() -> None:
-    assert len(dual_encoder.fits(small("resnet", poolings="pooler mean", bias=True))) == 3
+    assert len(TRANSFORMERS.fits(small("resnet", poolings="pooler mean", bias=True))) == 3
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_all_reasons_are_named_at_once() -> None:
 def test_a_preprocess_that_no_processor_does(preprocess: Preprocess, word: str) -> None:
     student = small()
     student.preprocess = preprocess
-    (reason,) = dual_encoder.fits(student)
+    (reason,) = TRANSFORMERS.fits(student)
     assert word in reason
 
 
@@ -132,7 +132,7 @@ def test_the_preprocess_goes_along(
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.3, 0.4),
     )
-    parity = dual_encoder.write(student, tmp_path / "out", CARD)
+    parity = write(TRANSFORMERS, student, tmp_path / "out", CARD)
     assert parity.levels <= 2
     record = json.loads((tmp_path / "out" / "processor_config.json").read_text())
     assert record["image_processor"]["image_processor_type"] == kind
@@ -140,7 +140,7 @@ def test_the_preprocess_goes_along(
 
 def test_it_comes_back_as_a_teacher_with_the_same_rows(tmp_path: Path) -> None:
     student = small(poolings="pooler pooler")
-    dual_encoder.write(student, tmp_path / "out", CARD)
+    write(TRANSFORMERS, student, tmp_path / "out", CARD)
     again = teachers.load(tmp_path / "out")
     assert again.preprocess == student.preprocess and again.licence == "mit"
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -157,7 +157,7 @@ def test_the_student_stays_as_it_is(tmp_path: Path) -> None:
     student = small("mobilenet_v2").train()
     student.save(tmp_path / "before")
     draws = torch.random.get_rng_state()
-    dual_encoder.write(student, tmp_path / "out", CARD)
+    write(TRANSFORMERS, student, tmp_path / "out", CARD)
     assert torch.equal(torch.random.get_rng_state(), draws)
     assert student.training
     student.save(tmp_path / "after")
@@ -179,7 +179,7 @@ def _wrong_pixels(student: Student, folder: Path) -> None:
     student.preprocess = right
 
 
-_save = dual_encoder._save
+_save = TRANSFORMERS.save
 
 
 @pytest.mark.parametrize("wrong", [_wrong_row, _wrong_pixels])
@@ -187,18 +187,18 @@ def test_a_failed_gate_keeps_what_was_there(
     wrong: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, out = small(), tmp_path / "out"
-    dual_encoder.write(student, out, CARD)
-    monkeypatch.setattr(dual_encoder, "_save", wrong)
+    write(TRANSFORMERS, student, out, CARD)
+    monkeypatch.setattr(TRANSFORMERS, "save", wrong)
     with pytest.raises(ExportError, match=r"texts.*bound.*pixels.*of 255") as caught:
-        dual_encoder.write(student, out, "another card")
+        write(TRANSFORMERS, student, out, "another card")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "README.md").read_text() == CARD
-    assert dual_encoder.check(student, out).holds
+    assert TRANSFORMERS.check(student, out).holds
 
 
 def test_the_gates_photos_decode_as_in_training() -> None:
-    from crosstill.export.parity import _SIZES, _png
+    from crosstill.export.gates import _SIZES, _png
 
     data = [_png(number, size) for number, size in enumerate(_SIZES)]
     assert [tuple(images.decode(d, "photo").shape) for d in data] == [(*s, 3) for s in _SIZES]
@@ -207,7 +207,7 @@ def test_the_gates_photos_decode_as_in_training() -> None:
 def test_the_lines_of_the_card_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = small()
     facts = Facts("small", {}, 24, 30, student.preprocess, Origin("scenes", "mit"))
-    dual_encoder.write(student, tmp_path / "out", card(facts, dual_encoder.FORM))
+    write(TRANSFORMERS, student, tmp_path / "out", card(facts, TRANSFORMERS))
     monkeypatch.chdir(tmp_path)
     found = said_by((tmp_path / "out" / "README.md").read_text(), tmp_path / "out")
     data = (tmp_path / "photo.jpg").read_bytes()

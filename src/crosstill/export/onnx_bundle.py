@@ -1,4 +1,4 @@
-"""A student's towers as ONNX graphs, and the same in 8 bits.
+"""The form "onnx": a student as a bundle, two ONNX graphs in fp32 or in 8 bits, and their record.
 
 Normalisation of the pixels and of the rows is part of the graphs, so that who runs them need
 only resize and tokenize.
@@ -7,6 +7,7 @@ only resize and tokenize.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,92 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from crosstill import bundle as bundles
+from crosstill import files
 from crosstill.bundle import runtime
 from crosstill.errors import ConfigError, ExportError
+from crosstill.evaluate.encode import Embedded
+from crosstill.export import gates
+from crosstill.export.base import Form, Options
+from crosstill.export.card import Facts, Rounding
+from crosstill.export.provenance import Provenance
 from crosstill.progress import quiet
 from crosstill.students.student import Student
+from crosstill.teachers.bundle import BundleModel
 
+CAPTIONS = 1000  # that a bundle keeps at most, to calibrate a threshold on
 BATCH = 4096  # the greatest batch that the graphs promise to take
 
 # Convolutions stay in fp32: their activations would share one scale for all channels, which on a
 # MobileNet left a cosine of 0.24 and took ten times as long (docs/log.md).
 OPERATORS = ["MatMul", "Gemm"]
 _TABLE = 100_000  # numbers, from which on a table of embeddings is worth rounding
+
+
+class OnnxBundle(Form):
+    """A bundle for `crosstill.search`: see `crosstill.bundle` for its files."""
+
+    name = "onnx"
+    int8 = True
+    loading = """\
+Needs onnxruntime and crosstill; no torch.
+
+```sh
+crosstill index BUNDLE PHOTOS --out INDEX
+crosstill search INDEX "two dogs on snow"
+```
+
+```python
+from pathlib import Path
+from crosstill.bundle import Bundle, Encoder
+
+encoder = Encoder(Bundle.open(Path("BUNDLE")))
+pixels = encoder.load(Path("photo.jpg").read_bytes(), "photo.jpg")
+print(encoder.encode_images(pixels[None]) @ encoder.encode_texts(["two dogs on snow"]).T)
+```
+
+Rows are of unit length."""
+
+    def require(self, source: Provenance, options: Options) -> None:
+        if options.int8 and source.pairs is None:
+            why = "; ".join(source.notes) or "no validation photos are known"
+            raise ConfigError(
+                f"--int8: is judged by its recall, but {why}; give --data and --images"
+            )
+
+    def write(
+        self, source: Provenance, folder: Path, facts: Facts, options: Options
+    ) -> tuple[Facts, list[str]]:
+        student, pairs = source.student, source.pairs
+        write_graphs(student, folder)
+        student.tokenizer.backend_tokenizer.save(str(folder / bundles.TOKENIZER))
+        _record(student, folder, facts, "fp32")
+        model = BundleModel(folder, student.name)
+        agreement = gates.compare(student, model, pairs)
+        agreement.require("fp32")
+        lines = [f"fp32: {agreement}"]
+        precision = "int8" if options.int8 else "fp32"
+        if options.int8:
+            quantise(folder)
+            _record(student, folder, facts, precision)
+            model = BundleModel(folder, student.name)
+            lines.append(f"int8: {gates.compare(student, model, pairs)}")
+        facts = replace(facts, fingerprint=model.bundle.fingerprint)
+        if pairs is not None:
+            recalls = gates.measure_recall(student, model, pairs)
+            if options.int8:
+                recalls.require(options.max_loss)
+            before, after = recalls.before.recall.rsum, recalls.after.recall.rsum
+            change = -recalls.loss
+            lines.append(f"RSUM {before:.2f} in torch, {after:.2f} exported ({change:+.2%})")
+            rows = recalls.embedded
+            facts = replace(
+                facts,
+                scores=source.scores(recalls.after.recall, len(rows.image), len(rows.text)),
+                rounding=Rounding(source.split, before, after) if options.int8 else None,
+            )
+            write_calibration(rows, folder / bundles.CALIBRATION)
+        _record(student, folder, facts, precision)
+        return facts, lines
 
 
 class _Images(nn.Module):
@@ -48,7 +124,7 @@ class _Texts(nn.Module):
         return self.student.embed_text(pooled)
 
 
-def write(student: Student, folder: Path) -> None:
+def write_graphs(student: Student, folder: Path) -> None:
     """Write `image.onnx` and `text.onnx`, fp32, with any batch and any length.
 
     Raises:
@@ -95,12 +171,12 @@ def _round_tables(graph: Any) -> None:
     """Keep tables of embeddings in 8 bits, a scale a row; onnxruntime would use one for all."""
     from onnx import TensorProto, helper, numpy_helper
 
-    tables = {held.name: held for held in graph.initializer}
+    tables = {table.name: table for table in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "Gather"]:
-        held = tables.get(node.input[0])
-        if held is None or held.data_type != TensorProto.FLOAT or math.prod(held.dims) < _TABLE:
+        table = tables.get(node.input[0])
+        if table is None or table.data_type != TensorProto.FLOAT or math.prod(table.dims) < _TABLE:
             continue
-        rows = numpy_helper.to_array(held)
+        rows = numpy_helper.to_array(table)
         scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, 1e-12)
         name, ids, out = node.input[0], node.input[1], node.output[0]
         rounded = numpy_helper.from_array(np.rint(rows / scale).astype(np.int8), f"{name}.int8")
@@ -117,7 +193,7 @@ def _round_tables(graph: Any) -> None:
         for step in reversed(new):
             graph.node.insert(place, step)
         if not any(name in other.input for other in graph.node):
-            graph.initializer.remove(held)
+            graph.initializer.remove(table)
 
 
 def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Path) -> None:
@@ -145,3 +221,39 @@ def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Pat
         ) from None
     with quiet():
         program.save(path)
+
+
+def write_calibration(embedded: Embedded, path: Path) -> None:
+    """Write rows of captions, evenly drawn, with the ids of their photos: `search.calibrate`."""
+    count = min(CAPTIONS, len(embedded.text))
+    chosen = torch.linspace(0, len(embedded.text) - 1, count).round().long()
+    owners = [embedded.image_ids[row] for row in embedded.owner[chosen].tolist()]
+    rows = embedded.text[chosen].numpy().astype(np.float16)
+    np.savez(path, rows=rows, images=np.array(owners, "S64"))
+
+
+def _record(student: Student, folder: Path, facts: Facts, precision: str) -> None:
+    """Write `bundle.json`, which comes last: a folder with one is whole."""
+    identity = student.identity()
+    identity = {key: identity[key] for key in ("weights", "preprocess", "tokenizer", "activation")}
+    apart = {bundles.RECORD, bundles.CARD}
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in apart)
+    record: dict[str, Any] = {
+        "format": bundles.FORMAT,
+        "name": student.name,
+        "dim": student.dim,
+        "precision": precision,
+        "preprocess": student.preprocess.to_json(),
+        "max_length": student.config.max_length,
+        "padding": student.tokenizer.pad_token_id or 0,
+        "identity": {**identity, "precision": precision},
+        "parameters": student.parameters_by_part(),
+        "licence": student.licence,
+        "licences": {
+            "teacher": facts.teacher.licence if facts.teacher else None,
+            "data": facts.data.licence,
+            **{f"{side} tower": tower.licence for side, tower in facts.towers.items()},
+        },
+        "files": {name: files.digest_file(folder / name) for name in names},
+    }
+    files.write_json(folder / bundles.RECORD, files.sealed(record))

@@ -6,7 +6,7 @@ import torch
 from crosstill import cache, data, evaluate, export, recipes, students, teachers
 from crosstill.bundle import Bundle, calibration
 from crosstill.errors import ConfigError, ExportError, ModelError
-from crosstill.export import graphs, provenance, quality
+from crosstill.export import gates, onnx_bundle, provenance
 from support import FAST, SmallTeacher, small_student
 
 
@@ -27,8 +27,8 @@ def bundle(run, tmp_path_factory):
 
 def test_the_bundle_is_the_student(run, bundle):
     model = evaluate.open_model(bundle.folder)
-    found = quality.compare(run.best, model, None)
-    assert found.cosine >= quality.LEAST_COSINE and found.probes > 20
+    found = gates.compare(run.best, model, None)
+    assert found.cosine >= gates.LEAST_COSINE and found.probes > 20
     assert model.dim == run.best.dim
     assert model.parameter_count() == run.best.parameter_count()
     assert model.preprocess == run.best.preprocess
@@ -53,7 +53,9 @@ def test_the_card_says_what_counts(run, bundle):
 
 
 def test_eight_bits_are_judged_by_recall(run, bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "_TABLE", 1)  # so that the small table of embeddings is rounded
+    monkeypatch.setattr(
+        onnx_bundle, "_TABLE", 1
+    )  # so that the small table of embeddings is rounded
     made = export.onnx(run, tmp_path / "int8", int8=True, max_loss=1.0)
     opened = Bundle.open(made.folder)
     assert opened.precision == "int8" and any("int8:" in line for line in made.lines)
@@ -71,7 +73,7 @@ def test_eight_bits_are_judged_by_recall(run, bundle, tmp_path, monkeypatch):
 
 
 def test_too_great_a_loss_is_refused_with_figures(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality.Measured, "loss", property(lambda self: 0.0123))
+    monkeypatch.setattr(gates.Recalls, "loss", property(lambda self: 0.0123))
     with pytest.raises(ExportError, match=r"int8 loses 1\.23% of the RSUM .* allows 1\.00%"):
         export.onnx(run, tmp_path / "out", int8=True)
     assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
@@ -81,7 +83,7 @@ def test_another_graph_is_refused_with_figures(run, tmp_path, monkeypatch):
     def without_mask(tower, input_ids, attention_mask):
         return tower.student.embed_text(tower.student.pool_text(input_ids, input_ids * 0 + 1))
 
-    monkeypatch.setattr(graphs._Texts, "forward", without_mask)
+    monkeypatch.setattr(onnx_bundle._Texts, "forward", without_mask)
     with pytest.raises(ExportError, match=r"not the student: least cosine .*at least 0\.99999"):
         export.onnx(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -97,7 +99,7 @@ def test_a_student_alone_has_no_recall(cached, tmp_path):
 def test_best_of_a_run_finds_its_run(run):
     found = provenance.find(run.best)
     assert found.split == "val" and len(found.pairs) == 6
-    assert found.teacher["name"] == "small" and found.told is not None
+    assert found.teacher["name"] == "small" and found.teacher_recall is not None
 
 
 def test_wrong_input(run, bundle, tmp_path):
