@@ -58,6 +58,7 @@ class SmallTeacher:
     `limit` makes it die after so many batches, as a machine would.
     """
 
+    kind = "encoder"
     modalities = frozenset({"image", "text"})
     licence = "apache-2.0"
     source = "small"

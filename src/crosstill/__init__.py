@@ -25,6 +25,7 @@ The distiller, which imports no annex:
     teachers    frozen big models
     cache       a teacher's outputs on disk
     students    image tower + text tower + heads
+    models      opening of anything that is called a model
     objectives  one loss a file, wrappers beside them
     balance     one balancer a file: weights of several losses
     evaluate    recall and cost
@@ -34,6 +35,7 @@ The distiller, which imports no annex:
 
 Annexes, each with one door:
 
+    fusion      models that read image and text together
     search      bundle → index → searcher → HTTP service and page, without torch
     ablate      grids of runs, and their tables
     report      one page a run or a grid
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
         data,
         evaluate,
         export,
+        fusion,
         objectives,
         recipes,
         report,
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
         students,
         teachers,
     )
+    from crosstill.models import open as open_model
     from crosstill.recipes import distill
 
 __version__ = "0.1.0"
@@ -82,7 +86,9 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "fusion",
     "objectives",
+    "open_model",
     "recipes",
     "report",
     "search",
@@ -94,6 +100,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "distill":
         return import_module("crosstill.recipes").distill
+    if name == "open_model":
+        return import_module("crosstill.models").open
     if name in __all__:
         return import_module(f"crosstill.{name}")
     raise AttributeError(f"module 'crosstill' has no attribute {name!r}")

@@ -98,7 +98,7 @@ def test_texts_share_the_passes_of_a_build_that_was_not_stopped(photos, tmp_path
         data.open(str(photos)),
     )
     passes: list[tuple[str, ...]] = []
-    states, match = teacher.text_states, teacher.match_pairs
+    states, match = teacher.text_states, teacher.score_pairs
     monkeypatch.setattr(
         teacher, "text_states", lambda texts: passes.append((*texts,)) or states(texts)
     )
@@ -112,7 +112,7 @@ def test_texts_share_the_passes_of_a_build_that_was_not_stopped(photos, tmp_path
         return match(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(teacher, "match_pairs", stop_at_the_third)
+        patch.setattr(teacher, "score_pairs", stop_at_the_third)
         cache.build_scores(teacher, pairs, tmp_path / "cut", **options)
     passes.clear()
     cache.build_scores(teacher, pairs, tmp_path / "cut", **options)

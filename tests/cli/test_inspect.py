@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 
 import crosstill
 from crosstill.cli.app import app
-from crosstill.teachers.meter import Meter, released
+from crosstill.fusion import meter_released
+from crosstill.fusion.meter import Meter
 from teachers import fusion_models
 from teachers.conftest import make_dual
 from teachers.released_files import PRETRAIN, RETRIEVAL, STUDENT, small, write_tokenizer
@@ -66,7 +67,7 @@ def test_its_json_for_teacher_and_student(home):
         assert found["family"] == "meter" and found["whole"]
         assert found["missing"] == found["unexpected"] == found["misshapen"] == {}
         assert found["sizes"]["fusion"]["layers"] == (3 if student else 6)
-        model = released.examine(small(RETRIEVAL, STUDENT, layers=1), student)[0]
+        model = meter_released.examine(small(RETRIEVAL, STUDENT, layers=1), student)[0]
         assert found["parameters"] == model.parameters_by_part()
 
 
@@ -126,7 +127,7 @@ def test_a_file_becomes_a_teachers_folder(home, pixels, tmp_path, student):
     model = crosstill.teachers.load(tmp_path / "out", torch.device("cpu"))
     assert isinstance(model, Meter) and model.depth == (3 if student else 6)
     state = load_file(home / "dcd.safetensors")
-    expected = released.load(state, home / "tokenizer", "it", student).score(pixels, TEXTS)
+    expected = meter_released.load(state, home / "tokenizer", "it", student).score(pixels, TEXTS)
     assert torch.equal(model.score(pixels, TEXTS), expected)
 
     again = json.loads(inspect(tmp_path / "out", "--json").stdout)

@@ -10,10 +10,10 @@ from torch import nn
 
 from crosstill import students
 from crosstill.data import Pairs
+from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.meter import Meter, Parts
+from crosstill.fusion.meter_network import CoAttention, Shape
 from crosstill.images import Preprocess, Quarantine
-from crosstill.teachers.matcher import Matcher
-from crosstill.teachers.meter import CoAttention, Meter, Shape
-from crosstill.teachers.meter.model import Parts
 from crosstill.towers import vocabulary
 from crosstill.types import Example, States, image_id
 from support import small_config
@@ -62,20 +62,20 @@ class SmallJudge(Matcher):
         self.seen = self.words = self.pairs = 0  # how often each was computed
         self.eval()
 
-    def look(self, pixels):
+    def encode_images(self, pixels):
         self.seen += len(pixels)
         cells = nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 4).flatten(2)
         tokens = self.eye(cells.transpose(1, 2))
         return States(tokens, torch.ones(tokens.shape[:2], dtype=torch.int64))
 
-    def read(self, tokens):
+    def encode_texts(self, tokens):
         self.words += len(tokens.hidden)
         return States(self.ear(tokens.hidden), tokens.mask)
 
-    def enter(self, states, side):
+    def project(self, states, side):
         return States(states.hidden + self.types.weight[int(side == "text")], states.mask)
 
-    def match(self, images, texts):
+    def score_states(self, images, texts):
         self.pairs += len(images.hidden)
         image, text = (
             (side.hidden * side.mask[..., None]).sum(1) / side.mask.sum(1, keepdim=True)
@@ -123,7 +123,7 @@ class TableJudge(SmallJudge):
     def _rows(self, rows):
         return States(torch.tensor(rows)[:, None], torch.ones(len(rows), 1, dtype=torch.int64))
 
-    def match(self, images, texts):
+    def score_states(self, images, texts):
         return self.table[images.hidden[:, 0], texts.hidden[:, 0]]
 
 

@@ -8,8 +8,10 @@ import torch
 
 from crosstill import data, images, students
 from crosstill.errors import DataError, ImageError, ModelError
-from crosstill.evaluate import Scored, fusion, open_live, open_matcher, reading, score_matrix
-from crosstill.evaluate.models import open_encoder, open_model
+from crosstill.evaluate import embed, reading
+from crosstill.fusion import measure
+from crosstill.fusion.measure import Scored, score_matrix
+from crosstill.models import open as open_model
 from crosstill.teachers.features import FeaturesTeacher
 from evaluate.judges import SmallJudge, pictures, small_meter, texts_of
 from support import small_config
@@ -54,9 +56,9 @@ def test_true_models_in_blocks_equal_one_pair_at_a_time(family, tmp_path, monkey
         small_meter(tmp_path, texts_of(pairs))
     else:
         save(family, tmp_path, texts_of(pairs))
-    model = open_matcher(tmp_path)
+    model = open_model(tmp_path, "matcher")
     monkeypatch.setattr(reading, "BATCH", 3)
-    monkeypatch.setattr(fusion, "PASSES", 1)
+    monkeypatch.setattr(measure, "PASSES", 1)
     found = score_matrix(model, pairs)
     assert found.scores.shape == (4, 20) and found.scores.std() > 1e-3
     close(found.scores, alone(model, pairs))
@@ -64,14 +66,14 @@ def test_true_models_in_blocks_equal_one_pair_at_a_time(family, tmp_path, monkey
 
 def small_blocks(monkeypatch, rows: int) -> None:
     monkeypatch.setattr(reading, "BATCH", rows)
-    monkeypatch.setattr(fusion, "BATCH", rows)
+    monkeypatch.setattr(measure, "BATCH", rows)
 
 
 def test_blocks_change_nothing(monkeypatch):
     pairs = pictures(11, 3)
     whole = score_matrix(SmallJudge(), pairs)
     small_blocks(monkeypatch, 4)
-    monkeypatch.setattr(fusion, "PASSES", 1)
+    monkeypatch.setattr(measure, "PASSES", 1)
     model = SmallJudge()
     found = score_matrix(model, pairs)
     close(found.scores, whole.scores)
@@ -82,12 +84,12 @@ def test_captions_that_cannot_be_kept_are_read_again_for_each_block(monkeypatch)
     pairs = pictures(11, 3)
     whole = score_matrix(SmallJudge(), pairs)
     small_blocks(monkeypatch, 4)  # 3 blocks of images, 9 of captions
-    monkeypatch.setattr(fusion, "KEPT", 0)
+    monkeypatch.setattr(measure, "KEPT", 0)
     model = SmallJudge()
     found = score_matrix(model, pairs)
     close(found.scores, whole.scores)
     assert (model.seen, model.words, model.pairs) == (11, 3 * 33, 11 * 33)
-    monkeypatch.setattr(fusion, "KEPT", 4 * 16 * 12 * 4)  # a block or two of short captions
+    monkeypatch.setattr(measure, "KEPT", 4 * 16 * 12 * 4)  # a block or two of short captions
     score_matrix(model, pairs)
     assert 33 < model.words - 3 * 33 < 3 * 33
 
@@ -97,7 +99,7 @@ def test_only_what_is_wanted_is_scored(monkeypatch):
     small_blocks(monkeypatch, 3)
     wanted = torch.rand(7, 14, generator=torch.Generator().manual_seed(0)) < 0.2
     model = SmallJudge()
-    found = fusion.score(model, pairs, wanted)
+    found = measure.score(model, pairs, wanted)
     assert found.passes == model.pairs == int(wanted.sum())
     assert found.scores[~wanted].eq(-torch.inf).all()
     whole = score_matrix(SmallJudge(), pairs).scores
@@ -126,7 +128,7 @@ def test_strict_and_nothing_left():
 
 def test_an_image_that_breaks_after_it_was_checked():
     with pytest.raises(ImageError, match="1.png"):
-        fusion.score(SmallJudge(), broken(pictures(3, 2), "1.png"))
+        measure.score(SmallJudge(), broken(pictures(3, 2), "1.png"))
 
 
 def test_scores_that_are_no_numbers():
@@ -165,20 +167,20 @@ def folders(tmp_path_factory):
     ("name", "family"), [("meter", "meter"), ("run", "meter"), ("vilt_run", "vilt")]
 )
 def test_a_fusion_model_opens_from_its_folder_and_from_a_run(folders, name, family):
-    for opener in (open_model, open_live, open_matcher):
-        assert opener(folders / name).family == family
+    for want in ("any", "live", "matcher"):
+        assert open_model(folders / name, want).family == family
 
 
 def test_each_kind_is_refused_where_the_other_is_needed(folders):
     with pytest.raises(ModelError, match="reads pairs and has no embeddings; give a dual") as told:
-        open_encoder(folders / "run")
+        open_model(folders / "run", "encoder")
     assert "\n" not in str(told.value) and str(folders / "run") in str(told.value)
     with pytest.raises(ModelError, match="a dual encoder, which does not read pairs") as told:
-        open_matcher(folders / "dual")
+        open_model(folders / "dual", "matcher")
     assert "\n" not in str(told.value) and str(folders / "dual") in str(told.value)
-    for opener in (open_live, open_encoder, open_matcher):
+    for want in ("live", "encoder", "matcher"):
         with pytest.raises(ModelError, match="vectors without a model"):
-            opener(folders / "vectors")
+            open_model(folders / "vectors", want)
     assert isinstance(open_model(folders / "vectors"), FeaturesTeacher)
 
 
@@ -191,3 +193,17 @@ def test_a_cache_of_either_kind_is_no_model(tmp_path, header):
 
 def test_what_comes_back_is_public():
     assert isinstance(score_matrix(SmallJudge(), pictures(2, 1)), Scored)
+
+
+def test_a_model_says_what_it_can_do(folders):
+    kinds = {name: open_model(folders / name).kind for name in ("run", "dual", "vectors")}
+    assert kinds == {"run": "matcher", "dual": "encoder", "vectors": "vectors"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("vectors", "cannot embed new images"), ("run", "has no embeddings")]
+)
+def test_what_cannot_embed_is_refused_in_one_line(folders, name, reason):
+    with pytest.raises(ModelError, match=reason) as refusal:
+        embed(open_model(folders / name), pictures(2, 1))
+    assert "\n" not in str(refusal.value)

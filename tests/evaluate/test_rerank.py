@@ -7,8 +7,10 @@ import torch
 
 from crosstill import images
 from crosstill.errors import ConfigError
-from crosstill.evaluate import embed, rerank, score_matrix
+from crosstill.evaluate import embed
 from crosstill.evaluate.recall import Retrieval, from_scores
+from crosstill.fusion import rerank
+from crosstill.fusion.measure import score_matrix
 from evaluate.judges import SmallJudge, TableJudge, pictures
 from support import SmallTeacher
 
@@ -150,9 +152,9 @@ def test_a_collapsed_finder_costs_no_more_and_finds_by_chance(pairs):
 def test_pairs_are_the_union_of_both_directions_and_scored_once(pairs, cosines):
     judge = TableJudge(pairs, noise())
     calls = []
-    judge.match_pairs = lambda i, t, rows: (
+    judge.score_pairs = lambda i, t, rows: (
         calls.append((i.hidden[rows[:, 0], 0], t.hidden[rows[:, 1], 0]))
-        or TableJudge.match_pairs(judge, i, t, rows)
+        or TableJudge.score_pairs(judge, i, t, rows)
     )
     found = rerank(SmallTeacher(), judge, pairs, [1, 5, 10])
     scored = [pair for i, t in calls for pair in zip(i.tolist(), t.tolist(), strict=True)]

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from crosstill.evaluate import efficiency, fusion, reading, rerank, timing
+from crosstill.evaluate import compare, efficiency, reading
 from crosstill.evaluate.efficiency import Cost, Stopwatch, compared, figure
+from crosstill.fusion import measure, rerank
 from evaluate.judges import SmallJudge, pictures
 from support import SmallTeacher
 
@@ -33,17 +34,17 @@ class Judge(SmallJudge):
         super().__init__()
         self.clock, self.log = clock, [] if log is None else log
 
-    def look(self, pixels):
+    def encode_images(self, pixels):
         self._work("judge looks", LOOK * len(pixels))
-        return super().look(pixels)
+        return super().encode_images(pixels)
 
-    def read(self, tokens):
+    def encode_texts(self, tokens):
         self._work("judge reads", READ * len(tokens.hidden))
-        return super().read(tokens)
+        return super().encode_texts(tokens)
 
-    def match(self, images, texts):
+    def score_states(self, images, texts):
         self._work("judge matches", MATCH * len(images.hidden))
-        return super().match(images, texts)
+        return super().score_states(images, texts)
 
     def _work(self, what, seconds):
         self.clock.append(seconds)
@@ -66,7 +67,7 @@ class Finder(SmallTeacher):
 
 
 def test_a_dual_encoder_is_timed_in_full(pairs, clock):
-    found = timing.whole_set({"a": Finder(clock)}, pairs)["a"]
+    found = compare.whole_set({"a": Finder(clock)}, pairs)["a"]
     assert found == Cost(IMAGES + TEXTS, pytest.approx(LOOK * IMAGES + READ * TEXTS))
     assert not found.estimated
 
@@ -74,11 +75,11 @@ def test_a_dual_encoder_is_timed_in_full(pairs, clock):
 @pytest.mark.parametrize("sample", [1, 7, 100, 1000, 6400, 10**9])
 def test_a_fusion_model_is_extrapolated_from_a_sample(pairs, clock, sample):
     model = Judge(clock)
-    found = timing.whole_set({"a": model}, pairs, sample)["a"]
+    found = compare.whole_set({"a": model}, pairs, sample)["a"]
     assert found.passes == IMAGES * TEXTS
     assert found.seconds == pytest.approx(LOOK * IMAGES + READ * TEXTS + MATCH * IMAGES * TEXTS)
     assert found.sample == min(sample, IMAGES * TEXTS) and found.estimated
-    once_more = -(-found.sample // timing.ROUNDS)  # the first piece, to warm up
+    once_more = -(-found.sample // measure.ROUNDS)  # the first piece, to warm up
     assert model.pairs == found.sample + once_more
 
 
@@ -87,7 +88,7 @@ def test_a_full_run_is_timed_as_it_goes_without_decoding(pairs, clock):
         clock.append(1e6)
         return pairs.read(example)
 
-    found = fusion.score(Judge(clock), replace(pairs, read=slow))
+    found = measure.score(Judge(clock), replace(pairs, read=slow))
     assert found.towers == pytest.approx(LOOK * IMAGES + READ * TEXTS)
     assert found.matching == pytest.approx(MATCH * IMAGES * TEXTS)
 
@@ -104,20 +105,21 @@ def test_one_slow_round_does_not_count(pairs, clock):
     model = Judge(clock)
     rounds = iter([0, 1000] + 50 * [0])
 
-    def match_pairs(*sides):
+    def score_pairs(*sides):
         clock.append(next(rounds))
-        return SmallJudge.match_pairs(model, *sides)
+        return SmallJudge.score_pairs(model, *sides)
 
-    model.match_pairs = match_pairs
-    found = timing.whole_set({"a": model}, pairs, 640)["a"]
+    model.score_pairs = score_pairs
+    found = compare.whole_set({"a": model}, pairs, 640)["a"]
     assert found.seconds == pytest.approx(LOOK * IMAGES + READ * TEXTS + MATCH * IMAGES * TEXTS)
 
 
 def test_models_take_turns(pairs, clock, monkeypatch):
-    monkeypatch.setattr(timing, "LOOKED", 8)
+    monkeypatch.setattr(compare, "WARM_UP", 8)
+    monkeypatch.setattr(measure, "LOOKED", 8)
     monkeypatch.setattr(reading, "BATCH", 8)
     log = []
-    timing.whole_set({"a": Finder(clock, log), "b": Judge(clock, log)}, pairs, 100)
+    compare.whole_set({"a": Finder(clock, log), "b": Judge(clock, log)}, pairs, 100)
     looks = [who for who in log if who.endswith("looks")]
     # each once without a clock, then by turns
     assert looks == ["finder looks", "finder looks", "judge looks", "judge looks"] + 4 * [
@@ -137,7 +139,7 @@ def test_one_thread_while_it_is_timed(pairs, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        timing.whole_set({"a": Counting()}, pairs)
+        compare.whole_set({"a": Counting()}, pairs)
         assert set(seen) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -145,10 +147,10 @@ def test_one_thread_while_it_is_timed(pairs, monkeypatch):
 
 @pytest.mark.parametrize(("images", "texts", "sample"), [(64, 256, 4096), (6, 30, 50), (3, 5, 15)])
 def test_the_pairs_of_a_sample(images, texts, sample):
-    rounds = timing._rounds(images, texts, sample)
+    rounds = measure._rounds(images, texts, sample)
     pairs = torch.cat(rounds)
     assert len(pairs) == len(pairs.unique(dim=0)) == sample
-    assert len(rounds) == min(timing.ROUNDS, sample)
+    assert len(rounds) == min(measure.ROUNDS, sample)
     assert pairs.min() == 0 and pairs[:, 0].max() < images and pairs[:, 1].max() < texts
     assert max(map(len, rounds)) - min(map(len, rounds)) <= 1
     middles = torch.tensor([part[:, 1].float().mean() for part in rounds])
@@ -161,7 +163,7 @@ def test_decoding_is_not_counted(pairs, clock):
         clock.append(1e6)
         return read(example)
 
-    found = timing.whole_set({"a": Finder(clock)}, replace(pairs, read=slow))["a"]
+    found = compare.whole_set({"a": Finder(clock)}, replace(pairs, read=slow))["a"]
     assert found.seconds < 1e6
 
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from crosstill import data
 from crosstill.cache import build
-from crosstill.evaluate import CachedSplit, embed, recall, retrieval, score_matrix, teacher_recall
+from crosstill.evaluate import CachedSplit, embed, recall, retrieval, teacher_recall
 from crosstill.evaluate.protocols import folds, run
 from crosstill.evaluate.recall import chances, from_scores
-from crosstill.evaluate.rerank import rerank
 from crosstill.evaluate.truth import Truth, of_texts
+from crosstill.fusion.measure import score_matrix
+from crosstill.fusion.reranking import rerank
 from evaluate.judges import SmallJudge
 from support import SmallTeacher, small_student
 

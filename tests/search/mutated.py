@@ -160,7 +160,7 @@ def open_cache(folder: Path) -> None:
 
 
 def open_run(folder: Path) -> None:
-    from crosstill import evaluate, recipes
+    from crosstill import models, recipes
     from crosstill.report import events
     from crosstill.train import Run, checkpoint
 
@@ -168,7 +168,7 @@ def open_run(folder: Path) -> None:
     recipes.resumed(folder)
     checkpoint.load_latest(folder / "checkpoints")
     events.read(folder)
-    evaluate.open_live(folder)
+    models.open(folder, "live")
     _ = run.config, run.metrics, run.untrained
 
 

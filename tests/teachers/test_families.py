@@ -27,9 +27,8 @@ from transformers import (
 from crosstill import cache, data, images, teachers
 from crosstill.errors import ModelError
 from crosstill.teachers.base import Teacher
-from crosstill.teachers.blip import BlipDual
-from crosstill.teachers.blip2 import Blip2Dual
 from crosstill.teachers.dual import DualEncoder
+from crosstill.teachers.heads import Blip2Dual, BlipDual
 from teachers import family_models
 from teachers.family_models import FAMILIES, POSITIONS, TEXTS
 

@@ -19,14 +19,12 @@ from transformers import (
 
 from crosstill import teachers
 from crosstill.errors import ConfigError, ModelError
+from crosstill.fusion.families import Blip, BridgeTower, Pretrained, Vilt
+from crosstill.fusion.matcher import FusionTeacher
 from crosstill.images import normalise
 from crosstill.teachers.base import Teacher
-from crosstill.teachers.blip import Blip, BlipDual
-from crosstill.teachers.bridgetower import BridgeTower, BridgeTowerDual
 from crosstill.teachers.dual import DualEncoder
-from crosstill.teachers.matcher import FusionTeacher
-from crosstill.teachers.pretrained import Pretrained
-from crosstill.teachers.vilt import Vilt
+from crosstill.teachers.heads import BlipDual, BridgeTowerDual
 from teachers import fusion_models
 from teachers.fusion_models import TEXTS
 
@@ -52,7 +50,7 @@ def model(folder: Path) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Any:
-    return CLASSES[folder.name].kind.from_pretrained(folder).eval()
+    return CLASSES[folder.name].architecture.from_pretrained(folder).eval()
 
 
 @pytest.fixture
@@ -109,9 +107,9 @@ def test_a_batch_of_texts_of_all_lengths(model: Pretrained, plain: Any) -> None:
     assert model.count_truncated(texts) == 1
     torch.testing.assert_close(model.score(pixels, texts), torch.tensor(expected), **CLOSE)
     inside = model.tokenize(texts)
-    together = model.match(
-        model.enter(model.look(torch.stack(pixels)), "image"),
-        model.enter(model.read(inside), "text"),
+    together = model.score_states(
+        model.project(model.encode_images(torch.stack(pixels)), "image"),
+        model.project(model.encode_texts(inside), "text"),
     )
     torch.testing.assert_close(together.detach(), torch.tensor(expected), **CLOSE)
 
@@ -120,14 +118,14 @@ def test_all_pairs_with_the_towers_run_once(
     model: Pretrained, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels, looks = photos(), []
-    look = model.look
-    monkeypatch.setattr(model, "look", lambda x: looks.append(len(x)) or look(x))
+    look = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda x: looks.append(len(x)) or look(x))
     images, texts = model.image_states(pixels), model.text_states(TEXTS)
     assert sum(looks) == 3
-    scores = model.match_pairs(images, texts, ALL)
+    scores = model.score_pairs(images, texts, ALL)
     torch.testing.assert_close(scores, table(plain, model, pixels), **CLOSE)
     mixed = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model.match_pairs(images, texts, ALL[mixed]), scores[mixed], **CLOSE)
+    torch.testing.assert_close(model.score_pairs(images, texts, ALL[mixed]), scores[mixed], **CLOSE)
 
 
 SIZES = (32, 32), (32, 48), (40, 32)
@@ -136,7 +134,7 @@ SIZES = (32, 32), (32, 48), (40, 32)
 @pytest.fixture(scope="module")
 def vilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretrained, Any]:
     folder = fusion_models.save("vilt", tmp_path_factory.mktemp("models") / "vilt")
-    return opened(folder), Vilt.kind.from_pretrained(folder).eval()
+    return opened(folder), Vilt.architecture.from_pretrained(folder).eval()
 
 
 def test_vilt_reads_images_of_all_shapes(vilt: tuple[Pretrained, Any]) -> None:
@@ -144,7 +142,7 @@ def test_vilt_reads_images_of_all_shapes(vilt: tuple[Pretrained, Any]) -> None:
     pixels = photos(3, *SIZES)
     images = model.image_states(pixels)
     assert images.mask.sum(1).tolist() == [17, 25, 21]
-    scores = model.match_pairs(images, model.text_states(TEXTS), ALL)
+    scores = model.score_pairs(images, model.text_states(TEXTS), ALL)
     torch.testing.assert_close(scores, table(plain, model, pixels), **CLOSE)
 
 
@@ -194,7 +192,7 @@ def test_a_cut_model_is_transformers_with_fewer_layers(
     cut = model.cut(kept)
     assert (cut.depth, model.depth) == (len(kept), fusion_models.LAYERS)
     pixels = photos()
-    scores = cut.match_pairs(cut.image_states(pixels), cut.text_states(TEXTS), ALL)
+    scores = cut.score_pairs(cut.image_states(pixels), cut.text_states(TEXTS), ALL)
     torch.testing.assert_close(scores, table(small, model, pixels), **CLOSE)
     assert (scores - table(plain, model, pixels)).abs().max() > 1e-3
 
@@ -214,7 +212,7 @@ def test_a_cut_model_survives_saving(model: Pretrained, tmp_path: Path) -> None:
 def test_plain_transformers_loads_what_is_saved(model: Pretrained, tmp_path: Path) -> None:
     cut, pixels = model.cut([0, 2]), photos()
     cut.save(tmp_path)
-    plain, report = type(cut).kind.from_pretrained(tmp_path, output_loading_info=True)
+    plain, report = type(cut).architecture.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     torch.testing.assert_close(
         torch.tensor([reference(plain.eval(), model, i, TEXTS[0]) for i in pixels]),
@@ -227,7 +225,10 @@ def test_plain_transformers_loads_what_is_saved(model: Pretrained, tmp_path: Pat
 
 def test_a_deeper_model_s_towers_serve_the_cut_one(model: Pretrained) -> None:
     cut, pixels = model.cut([0, 2]), torch.stack(photos())
-    own, shared = cut.enter(cut.look(pixels), "image"), cut.enter(model.look(pixels), "image")
+    own, shared = (
+        cut.project(cut.encode_images(pixels), "image"),
+        cut.project(model.encode_images(pixels), "image"),
+    )
     torch.testing.assert_close(own.hidden, shared.hidden)
 
 
@@ -249,8 +250,10 @@ def test_only_the_fusion_part_learns(model: Pretrained) -> None:
     assert not cut.towers_frozen
     assert cut.freeze_towers().towers_frozen
     cut.train()
-    images = cut.enter(cut.look(torch.stack(photos())), "image")
-    cut.match(images, cut.enter(cut.read(cut.tokenize(TEXTS[:3])), "text")).sum().backward()
+    images = cut.project(cut.encode_images(torch.stack(photos())), "image")
+    cut.score_states(
+        images, cut.project(cut.encode_texts(cut.tokenize(TEXTS[:3])), "text")
+    ).sum().backward()
     towers = {id(p) for tower in cut.towers() for p in tower.parameters()}
     learns = {name: p.grad for name, p in cut.named_parameters() if p.requires_grad}
     assert learns

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from crosstill import evaluate, teachers
+from crosstill import teachers
 from crosstill.errors import ConfigError, ModelError
-from crosstill.teachers import fusion
-from crosstill.teachers.blip import BlipDual
-from crosstill.teachers.bridgetower import BridgeTowerDual
-from crosstill.teachers.matcher import Reader, half, joined, score_pairs
+from crosstill.fusion import families
+from crosstill.fusion.matcher import Reader, half, joined, score_pairs
+from crosstill.models import open as open_model
+from crosstill.teachers.heads import BlipDual, BridgeTowerDual
 from crosstill.types import States
 from teachers.fusion_models import TEXTS, save
 
@@ -70,22 +70,22 @@ def test_pairs_of_a_teacher_that_only_scores(folders):
         def score(self, images, texts):
             return model.score(images, texts)
 
-    ours = model.match_pairs(model.image_states(pixels), model.text_states(TEXTS), pairs)
+    ours = model.score_pairs(model.image_states(pixels), model.text_states(TEXTS), pairs)
     assert torch.allclose(score_pairs(Plain(), pixels, TEXTS, pairs), ours, atol=1e-6)
     with pytest.raises(ValueError, match="no pairs"):
         model.score(pixels, TEXTS)
 
 
 def test_families_are_told_apart_by_their_folders(folders):
-    assert fusion.find(folders / "blip") == ("blip", "Blip")
-    assert fusion.find(folders) is None
+    assert families.find(folders / "blip") is families.Blip
+    assert families.find(folders) is None
     assert isinstance(teachers.load(folders / "bridgetower-dual"), BridgeTowerDual)
 
 
 def test_blip_embeds_where_an_encoder_is_asked_for(folders):
-    assert isinstance(evaluate.open_encoder(folders / "blip"), BlipDual)
+    assert isinstance(open_model(folders / "blip", "encoder"), BlipDual)
     with pytest.raises(ModelError, match="reads pairs"):
-        evaluate.open_encoder(folders / "vilt")
+        open_model(folders / "vilt", "encoder")
 
 
 def test_frozen_towers_stay_still_while_the_rest_learns(folders):

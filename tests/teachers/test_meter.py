@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from crosstill import teachers
 from crosstill.errors import ConfigError, ModelError
-from crosstill.teachers.meter import Meter, released
-from crosstill.teachers.meter.visual import ClipVisual
+from crosstill.fusion import meter_released
+from crosstill.fusion.meter import Meter
+from crosstill.fusion.meter_network import ClipVisual
 from crosstill.towers.build import resized_positions
 from crosstill.types import States
 from teachers.released_files import PRETRAIN, RETRIEVAL, STUDENT, on_meta, small, write_tokenizer
@@ -34,7 +35,7 @@ def state() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def meter(state, tokenizer) -> Meter:
-    return released.load(state, tokenizer, "small")
+    return meter_released.load(state, tokenizer, "small")
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +74,11 @@ def in_double(model: Meter, pixels: list[Tensor], tokens: States) -> Tensor:
         text = model.text_tower(input_ids=tokens.hidden, attention_mask=tokens.mask)
         images = States(image, image.new_ones(image.shape[:2]))
         texts = States(text.last_hidden_state, tokens.mask.double())
-        return model.match(model.enter(images, "image"), model.enter(texts, "text"))
+        return model.score_states(model.project(images, "image"), model.project(texts, "text"))
 
 
 def test_in_float64_the_forward_equals_it_to_nine_digits(state, tokenizer, pixels, slow):
-    model = released.load(state, tokenizer, "double").double()
+    model = meter_released.load(state, tokenizer, "double").double()
     found = in_double(model, pixels, model.tokenize(TEXTS))
     torch.testing.assert_close(found, slow, atol=1e-9, rtol=0)
 
@@ -92,7 +93,7 @@ def test_the_cut_stack_equals_it_too(state, meter, pixels, slow):
 
 
 def test_the_student_of_dcd_equals_it(state, tokenizer, pixels, meter):
-    student = released.load(state, tokenizer, "student", student=True)
+    student = meter_released.load(state, tokenizer, "student", student=True)
     expected = slow_scores(SlowMeter(state, [0, 1, 2], "stu_"), pixels, meter.tokenize(TEXTS))
     assert student.depth == 3
     torch.testing.assert_close(student.score(pixels, TEXTS).double(), expected, atol=1e-5, rtol=0)
@@ -106,7 +107,7 @@ def test_a_student_that_starts_as_dcd_starts_it_is_the_cut_teacher(state, tokeni
             for new, old in enumerate([0, 3, 5]):
                 deep = deep.replace(f"_layers.{new}.", f"_layers.*{old}.")
             copied[name] = state[deep.replace("*", "")]
-    student = released.load(copied, tokenizer, "student", student=True)
+    student = meter_released.load(copied, tokenizer, "student", student=True)
     assert torch.equal(student.score(pixels, TEXTS), meter.cut([0, 3, 5]).score(pixels, TEXTS))
 
 
@@ -119,9 +120,9 @@ def test_padding_changes_no_score(meter, pixels, slow):
         ids[:, : tokens.hidden.shape[1]] = torch.where(tokens.mask == 1, tokens.hidden, filler)
         mask[:, : tokens.mask.shape[1]] = tokens.mask
         with torch.inference_mode():
-            texts = meter.enter(meter.read(States(ids, mask)), "text")
+            texts = meter.project(meter.encode_texts(States(ids, mask)), "text")
             images = meter.image_states(pixels)
-            found = meter.match(images, texts).double()  # padding and all
+            found = meter.score_states(images, texts).double()  # padding and all
         torch.testing.assert_close(found, slow, atol=1e-5, rtol=0)
 
 
@@ -184,12 +185,12 @@ def test_positions_are_resized_bicubically_and_the_class_tokens_stays():
 
 
 def test_a_checkpoint_for_another_resolution(tokenizer, state):
-    model = released.load(state, tokenizer, "larger", image_size=48)
+    model = meter_released.load(state, tokenizer, "larger", image_size=48)
     assert model.preprocess.size == (48, 48)
     image = torch.zeros(3, 48, 48, dtype=torch.uint8)
     assert model.image_states([image]).hidden.shape == (1, 37, 128)
     with pytest.raises(ConfigError, match="image_size = 50 is not a multiple of patches of 8"):
-        released.load(state, tokenizer, "larger", image_size=50)
+        meter_released.load(state, tokenizer, "larger", image_size=50)
 
 
 # --- released names ---
@@ -201,11 +202,11 @@ def test_a_checkpoint_for_another_resolution(tokenizer, state):
 @pytest.mark.parametrize("table", [RETRIEVAL, PRETRAIN])
 def test_the_released_files_load_whole(table, absent, tokenizer):
     full = {k: v for k, v in on_meta(table).items() if k not in absent}
-    _, found = released.examine(full)
+    _, found = meter_released.examine(full)
     assert found.missing == found.unexpected == found.misshapen == {} and found.whole
     if absent:
         return
-    model = released.load(full, tokenizer, "full")
+    model = meter_released.load(full, tokenizer, "full")
     size = 384 if table == RETRIEVAL else 288
     assert model.preprocess.size == (size, size) and model.max_length == 40
     read = set(full) - {name for names in found.leftovers.values() for name in names}
@@ -216,7 +217,7 @@ def test_the_released_files_load_whole(table, absent, tokenizer):
 @pytest.mark.parametrize("student", [False, True])
 def test_the_files_of_dcd_load_whole_either_way(student, tokenizer):
     full = on_meta(RETRIEVAL, STUDENT)
-    model, found = released.examine(full, student)
+    model, found = meter_released.examine(full, student)
     assert found.whole and model.depth == (3 if student else 6)
     other = (
         "the stack of the student's teacher" if student else "DCD's student, read with --student"
@@ -224,13 +225,13 @@ def test_the_files_of_dcd_load_whole_either_way(student, tokenizer):
     assert len(found.leftovers[other]) == (318 if student else 162)
     if student:  # a file without the teacher's stack will do
         alone = {name: v for name, v in full.items() if not name.startswith("cross_modal_image_l")}
-        assert released.examine(alone, student)[1].whole
-    loaded = released.load(full, tokenizer, "full", student)
+        assert meter_released.examine(alone, student)[1].whole
+    loaded = meter_released.load(full, tokenizer, "full", student)
     assert loaded.parameters_by_part()["fusion"] == (59_076_097 if student else 115_786_753)
 
 
 def test_every_leftover_has_a_reason():
-    _, found = released.examine(on_meta(RETRIEVAL))
+    _, found = meter_released.examine(on_meta(RETRIEVAL))
     assert sorted(name for names in found.leftovers.values() for name in names) == [
         "itm_score.fc.bias",
         "itm_score.fc.weight",
@@ -265,9 +266,9 @@ DECIDING = [
 def test_a_missing_and_a_renamed_key_are_named(name):
     full = on_meta(RETRIEVAL, layers=2)
     value = full.pop(name)
-    assert list(released.examine(full)[1].missing) == [name]
+    assert list(meter_released.examine(full)[1].missing) == [name]
     full[f"{name}s"] = value
-    found = released.examine(full)[1]
+    found = meter_released.examine(full)[1]
     assert (list(found.missing), list(found.unexpected)) == ([name], [f"{name}s"])
     assert found.missing[name] == found.unexpected[f"{name}s"] == tuple(value.shape)
 
@@ -276,7 +277,7 @@ def test_what_is_not_whole_does_not_load(state, tokenizer):
     damaged = {**state, "rank_output.bias": torch.zeros(2)}
     damaged["rank_head.weight"] = damaged.pop("rank_output.weight")
     with pytest.raises(ModelError) as refusal:
-        released.load(damaged, tokenizer, "meter.ckpt")
+        meter_released.load(damaged, tokenizer, "meter.ckpt")
     assert str(refusal.value) == (
         "meter.ckpt: 1 missing (rank_output.weight), 1 unexpected (rank_head.weight), "
         "1 of another shape (rank_output.bias); list them with `crosstill inspect`"
@@ -289,7 +290,7 @@ def test_a_key_of_another_shape_is_named(name):
     right = tuple(full[name].shape)
     wrong = (*right[:-1], right[-1] + 1)
     full[name] = torch.empty(wrong, device="meta")
-    found = released.examine(full)[1]
+    found = meter_released.examine(full)[1]
     if name.endswith("conv1.weight"):  # patches of 17 pixels: not square
         assert found.misshapen[name] == (wrong, (768, 3, 17, 17))
     else:
@@ -299,16 +300,16 @@ def test_a_key_of_another_shape_is_named(name):
 
 def test_names_of_another_model_and_sizes_of_none_are_refused(tokenizer):
     with pytest.raises(ModelError, match="no tensor named cross_modal_image_layers"):
-        released.examine({"classifier.weight": torch.ones(2)})
+        meter_released.examine({"classifier.weight": torch.ones(2)})
     with pytest.raises(ModelError, match="not a checkpoint with DCD's student"):
-        released.examine(on_meta(RETRIEVAL), student=True)
+        meter_released.examine(on_meta(RETRIEVAL), student=True)
     full = on_meta(RETRIEVAL, layers=1)
     odd = {name: value for name, value in full.items() if "LayerNorm" not in name}
     odd["cross_modal_text_layers.0.output.LayerNorm.weight"] = torch.empty(100, device="meta")
     with pytest.raises(ModelError, match="width 100 is not a multiple of 64"):
-        released.examine(odd)
+        meter_released.examine(odd)
     empty = {name: torch.empty(0, 0, 0, 0, device="meta") for name in full}
-    found = released.examine(empty)[1]
+    found = meter_released.examine(empty)[1]
     assert len(found.misshapen) == len(full) - 9 and not found.missing and not found.unexpected
 
 
@@ -330,7 +331,7 @@ def test_a_converted_folder_gives_the_same_scores(meter, pixels, tmp_path):
 
 def test_a_pretraining_file_is_scored_by_row_one_of_its_matching_head(tokenizer, pixels):
     state = small(PRETRAIN, layers=1)
-    model = released.load(state, tokenizer, "pretrained")
+    model = meter_released.load(state, tokenizer, "pretrained")
     head = nn.functional.linear(torch.eye(256), state["itm_score.fc.weight"])[:, 1]
     assert torch.equal(model.fusion.rank_output.weight[0], head)
     assert model.fusion.rank_output.bias == state["itm_score.fc.bias"][1]
@@ -342,18 +343,18 @@ def test_half_precision_is_cast_and_the_file_is_left_as_it_was(state, tokenizer,
         name: value.half() if value.is_floating_point() else value for name, value in state.items()
     }
     before = {name: value.clone() for name, value in halves.items()}
-    model = released.load(halves, tokenizer, "half")
+    model = meter_released.load(halves, tokenizer, "half")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    singles = released.load({k: v.float() for k, v in before.items()}, tokenizer, "single")
+    singles = meter_released.load({k: v.float() for k, v in before.items()}, tokenizer, "single")
     assert torch.equal(model.score(pixels, TEXTS), singles.score(pixels, TEXTS))
     assert all(torch.equal(before[name], value) for name, value in halves.items())
 
 
 def test_another_models_tokenizer_is_refused(state, tokenizer, pair_folder):
     with pytest.raises(ModelError, match="padding 0, where the checkpoint has 300 with padding 1"):
-        released.load(state, pair_folder, "it")
+        meter_released.load(state, pair_folder, "it")
     few = dict(state)
     name = "text_transformer.embeddings.word_embeddings.weight"
     few[name] = few[name][:100]
     with pytest.raises(ModelError, match="276 tokens with padding 1, where the checkpoint has 100"):
-        released.load(few, tokenizer, "it")
+        meter_released.load(few, tokenizer, "it")

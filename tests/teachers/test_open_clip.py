@@ -16,7 +16,7 @@ from torch.nn import functional
 from crosstill import images
 from crosstill.errors import ConfigError, ModelError
 from crosstill.teachers.base import Teacher
-from crosstill.teachers.open_clip import OpenClip, is_open_clip
+from crosstill.teachers.open_clip import OpenClip, holds
 
 CPU = torch.device("cpu")
 IMAGE = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
@@ -64,7 +64,7 @@ def test_rows_equal_the_librarys(
     library: Any, model: str, preprocess: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = save(library, tmp_path / "it", model, **preprocess)
-    assert is_open_clip(folder) and is_open_clip("open_clip:ViT-B-32:openai")
+    assert holds(folder) and holds("open_clip:ViT-B-32:openai")
     teacher = OpenClip(folder, device=CPU)
     assert isinstance(teacher, Teacher) and (teacher.name, teacher.dim) == ("it", 24)
     plain, _, transform = library.create_model_and_transforms(f"local-dir:{folder}")
@@ -119,6 +119,6 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_of_both_forms_is_read_by_transformers(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text("{}")
-    assert is_open_clip(tmp_path)
+    assert holds(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert not is_open_clip(tmp_path)
+    assert not holds(tmp_path)

@@ -9,9 +9,9 @@ from listed import SHAPE, meter_config, parameters, settings
 from crosstill import cache as caches
 from crosstill import students, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
+from crosstill.fusion.matcher import Matcher
 from crosstill.objectives.parts.dcd import uncertainty_loss
 from crosstill.students.config import FusionConfig
-from crosstill.teachers.matcher import Matcher
 from crosstill.train import TrainConfig, checks, lists, optim, train, work
 from crosstill.train.distributed import Group
 from crosstill.train.list_step import ListStep, see
@@ -138,13 +138,13 @@ def test_the_students_scores_are_those_of_its_pairs(scored, half):
     batch = stream(scored, sides(scored, half), settings(**DCD)).batch(0, 0)
     step = step_of(half.eval(), scored, settings(**DCD))
     said = step._rank_by_pairs(batch)
-    entered = half.enter(batch.images, "image"), half.enter(batch.texts, "text")
+    entered = half.project(batch.images, "image"), half.project(batch.texts, "text")
     for way, own, other in (("image", 0, 1), ("text", 1, 0)):
         for row in (0, 5):
             pairs = torch.zeros(4, 2, dtype=torch.int64)
             pairs[:, own] = batch.pairs[own][row]
             pairs[:, other] = batch.lists[way].partners[row]
-            expected = half.match_pairs(
+            expected = half.score_pairs(
                 States(*(e.detach() for e in entered[0])),
                 States(*(e.detach() for e in entered[1])),
                 pairs,
@@ -176,8 +176,8 @@ def test_kept_states_are_those_of_the_towers(scored, half):
     kept, fresh = sides(scored, half), sides(scored, half, keep=False)
     assert kept.keeps and not fresh.keeps
     with torch.inference_mode():
-        looked = half.look_at(fresh.images(positions))
-        read = half.read(fresh.texts(positions))
+        looked = half.encode_mixed(fresh.images(positions))
+        read = half.encode_texts(fresh.texts(positions))
     assert torch.allclose(kept.images(positions).hidden, looked.hidden, atol=5e-3)
     assert same(kept.texts(positions).mask, read.mask)
     real = read.mask.bool()
@@ -206,11 +206,11 @@ def test_a_judge_beside_the_student_finds_the_hardest_of_what_is_drawn(unscored,
     step = step_of(half, unscored, config, judge)
     said = step._rank_by_pairs(batch)
     assert said.student["image"].shape == (8, 4)
-    entered = judge.enter(batch.images, "image"), judge.enter(batch.texts, "text")
+    entered = judge.project(batch.images, "image"), judge.project(batch.texts, "text")
     found = batch.lists["image"]
     for row in range(8):
         pairs = torch.stack([batch.pairs[0][row].expand(21), found.partners[row]], dim=1)
-        scores = judge.match_pairs(*(States(*(p.detach() for p in e)) for e in entered), pairs)
+        scores = judge.score_pairs(*(States(*(p.detach() for p in e)) for e in entered), pairs)
         hardest = scores[1:][found.valid[row, 1:]].sort(descending=True).values[:3]
         assert torch.allclose(said.teacher["image"][row, 0], scores[0], atol=1e-4)
         assert torch.allclose(said.teacher["image"][row, 1:], hardest, atol=1e-4)
@@ -353,8 +353,8 @@ def test_the_batch_itself_can_be_the_lists_and_each_pair_runs_once(unscored, tow
             )
             assert found.valid[row, 0] and not found.valid[row, 1:][same_image[1:]].any()
     step, seen = step_of(model, unscored, config), []
-    match = model.match
-    model.match = lambda images, texts: seen.append(len(texts.mask)) or match(images, texts)
+    match = model.score_states
+    model.score_states = lambda images, texts: seen.append(len(texts.mask)) or match(images, texts)
     step._rank_by_pairs(batch)
     assert seen == [len(np.unique(own)) * len(np.unique(batch.picked.captions))]
 

@@ -27,7 +27,7 @@ from crosstill.errors import ConfigError, CrosstillError, DiskFullError, RunErro
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.recall import chances
-from crosstill.teachers.matcher import Matcher
+from crosstill.fusion.matcher import Matcher
 from crosstill.train import folder, matched, train, work
 
 log = logging.getLogger(__name__)

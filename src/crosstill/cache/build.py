@@ -15,9 +15,9 @@ from crosstill import files, images, progress
 from crosstill.cache import format, sources, work
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ModelError, unknown
+from crosstill.fusion.matcher import FusionTeacher
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.features import FeaturesTeacher
-from crosstill.teachers.matcher import FusionTeacher
 from crosstill.types import Example
 
 _SCALES = ("logit_scale", "logit_bias")  # of a dual encoder's own training, where it has them

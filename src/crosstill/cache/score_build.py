@@ -17,7 +17,7 @@ from crosstill import decoding, images, progress
 from crosstill.cache import candidates, finders, scores, sources, work
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, DataError, ModelError
-from crosstill.teachers.matcher import FusionTeacher, Matcher, Reader, score_pairs
+from crosstill.fusion.matcher import FusionTeacher, Matcher, Reader, score_pairs
 from crosstill.types import Example
 
 Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -233,7 +233,7 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
             said, place = np.unique(name, return_inverse=True)
             pairs = torch.from_numpy(np.stack([image, place], axis=1))
             if reader is not None and seen is not None:
-                found = reader.model.match_pairs(seen, reader.states(said.tolist()), pairs)
+                found = reader.model.score_pairs(seen, reader.states(said.tolist()), pairs)
             else:
                 found = score_pairs(teacher, photos, [texts[i] for i in said], pairs)
             if not found.isfinite().all():

@@ -119,8 +119,8 @@ def command(
 def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> CacheBase:
     """The cache that suits the teacher; options of the other kind are refused."""
     from crosstill import cache
-    from crosstill.evaluate import open_model
-    from crosstill.teachers.matcher import FusionTeacher
+    from crosstill.fusion.matcher import FusionTeacher
+    from crosstill.models import open as open_model
 
     model: Any = None if teacher == "none" else open_model(teacher)
     scores = isinstance(model, FusionTeacher) or (model is None and bool({*SCORES} & {*given}))
@@ -141,13 +141,13 @@ def _finder(find: str | None) -> Any:
     """What the option names: a way to draw, an opened cache of features, or a model."""
     from crosstill import cache
     from crosstill.cache.candidates import FINDERS
-    from crosstill.evaluate import open_encoder
+    from crosstill.models import open as open_model
 
     if find is None or find in FINDERS:
         return find or "random"
     if cache.is_cache(find):
         return cache.Cache(find)
-    return open_encoder(find)
+    return open_model(find, "encoder")
 
 
 def _verify(folder: Path) -> None:

@@ -90,8 +90,8 @@ def command(
     common.hush()
     from crosstill import data as sources
     from crosstill.evaluate import compare
-    from crosstill.evaluate.rerank import TOP, Reranked
-    from crosstill.evaluate.rerank import run as rerank
+    from crosstill.fusion.reranking import TOP, Reranked
+    from crosstill.fusion.reranking import run as rerank
 
     pairs = sources.open(data, images=images, strict=strict, splits=splits).split(split)
     found: compare.Comparison | Reranked

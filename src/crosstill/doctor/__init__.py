@@ -24,7 +24,7 @@ from crosstill.data import Pairs
 from crosstill.data.pairs import Copy
 from crosstill.doctor.missing import Diagnosis, diagnose
 from crosstill.errors import DataError, ImageError, MissingError, printable
-from crosstill.evaluate import open_encoder
+from crosstill.models import open as open_model
 from crosstill.types import Example
 
 # what the extras bring, by the name that Python imports
@@ -264,7 +264,7 @@ def _truncated(captions: list[str], model: str | None) -> dict[str, Any]:
     if model is None:
         count = sum(len(re.findall(r"\w+|[^\w\s]", caption)) > LONG for caption in captions)
         return {"count": count, "rule": f"more than {LONG} words; --model counts exactly"}
-    opened = open_encoder(model)
+    opened = open_model(model, "encoder")
     return {"count": opened.count_truncated(captions), "rule": f"cut by {opened.name}"}
 
 

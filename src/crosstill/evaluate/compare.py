@@ -1,36 +1,43 @@
-"""A model beside those it should be compared with: its teacher, itself before training, others."""
+"""A model beside those it should be compared with: its teacher, itself before training, others.
+
+Each kind of model is measured by a `Measure` of its own, found by the model's `kind`. The seconds
+of a whole set count the model's own work: encoding of decoded pixels and plain captions, and the
+scores of all pairs. Reading and decoding photos does not count.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from crosstill import students
 from crosstill.cache import Cache, Split
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CrosstillError, InputError
 from crosstill.evaluate import efficiency as cost
-from crosstill.evaluate import extended, fusion, protocols, timing
+from crosstill.evaluate import extended, protocols
+from crosstill.evaluate.efficiency import Cost, Stopwatch, one_thread
 from crosstill.evaluate.encode import Embedded, embed
 from crosstill.evaluate.extended import Placed
-from crosstill.evaluate.models import cuts, open_encoder, open_live
-from crosstill.evaluate.reading import captions, readable
-from crosstill.evaluate.recall import from_scores
-from crosstill.evaluate.report import Evaluation, Row, Timed, judge, remarks, table
+from crosstill.evaluate.reading import BATCH, captions, readable, sound
+from crosstill.evaluate.report import Evaluation, Row, judge, remarks, table
 from crosstill.evaluate.runs import CONFIG, read_record
 from crosstill.evaluate.truth import of_texts
-from crosstill.teachers.base import Teacher, truncation_note
-from crosstill.teachers.matcher import Matcher
-
-log = logging.getLogger(__name__)
+from crosstill.formats import by_length
+from crosstill.models import cuts
+from crosstill.models import open as open_model
+from crosstill.teachers.base import Model, Teacher, truncation_note
 
 MODEL, TEACHER, UNTRAINED, BESIDE = "model", "teacher", "untrained", "beside"
+WARM_UP = 16  # images and captions that are embedded before the clock starts
+
+Work = Generator[None, None, Cost]  # stops after every timed piece
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,97 @@ class Options:
     annotations: Path | None = None
 
 
+class Measure(Protocol):
+    """How models of one kind are measured on a split.
+
+    Attributes:
+        pairwise: whether a model scores I x T pairs; else it embeds I + T images and captions.
+    """
+
+    pairwise: ClassVar[bool]
+
+    def row(
+        self, model: Any, name: str, pairs: Pairs, options: Options, placed: Sequence[Placed]
+    ) -> Row:
+        """Measure a model's recall on images that were found `readable`."""
+        ...
+
+    def time(self, model: Any, pairs: Pairs, sample: int) -> Work:
+        """Time a model on all images and captions, piece by piece."""
+        ...
+
+
+class EmbeddingMeasure:
+    """Measures encoders: everything is embedded once, and recall and seconds are of all pairs."""
+
+    pairwise: ClassVar[bool] = False
+
+    def row(
+        self, model: Teacher, name: str, pairs: Pairs, options: Options, placed: Sequence[Placed]
+    ) -> Row:
+        """As `Measure.row`."""
+        return judge(model, embed(model, pairs), options.protocol, placed).renamed(name)
+
+    def time(self, model: Teacher, pairs: Pairs, sample: int) -> Work:
+        """As `Measure.time`, after a small pass that is not counted; there is no sample."""
+        texts, _ = captions(pairs.examples)
+        watch = Stopwatch()
+        rows: list[Tensor] = []
+        model.embed_texts(texts[:WARM_UP])
+        for pixels in sound(pairs, model.preprocess):
+            stack = torch.stack(pixels)
+            if not rows:
+                model.embed_images(stack[:WARM_UP])
+            with watch.running():
+                rows.append(model.embed_images(stack))
+            yield
+        words = torch.empty(len(texts), model.dim)
+        for chunk in by_length(map(len, texts), BATCH):
+            with watch.running():
+                words[chunk] = model.embed_texts([texts[row] for row in chunk])
+            yield
+        for image in torch.cat(rows).split(BATCH):  # so that a large set's scores need not be held
+            with watch.running():
+                image @ words.T
+        return Cost(len(pairs) + len(texts), watch.seconds)
+
+
+# by a model's kind; models that read pairs are an annex, so their measure is found by name only
+MEASURES = {
+    "encoder": "crosstill.evaluate.compare:EmbeddingMeasure",
+    "matcher": "crosstill.fusion.measure:PairMeasure",
+}
+
+
+def measure_of(model: Model) -> Measure:
+    """Return how models of this kind are measured."""
+    module, _, name = MEASURES[model.kind].partition(":")
+    measure: Measure = getattr(import_module(module), name)()
+    return measure
+
+
+def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[str, Cost]:
+    """Time every model on all images and captions, piece by piece in turn.
+
+    Args:
+        models: name → model; dual encoders are timed in full.
+        pairs: I images and their T captions; images that one model cannot read are left out.
+        sample: pairs that a fusion model is timed on; its I x T are extrapolated from them.
+    """
+    pairs = readable(pairs, [model.preprocess for model in models.values()])
+    works = {name: measure_of(model).time(model, pairs, sample) for name, model in models.items()}
+    costs: dict[str, Cost] = {}
+    with one_thread():
+        while len(costs) < len(works):
+            for name, work in works.items():
+                if name not in costs:
+                    try:
+                        next(work)
+                    except StopIteration as end:
+                        costs[name] = end.value
+    return costs
+
+
 @dataclass
 class Comparison:
     """Rows by their role: the model, perhaps its teacher and itself untrained, and others."""
@@ -78,8 +176,9 @@ class Comparison:
         """Teacher, then the model, then the untrained student, then the others."""
         order = [TEACHER, MODEL, UNTRAINED, *(role for role in self.rows if BESIDE in role)]
         rows = [self.rows[role] for role in order if role in self.rows]
-        told = {row.name: row.extended for row in rows if isinstance(row, Evaluation)}
-        return table(rows) + (f"\n\n{extended.table(told)}" if any(told.values()) else "")
+        truths = {row.name: row.extended for row in rows if isinstance(row, Evaluation)}
+        further = f"\n\n{extended.table(truths)}" if any(truths.values()) else ""
+        return table(rows) + further
 
 
 def run(
@@ -99,32 +198,36 @@ def run(
             without a fusion model to time.
     """
     _check_sample(options)
-    find = extended.opened(options.truths, options.annotations)
-    find(pairs.examples)  # refuses what is of another dataset before anything is computed
+    place_truths = extended.opened(options.truths, options.annotations)
+    place_truths(pairs.examples)  # refuses what is of another dataset before anything is computed
     others = [*options.beside, *cuts(source)]
     sources = {MODEL: source, **{f"{BESIDE} {i}": other for i, other in enumerate(others)}}
-    models = {role: open_live(place) for role, place in sources.items()}
-    _check(models, options)
-    found, names = Comparison(), {role: _label(place) for role, place in sources.items()}
+    models: dict[str, Any] = {role: open_model(place, "live") for role, place in sources.items()}
+    pairwise = {role for role, model in models.items() if measure_of(model).pairwise}
+    _check(bool(pairwise), options)
+    comparison, names = Comparison(), {role: _label(place) for role, place in sources.items()}
     model = models[MODEL]
-    if len(models) == 1 and not isinstance(model, Matcher):
+    if len(models) == 1 and not pairwise:
+        # one pass over the photos, where several models need all to be checked first
         rows = embed(model, pairs, options.strict)
         pairs = _kept(pairs, rows)
-        placed = find(pairs.examples)
-        found.rows[MODEL] = judge(model, rows, options.protocol, placed).renamed(names[MODEL])
+        placed = place_truths(pairs.examples)
+        comparison.rows[MODEL] = judge(model, rows, options.protocol, placed).renamed(names[MODEL])
     else:
         pairs = readable(pairs, [model.preprocess for model in models.values()], options.strict)
-        placed = find(pairs.examples)
+        placed = place_truths(pairs.examples)
         for role, model in models.items():
-            found.rows[role] = _row(model, names[role], pairs, options, placed)
-    _remark(found, pairs, placed)
+            row = measure_of(model).row(model, names[role], pairs, options, placed)
+            comparison.rows[role] = row
+    _remark(comparison, pairs, placed)
     readers = {names[role]: model for role, model in models.items()}
-    found.notes += [note] if (note := truncation_note(readers, captions(pairs.examples)[0])) else []
+    note = truncation_note(readers, captions(pairs.examples)[0])
+    comparison.notes += [note] if note else []
     if (Path(source) / CONFIG).is_file() and (Path(source) / "student").is_dir():
-        _add_run(found, Path(source), models[MODEL], pairs, options.protocol, placed)
+        _add_run(comparison, Path(source), MODEL in pairwise, pairs, options.protocol, placed)
     if options.efficiency:
-        _add_costs(found, source, models, pairs, options.sample)
-    return found
+        _add_costs(comparison, source, models, pairs, options.sample)
+    return comparison
 
 
 def _check_sample(options: Options) -> None:
@@ -135,16 +238,15 @@ def _check_sample(options: Options) -> None:
         raise ConfigError(f"--sample {sample}: the pairs that are timed; add --efficiency")
 
 
-def _check(models: dict[str, Any], options: Options) -> None:
-    """Refuse before anything is computed."""
-    fused = any(isinstance(model, Matcher) for model in models.values())
+def _check(pairwise: bool, options: Options) -> None:
+    """Refuse options that do not fit the models, before anything is computed."""
     protocols.check(options.protocol)
-    if fused and options.protocol not in protocols.WHOLE:
+    if pairwise and options.protocol not in protocols.WHOLE:
         raise ConfigError(
             f"protocol {options.protocol!r} is for embeddings; with a fusion model use 'full' on "
             "a dataset of that size"
         )
-    if options.sample is not None and not fused:
+    if options.sample is not None and not pairwise:
         raise ConfigError("--sample: times fusion models, and none is here; leave it out")
 
 
@@ -159,46 +261,22 @@ def _kept(pairs: Pairs, rows: Embedded) -> Pairs:
     return replace(pairs, examples=kept, quarantine=rows.quarantine)
 
 
-def _row(
-    model: Teacher | Matcher, name: str, pairs: Pairs, options: Options, placed: Sequence[Placed]
-) -> Row:
-    """A model's recall; a fusion model that is only timed on a sample has none."""
-    if not isinstance(model, Matcher):
-        return judge(model, embed(model, pairs), options.protocol, placed).renamed(name)
-    if options.sample is not None:
-        return Timed(name, model.parameter_count())
-    images, texts = len(pairs), len(captions(pairs.examples)[0])
-    log.info(
-        "%s: %d images x %d captions are %s passes", name, images, texts, f"{images * texts:,}"
-    )
-    with cost.one_thread() if options.efficiency else nullcontext():
-        scored = fusion.score(model, pairs)
-    seconds = scored.towers + scored.matching
-    return Evaluation(
-        name,
-        from_scores(scored.scores, protocols.counted(options.protocol, scored.truth)),
-        model.parameter_count(),
-        cost=cost.Cost(scored.passes, seconds) if options.efficiency else None,
-        extended=tuple(truth.of_scores(scored.scores) for truth in placed),
-    )
-
-
-def _remark(found: Comparison, pairs: Pairs, placed: Sequence[Placed]) -> None:
+def _remark(comparison: Comparison, pairs: Pairs, placed: Sequence[Placed]) -> None:
     """What a person should know of the rows."""
-    row = found.model
+    row = comparison.model
     shared = row.recall.shared if isinstance(row, Evaluation) else 0
-    found.notes += remarks(pairs.quarantine, len(pairs), shared)
-    found.notes += [note for truth in placed for note in truth.notes]
-    for role, row in found.rows.items():
+    comparison.notes += remarks(pairs.quarantine, len(pairs), shared)
+    comparison.notes += [note for truth in placed for note in truth.notes]
+    for role, row in comparison.rows.items():
         if isinstance(row, Evaluation) and row.recall.warning:
             name = "" if role == MODEL else f"{row.name}: "
-            found.notes.append(f"{name}{row.recall.warning}")
+            comparison.notes.append(f"{name}{row.recall.warning}")
 
 
 def _add_run(
-    found: Comparison,
+    comparison: Comparison,
     folder: Path,
-    model: Teacher | Matcher,
+    pairwise: bool,
     pairs: Pairs,
     protocol: str,
     placed: Sequence[Placed],
@@ -206,25 +284,25 @@ def _add_run(
     """The rows of a run that need no more than the run itself."""
     record = read_record(folder)
     teacher = record["teacher"]
-    if isinstance(model, Matcher):
-        found.notes.append(
+    if pairwise:
+        comparison.notes.append(
             "no row of the untrained student: it would be another full matrix; for it give "
             f"--beside {folder / 'student'}"
         )
     else:
         untrained = students.load(folder / "student")
         before = judge(untrained, embed(untrained, pairs), protocol, placed)
-        found.rows[UNTRAINED] = before.renamed("student, untrained")
+        comparison.rows[UNTRAINED] = before.renamed("student, untrained")
     if teacher.get("kind") == "fusion":
-        found.notes.append(
+        comparison.notes.append(
             "no teacher's row: a fusion teacher leaves scores, not features; for it give "
             f"--beside {teacher.get('source') or teacher['name']}"
         )
     elif teacher.get("modalities"):  # a run without a teacher has none
         try:
-            found.rows[TEACHER] = _teacher(record, pairs, protocol, placed)
+            comparison.rows[TEACHER] = _teacher(record, pairs, protocol, placed)
         except CrosstillError as error:
-            found.notes.append(f"no teacher's row: {error}")
+            comparison.notes.append(f"no teacher's row: {error}")
 
 
 def _teacher(
@@ -261,30 +339,33 @@ def _same(cache: Cache, split: Split, pairs: Pairs) -> bool:
 
 
 def _add_costs(
-    found: Comparison,
+    comparison: Comparison,
     source: str,
-    models: dict[str, Teacher | Matcher],
+    models: dict[str, Any],
     pairs: Pairs,
     sample: int | None,
 ) -> None:
     """Seconds for the whole set and, of what embeds, latency; the models take turns."""
-    if TEACHER in found.rows:
+    if TEACHER in comparison.rows:
         teacher = read_record(Path(source))["teacher"]
         try:
-            models = {**models, TEACHER: open_encoder(teacher["source"] or teacher["name"])}
+            models = {
+                **models,
+                TEACHER: open_model(teacher["source"] or teacher["name"], "encoder"),
+            }
         except CrosstillError as error:
-            found.notes.append(f"the teacher's latency was not measured: {error}")
-    single = {role: model for role, model in models.items() if not isinstance(model, Matcher)}
-    latency = cost.measure(single)
+            comparison.notes.append(f"the teacher's latency was not measured: {error}")
+    encoders = {role: model for role, model in models.items() if not measure_of(model).pairwise}
+    latency = cost.measure(encoders)
     # a fusion model that was run for its recall was timed then
-    untimed = models if sample is not None else single
-    spent = {role: row.cost for role, row in found.rows.items() if row.cost}
-    spent |= timing.whole_set(untimed, pairs, sample or 0) if untimed else {}
+    untimed = models if sample is not None else encoders
+    spent = {role: row.cost for role, row in comparison.rows.items() if row.cost}
+    spent |= whole_set(untimed, pairs, sample or 0) if untimed else {}
     for role, value in cost.compared(spent).items():
-        row = found.rows[role]
-        found.rows[role] = replace(row, cost=value, efficiency=latency.get(role))
+        row = comparison.rows[role]
+        comparison.rows[role] = replace(row, cost=value, efficiency=latency.get(role))
         if value.estimated:
-            found.notes.append(
+            comparison.notes.append(
                 f"≈ {row.name}: seconds extrapolated from {value.sample:,} timed pairs of "
                 f"{value.passes:,}"
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 from crosstill import images, progress
 from crosstill.cache import Cache, CacheBase, PixelStore, Split, memo, pixels
 from crosstill.data import Pairs
-from crosstill.errors import DataError
+from crosstill.errors import DataError, ModelError
 from crosstill.evaluate import truth as truths
 from crosstill.evaluate.efficiency import Stopwatch
 from crosstill.evaluate.reading import BATCH, captions, photos, quarantined
@@ -59,7 +59,9 @@ def embed(
     Raises:
         DataError: no image is readable.
         ImageError: an image is unreadable and `strict` is set.
+        ModelError: the model scores pairs, or is a folder of vectors.
     """
+    _check_embeds(model)
     quarantine, watch = quarantined(pairs, strict), watch or Stopwatch()
     kept, rows = _embed_images(model, pairs, quarantine, watch)
     if not kept:
@@ -69,6 +71,14 @@ def embed(
         text = embed_texts(model, texts)
     truth = truths.of_texts(owner, texts)
     return Embedded(rows, text, truth, [example.image_id for example in kept], quarantine)
+
+
+def _check_embeds(model: Teacher) -> None:
+    kind = getattr(model, "kind", "encoder")  # a teacher from elsewhere need not have one
+    if kind == "vectors":
+        raise ModelError(f"{model.source} holds vectors and cannot embed new images; use a model")
+    if kind != "encoder":
+        raise ModelError(f"{model.name}: a fusion model, which reads pairs and has no embeddings")
 
 
 def _embed_images(

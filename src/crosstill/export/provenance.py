@@ -10,12 +10,13 @@ from crosstill import __version__, files, students
 from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
-from crosstill.evaluate import embed, open_live
+from crosstill.evaluate import embed
 from crosstill.evaluate.encode import teacher_recall
-from crosstill.evaluate.models import split_width
 from crosstill.evaluate.recall import Retrieval
 from crosstill.evaluate.report import judge, six
 from crosstill.export.card import Facts, Origin, Score
+from crosstill.models import open as open_model
+from crosstill.models import split_width
 from crosstill.students.student import Student
 from crosstill.train import Run
 from crosstill.train import folder as runs
@@ -133,7 +134,7 @@ def _student(folder: Path, place: str | Path) -> Student:
         raise InputError(
             f"{folder}: the run is not finished; finish it with `crosstill train … --resume`"
         )
-    model = open_live(place)
+    model = open_model(place, "live")
     if isinstance(model, Student):
         return model
     raise ModelError(

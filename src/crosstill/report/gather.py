@@ -12,14 +12,14 @@ from crosstill.evaluate import (
     CachedSplit,
     Evaluation,
     efficiency,
-    open_encoder,
     teacher_recall,
 )
 from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
+from crosstill.fusion.matcher import Matcher
+from crosstill.models import open as open_model
 from crosstill.report import events
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
-from crosstill.teachers.matcher import Matcher
 from crosstill.train import Run, matched
 from crosstill.train import folder as runs
 from crosstill.train.config import parse
@@ -214,7 +214,7 @@ def _open_teacher(record: dict[str, Any]) -> Teacher:
     source = record["source"]
     if source is None or not Path(source).is_dir():
         raise InputError(f"{source or record['name']} is not on this machine")
-    model = open_encoder(source)
+    model = open_model(source, "encoder")
     if model.identity() != record["identity"]:
         raise MismatchError(f"{source} has changed since it filled the cache")
     return model

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crosstill.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from crosstill.students.config import FusionConfig, StudentConfig
     from crosstill.students.student import Student
-    from crosstill.teachers.matcher import Matcher
 
 __all__ = ["build", "fuse", "load", "load_config", "shorten"]
 
@@ -47,10 +47,9 @@ def build(
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
     from crosstill.students import assembly
-    from crosstill.students.config import FusionConfig
 
     config = load_config(student) if isinstance(student, str | Path) else student
-    if isinstance(config, FusionConfig):
+    if config.kind == "matcher":
         raise ConfigError(f"student {config.name}: a fusion model, which learns from a score cache")
     width = dim or config.dim or ALONE
     if width != (config.dim or width):
@@ -71,26 +70,10 @@ def fuse(
     captions: Sequence[str] = (),
     seed: int = 0,
     teacher: str | None = None,
-) -> Matcher:
-    """Make a fusion model to train: see `crosstill.students.fusion.build`.
-
-    Args:
-        student: a configuration, "half", or a TOML file with the key `fusion`.
-        captions: what a model from scratch learns its vocabulary from.
-        seed: of all that starts at random.
-        teacher: the folder of the fusion model that a "cut" without a `source` is cut from.
-
-    Raises:
-        ConfigError: a configuration that cannot be, or that is of a dual encoder.
-        ModelError: a source that does not load.
-    """
-    from crosstill.students import fusion
-    from crosstill.students.config import FusionConfig
-
-    config = load_config(student) if isinstance(student, str | Path) else student
-    if not isinstance(config, FusionConfig):
-        raise ConfigError(f"student {config.name}: a dual encoder, not a fusion model")
-    return fusion.build(config, captions, seed, teacher)
+) -> Any:
+    """Build a fusion model to train: see `crosstill.fusion.build`."""
+    # such models are an annex, found by name only
+    return import_module("crosstill.fusion.students").build(student, captions, seed, teacher)
 
 
 def load(folder: str | Path) -> Student:

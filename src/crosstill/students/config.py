@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,6 +77,7 @@ class StudentConfig(_Frozen):
         name: what to call it in tables.
     """
 
+    kind: ClassVar[Literal["encoder"]] = "encoder"
     image: ImageTowerConfig
     text: TextTowerConfig
     dim: int | None = Field(default=None, ge=1)
@@ -111,13 +112,15 @@ class FusionConfig(_Frozen):
         layers: of "cut": which fusion layers to keep; None keeps half of them, 0, 3, 5 of 6.
         towers: of "meter": a student, run or dual teacher whose towers, tokenizer and
             preprocess it takes.
-        shape: of "meter": fields of `crosstill.teachers.meter.Shape` but for the towers' widths.
+        shape: of "meter": fields of `crosstill.fusion.meter_network.Shape` but for the towers'
+            widths.
         start: of "meter": "joint" begins in the dual encoder's joint space, "random" anywhere.
         config: of "vilt": fields of transformers' ViltConfig.
         max_length: tokens of a caption.
         name: what to call it in tables.
     """
 
+    kind: ClassVar[Literal["matcher"]] = "matcher"
     fusion: Literal["cut", "meter", "vilt"]
     source: str | None = None
     layers: tuple[int, ...] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
 from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, parse
 from crosstill.teachers.base import (
+    Kind,
     embed_by_length,
     embed_pixels,
     encode_by_length,
@@ -68,6 +69,7 @@ class Student(nn.Module):
         axes: (D, D), columns, of a student with several widths: see `matryoshka`.
     """
 
+    kind: ClassVar[Kind] = "encoder"
     modalities = frozenset({"image", "text"})
     axes: Tensor
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crosstill.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from crosstill.teachers.base import Teacher
-    from crosstill.teachers.features import FeaturesTeacher
-    from crosstill.teachers.matcher import Matcher
+__all__ = ["FAMILIES", "load"]
 
-__all__ = ["load"]
+# The modules that open a teacher's folder, asked in this order: the first one that `holds` the
+# folder loads it. Models that read pairs are an annex, so theirs is found by name only. A folder
+# that none of them holds is opened as a Hugging Face dual encoder, which says what it lacks.
+FAMILIES = {
+    "bundle": "crosstill.teachers.bundle",
+    "beit3": "crosstill.teachers.beit3",
+    "open_clip": "crosstill.teachers.open_clip",
+    "vectors": "crosstill.teachers.features",
+    "fusion": "crosstill.fusion.families",
+    "heads": "crosstill.teachers.heads",
+}
 
-DUAL = "dual:"  # in front of a source: its contrastive heads, not what reads pairs
 
-
-def load(
-    source: str | Path, device: torch.device | None = None
-) -> Teacher | FeaturesTeacher | Matcher:
-    """Load a teacher.
+def load(source: str | Path, device: torch.device | None = None) -> Any:
+    """Load a frozen model: `crosstill.open_model` without students and their runs.
 
     Args:
         source: a folder of a Hugging Face dual encoder or fusion model, its hub id, a folder of
@@ -33,63 +38,37 @@ def load(
             is a model of that library.
         device: where to compute; None takes a GPU when there is one.
 
+    Returns:
+        a `Teacher` where its `kind` is "encoder", a `FeaturesTeacher` where it is "vectors", a
+        `crosstill.fusion.matcher.Matcher` where it is "matcher".
+
     Raises:
         ModelError: it cannot be found, or it is not one of these.
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
-    from crosstill.teachers import checkpoints, open_clip
+    from crosstill.teachers import checkpoints, dual, heads, open_clip
     from crosstill.towers import hub
 
     text = str(source)
     if text.startswith(open_clip.PREFIX):
         return open_clip.OpenClip(text, device=device)
-    source = text.removeprefix(DUAL)
+    source = text.removeprefix(heads.PREFIX)
     checkpoints.refuse_file(Path(source))
-    folder = hub.locate(source)
-    name = hub.display_name(source)
-    if text.startswith(DUAL):
-        return _dual_heads(folder, name, device)
-    return _by_contents(folder, name, device)
-
-
-def _by_contents(
-    folder: Path, name: str, device: torch.device | None
-) -> Teacher | FeaturesTeacher | Matcher:
-    from crosstill.teachers import beit3, bundle, dual, features, fusion, open_clip
-
-    if bundle.is_bundle(folder):
-        return bundle.BundleModel(folder, name)
-    if beit3.is_beit3(folder):
-        return beit3.load(folder, device)
-    if open_clip.is_open_clip(folder):
-        return open_clip.OpenClip(folder, name, device)
-    if features.is_features(folder):
-        return features.FeaturesTeacher(folder, name)
-    if fusion.find(folder / "best"):
-        return fusion.load(folder / "best", name, device)
+    folder, name = hub.locate(source), hub.display_name(source)
+    if text.startswith(heads.PREFIX):
+        return heads.load(folder, name, device)
+    families = (import_module(module) for module in FAMILIES.values())
+    family = next((family for family in families if family.holds(folder)), None)
+    if family is not None:
+        return family.load(folder, name, device)
     _refuse_ours(folder)
-    if fusion.find(folder):
-        return fusion.load(folder, name, device)
-    return fusion.load_dual(folder, name, device) or dual.DualEncoder(folder, name, device)
-
-
-def _dual_heads(folder: Path, name: str, device: torch.device | None) -> Teacher:
-    from crosstill.teachers import fusion
-
-    found = fusion.load_dual(folder, name, device, fusion.FINDERS)
-    if found is None:
-        raise ModelError(
-            f"{folder}: no model that reads pairs and has contrastive heads too; leave out {DUAL}"
-        )
-    return found
+    return dual.DualEncoder(folder, name, device)
 
 
 def _refuse_ours(folder: Path) -> None:
-    """Students are no teachers until they are opened as models, and unfinished runs are nothing."""
+    """Refuse students, which `crosstill.open_model` opens, and runs that have nothing to open."""
     if any((folder / place / "student.json").is_file() for place in ("", "best")):
-        raise ModelError(
-            f"{folder}: a crosstill student; open it with crosstill.evaluate.open_model"
-        )
+        raise ModelError(f"{folder}: a crosstill student; open it with crosstill.open_model")
     if (folder / "checkpoints").is_dir() and (folder / "student").is_dir():
         raise ModelError(
             f"{folder}: a run that has not finished an epoch; go on with it by `crosstill train "

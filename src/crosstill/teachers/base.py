@@ -1,4 +1,4 @@
-"""What a teacher is, and the small steps that all teachers share."""
+"""Protocols of models and teachers, and the small steps that all teachers share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,39 @@ _CPU_PIXELS = 8 * 224 * 224
 _GPU_PIXELS = 256 * 224 * 224
 TEXTS = 64
 _BLOCK = 4096  # texts tokenized at a time where they are only counted
+
+
+Kind = Literal["encoder", "matcher", "vectors"]
+
+
+class Model(Protocol):
+    """A model that `crosstill.open_model` opened.
+
+    Attributes:
+        kind: "encoder" embeds images and texts one by one, "matcher" scores an image and a text
+            together, "vectors" only looks up what was embedded elsewhere.
+        name: what to call it in tables.
+        preprocess: how it wants its images; None for vectors.
+    """
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str | None: ...
+
+    @property
+    def licence(self) -> str | None: ...
+
+    @property
+    def preprocess(self) -> Any: ...
+
+    def identity(self) -> dict[str, str]:
+        """Return the hashes that identify this model."""
+        ...
 
 
 @runtime_checkable
@@ -58,7 +91,7 @@ class Teacher(Protocol):
     def modalities(self) -> frozenset[str]: ...
 
     def identity(self) -> dict[str, str]:
-        """All that decides its output: weights, preprocess, tokenizer, activation, family."""
+        """Return the hashes that identify this model: its weights, its inputs, its family."""
         ...
 
     def parameter_count(self) -> int:
@@ -87,6 +120,7 @@ class TwoTowers(ABC):
         device: where it computes.
     """
 
+    kind: ClassVar[Kind] = "encoder"
     modalities = frozenset({"image", "text"})
     name: str
     dim: int
@@ -94,7 +128,7 @@ class TwoTowers(ABC):
 
     @abstractmethod
     def _identify(self) -> dict[str, str]:
-        """All that decides its output; asked once."""
+        """Return the hashes that identify this model; called once."""
 
     @abstractmethod
     def _encode_images(self, pixels: Tensor) -> Tensor:
@@ -128,7 +162,7 @@ class TwoTowers(ABC):
 
 
 def unit(rows: Tensor, owner: str) -> Tensor:
-    """Rows at length 1 in float32 on the CPU: (B, D) → (B, D).
+    """Scale rows to length 1, in float32 on the CPU: (B, D) → (B, D).
 
     Raises:
         ModelError: a row is NaN, infinite or zero, so it has no direction.
@@ -205,7 +239,7 @@ class TextReader(Protocol):
 
 
 def truncation_note(models: Mapping[str, TextReader], texts: Sequence[str]) -> str:
-    """Say in one line how many of the texts each model cuts; "" where none cuts any.
+    """Write in one line how many of the texts each model cuts; "" where none cuts any.
 
     Args:
         models: by the name that the line gives them.
@@ -213,12 +247,12 @@ def truncation_note(models: Mapping[str, TextReader], texts: Sequence[str]) -> s
     """
     blocks = [texts[at : at + _BLOCK] for at in range(0, len(texts), _BLOCK)]
     counts = {name: sum(map(model.count_truncated, blocks)) for name, model in models.items()}
-    told = [f"{name} {count:,} of {len(texts):,}" for name, count in counts.items() if count]
-    return f"captions longer than a model reads, cut: {', '.join(told)}" if told else ""
+    parts = [f"{name} {count:,} of {len(texts):,}" for name, count in counts.items() if count]
+    return f"captions longer than a model reads, cut: {', '.join(parts)}" if parts else ""
 
 
 def tensors_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and values."""
+    """Return the SHA-256 of the tensors' names, shapes, types and values."""
     total = hashlib.sha256()
     for name, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()

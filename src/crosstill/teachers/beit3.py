@@ -109,13 +109,18 @@ class Beit3(TwoTowers):
         files.write_json(folder / RECORD, files.sealed(record))
 
 
-def is_beit3(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Whether a folder is one that `Beit3.save` wrote."""
     return (folder / RECORD).is_file()
 
 
-def load(folder: Path, device: torch.device | None = None) -> Beit3:
+def load(folder: Path, name: str = "", device: torch.device | None = None) -> Beit3:
     """Read what `Beit3.save` wrote; the licence is that of a README.md beside it.
+
+    Args:
+        folder: one that `holds` a BEiT-3.
+        name: not used: the folder knows the model's own.
+        device: where to compute; None takes a GPU when there is one.
 
     Raises:
         CorruptError: one of its files was damaged; it is named.

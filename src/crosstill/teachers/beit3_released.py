@@ -10,15 +10,19 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosstill.errors import ConfigError, ModelError
-from crosstill.teachers.beit3 import Beit3
+from crosstill.teachers import beit3
+from crosstill.teachers.beit3 import RECORD, Beit3
 from crosstill.teachers.beit3_network import SIZES, Network, Shape
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
 from crosstill.towers.build import grid_of, resized_positions
+
+__all__ = ["RECORD", "examine", "is_released", "load", "read_folder", "sizes"]
 
 HEAD = 64  # width of an attention head, but for the giant's
 _HEADS = ("language_head.weight", "vision_head.weight")
@@ -90,6 +94,16 @@ def load(
         state[_PLACES] = torch.cat([table[:2], resized_positions(table[2:], grid)])
     network.load_state_dict({n: value.contiguous() for n, value in state.items()}, assign=True)
     return Beit3(network, tokenizer.read_bytes(), name, torch.device("cpu"), str(tokenizer))
+
+
+def read_folder(folder: Path) -> Network:
+    """Load the network of a folder that was converted before."""
+    return beit3.load(folder, device=torch.device("cpu")).network
+
+
+def sizes(network: Network) -> dict[str, dict[str, Any]]:
+    """Return what decides the shapes of the network, by part."""
+    return {"network": network.shape.to_json()}
 
 
 def _on_meta(shape: Shape) -> Network:

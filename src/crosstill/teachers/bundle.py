@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from crosstill import bundle as bundles
 from crosstill.bundle import Encoder
-from crosstill.teachers.base import unit
+from crosstill.teachers.base import Kind, unit
 
 
-def is_bundle(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Whether a bundle was exported there."""
     return (folder / bundles.RECORD).is_file()
+
+
+def load(folder: Path, name: str, device: torch.device | None = None) -> BundleModel:
+    """Open a bundle as a frozen model; it runs on the CPU, whatever the device."""
+    return BundleModel(folder, name)
 
 
 class BundleModel:
@@ -30,6 +36,7 @@ class BundleModel:
         CorruptError: one of its files was damaged; it is named.
     """
 
+    kind: ClassVar[Kind] = "encoder"
     modalities = frozenset({"image", "text"})
 
     def __init__(self, folder: Path, name: str) -> None:

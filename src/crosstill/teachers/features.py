@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,20 +23,25 @@ from torch import Tensor
 from crosstill import files, formats
 from crosstill.data.pairs import read_licence, read_text
 from crosstill.errors import ModelError
-from crosstill.teachers.base import unit
+from crosstill.teachers.base import Kind, unit
 
 _NAMES = {"image": "filenames.txt", "text": "captions.txt"}
 _BLOCK = 65_536  # rows checked at a time: a memory-mapped file never comes in whole
 
 
-def is_features(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Whether a folder holds precomputed vectors rather than a model."""
     vectors = (folder / _NAMES["image"]).is_file() or any(_files(folder, ".npy"))
     return vectors and not (folder / "config.json").exists()
 
 
+def load(folder: Path, name: str, device: torch.device | None = None) -> FeaturesTeacher:
+    """Open a folder of vectors; nothing is computed, so the device does not matter."""
+    return FeaturesTeacher(folder, name)
+
+
 class FeaturesTeacher:
-    """Precomputed vectors, looked up by file name or text; it embeds nothing itself.
+    """Precomputed vectors, looked up by file name or text; it embeds nothing new.
 
     Attributes:
         filenames: the images it knows, in the order of its rows.
@@ -47,6 +52,7 @@ class FeaturesTeacher:
         DataError: filenames.txt or captions.txt is not UTF-8.
     """
 
+    kind: ClassVar[Kind] = "vectors"
     preprocess = None
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -129,12 +135,6 @@ class FeaturesTeacher:
             )
         found = [self._by_text.get(text.strip()) for text in texts]
         return self._take("text", found), _lacking(texts, found)
-
-    def embed_images(self, pixels: Tensor) -> NoReturn:
-        raise ModelError(f"{self.folder} holds vectors and cannot embed new images; use a model")
-
-    def embed_texts(self, texts: Sequence[str]) -> NoReturn:
-        raise ModelError(f"{self.folder} holds vectors and cannot embed new texts; use a model")
 
     def _take(self, kind: str, found: list[int | None]) -> Tensor:
         rows = self._rows[kind][[row for row in found if row is not None]]

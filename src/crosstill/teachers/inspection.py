@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,17 @@ from transformers import PreTrainedModel
 
 from crosstill.errors import ConfigError, ModelError, unknown
 from crosstill.progress import quiet
-from crosstill.teachers import beit3, beit3_released, checkpoints, fusion
-from crosstill.teachers.beit3_network import Network
+from crosstill.teachers import checkpoints
 from crosstill.teachers.checkpoints import Findings
-from crosstill.teachers.meter import Meter, released
-from crosstill.teachers.meter.visual import ClipVisual
-from crosstill.towers import build, hub
+from crosstill.towers import hub
 
-FAMILIES = ("beit3", "meter")  # whose released files are known by their names
-# what is told of a part's sizes, under the names of ClipVisual, transformers and Shape
-_TOLD = (
-    "model_type",
-    "image_size",
-    "patch_size",
-    "layers",
-    "num_hidden_layers",
-    "width",
-    "hidden_size",
-    "heads",
-    "num_attention_heads",
-    "mlp",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
+# the modules that know a family's released files; METER's is found by name only, because models
+# that read pairs are an annex. Each has RECORD, is_released, examine, load, read_folder and sizes.
+_RELEASED = {
+    "beit3": "crosstill.teachers.beit3_released",
+    "meter": "crosstill.fusion.meter_released",
+}
+FAMILIES = tuple(_RELEASED)
 
 
 @dataclass(frozen=True)
@@ -95,23 +83,20 @@ def inspect(
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     path = _find(source)
-    if (path / fusion.METER).is_file():
-        model = Meter.load(path, torch.device("cpu"))
-        return Inspection("meter", _sizes(model), model.parameters_by_part())
+    for name, module in _released_modules().items():
+        if (path / module.RECORD).is_file():
+            model = module.read_folder(path)
+            return Inspection(name, module.sizes(model), model.parameters_by_part())
     if (path / "config.json").is_file():
         return _of_transformers(path)
-    if beit3.is_beit3(path):
-        return _of_beit3(beit3.load(path, torch.device("cpu")).network)
     tensors = checkpoints.read(path, unpickle)
     family = family or _family(tensors, source)
-    _check_student(family, student)
+    released = _released_modules()[family]
     try:
-        if family == "beit3":
-            return _of_beit3(*beit3_released.examine(tensors))
-        model, found = released.examine(tensors, student)
+        model, findings = released.examine(tensors, **_options(family, student))
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None
-    return Inspection("meter", _sizes(model), model.parameters_by_part(), found)
+    return Inspection(family, released.sizes(model), model.parameters_by_part(), findings)
 
 
 def convert(
@@ -122,7 +107,7 @@ def convert(
     unpickle: bool = False,
     image_size: int | None = None,
 ) -> None:
-    """Write a released BEiT-3 or METER file as a folder that `teachers.load` reads.
+    """Write a released BEiT-3 or METER file as a folder that `crosstill.open_model` opens.
 
     Args:
         source: the file.
@@ -138,32 +123,37 @@ def convert(
         InputError: the folder cannot be written to.
     """
     path = _find(source)
-    if any((path / name).is_file() for name in (fusion.METER, beit3.RECORD, "config.json")):
+    records = [module.RECORD for module in _released_modules().values()]
+    if any((path / name).is_file() for name in (*records, "config.json")):
         raise ConfigError(f"{source}: a folder that needs no conversion; give it as it is")
     tensors = checkpoints.read(path, unpickle)
     family = _family(tensors, source)
-    _check_student(family, student)
-    if family == "beit3":
-        beit3_released.load(tensors, tokenizer, path.stem, image_size).save(folder)
-    else:
-        released.load(tensors, tokenizer, path.stem, student, image_size).save(folder)
+    options = _options(family, student)
+    released = _released_modules()[family]
+    released.load(tensors, tokenizer, path.stem, image_size=image_size, **options).save(folder)
 
 
 def _family(tensors: Mapping[str, Tensor], source: str) -> str:
-    """Whose released names these are."""
-    if beit3_released.is_released(tensors):
-        return "beit3"
-    if released.is_released(tensors):
-        return "meter"
+    """Find the family whose released names these are."""
+    for name, module in _released_modules().items():
+        if module.is_released(tensors):
+            return name
     raise ModelError(
         f"{source}: {len(tensors)} tensors ({min(tensors)}, ...) of no known family; known "
         f"are the names of {', '.join(FAMILIES)}, and folders with a config.json"
     )
 
 
-def _check_student(family: str, student: bool) -> None:
+def _options(family: str, student: bool) -> dict[str, bool]:
+    """Return what a family's module takes beside the tensors; only METER's files hold a student."""
     if student and family != "meter":
         raise ConfigError(f"--student is for METER files, and this is {family}; leave it out")
+    return {"student": True} if student else {}
+
+
+def _released_modules() -> dict[str, Any]:
+    """Import the modules that know released files, by the family's name."""
+    return {family: import_module(module) for family, module in _RELEASED.items()}
 
 
 def _find(source: str) -> Path:
@@ -221,22 +211,6 @@ def _loaded(folder: Path, kind: Any) -> tuple[Any, dict[str, Any]]:
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... by model
         line = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(f"{folder}: does not load ({line})") from None
-
-
-def _of_beit3(network: Network, found: Findings | None = None) -> Inspection:
-    sizes = {"network": network.shape.to_json()}
-    return Inspection("beit3", sizes, network.parameters_by_part(), found or Findings())
-
-
-def _sizes(model: Meter) -> dict[str, dict[str, Any]]:
-    """What decides a METER's shapes; a Hugging Face tower is called by its name."""
-    image, text = model.image_tower, build.describe(model.text_tower.config)
-    described = image.config if isinstance(image, ClipVisual) else build.describe(image.config)
-    return {
-        "image": {k: described[k] for k in _TOLD if k in described},
-        "text": {k: text[k] for k in _TOLD if k in text},
-        "fusion": {k: v for k, v in model.fusion.shape.to_json().items() if k in _TOLD},
-    }
 
 
 def _lines(found: Inspection) -> Iterator[str]:

@@ -40,11 +40,16 @@ class _Found(NamedTuple):
     licence: str | None
 
 
-def is_open_clip(source: str | Path) -> bool:
+def holds(source: str | Path) -> bool:
     """Whether it is `open_clip:MODEL:WEIGHTS`, or a folder in OpenCLIP's form alone."""
     folder = Path(source)
     own = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
     return own or str(source).startswith(PREFIX)
+
+
+def load(folder: Path, name: str | None, device: torch.device | None = None) -> OpenClip:
+    """Load a folder in OpenCLIP's form."""
+    return OpenClip(folder, name, device)
 
 
 class OpenClip(TwoTowers):

@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from crosstill import files
-from crosstill.errors import ModelError
+from crosstill.errors import CorruptError, ModelError
 from crosstill.progress import quiet
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -84,6 +84,20 @@ def reading(folder: Path | str, what: str) -> Iterator[None]:
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ImportError, ...
         line = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(f"{folder}: its {what} does not load ({line})") from None
+
+
+def architectures(folder: Path) -> list[str]:
+    """List the classes of transformers that a folder's `config.json` names.
+
+    A damaged `config.json` is no error here: whoever opens the folder next says what is wrong.
+    """
+    if not (folder / "config.json").is_file():
+        return []
+    try:
+        config = files.read_json(folder / "config.json")
+    except CorruptError:
+        return []
+    return list((config.get("architectures") if isinstance(config, dict) else None) or ())
 
 
 def read_config(folder: Path) -> Any:

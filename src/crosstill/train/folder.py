@@ -29,8 +29,8 @@ from crosstill.cache.format import QUARANTINE
 from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError, ModelError
 from crosstill.evaluate import runs
 from crosstill.evaluate.runs import CONFIG, FORMAT
+from crosstill.fusion.matcher import Matcher
 from crosstill.students.student import RECORD, Student
-from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig, parse
 
 Learner = Student | Matcher

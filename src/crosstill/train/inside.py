@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from crosstill.cache import Cache, Split, pixels
 from crosstill.errors import ConfigError, MismatchError, ModelError
-from crosstill.evaluate import open_encoder
+from crosstill.models import open as open_model
 from crosstill.objectives import Objective
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
@@ -201,7 +201,7 @@ def _number(layer: str, count: int, tower: str) -> int:
 
 def _open(source: str, cache: Cache) -> Teacher:
     try:
-        teacher = open_encoder(source)
+        teacher = open_model(source, "encoder")
     except ModelError as error:
         raise ModelError(f"teacher = {source}: {error}") from None
     if _image_tower(teacher) is None:

@@ -9,9 +9,9 @@ from torch import nn
 from crosstill import teachers
 from crosstill.cache import ScoreCache
 from crosstill.errors import ConfigError, MismatchError, ModelError
+from crosstill.fusion.matcher import Matcher
 from crosstill.objectives import Objective
 from crosstill.students.student import Student
-from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig
 from crosstill.train.lists import FALSE, Ways
 

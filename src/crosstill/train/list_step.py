@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosstill.teachers.matcher import PAIRS, Matcher
+from crosstill.fusion.matcher import PAIRS, Matcher
 from crosstill.train.lists import Asked, ListBatch
 from crosstill.train.step import Outcome, Step
 from crosstill.types import Features, Lists, States
@@ -70,7 +70,7 @@ class ListStep(Step):
         pairs = [_pairs(way, found.partners, batch) for way, found in lists.items()]
         distinct, inverse = torch.unique(torch.cat(pairs), dim=0, return_inverse=True)
         model: Matcher = self._student  # type: ignore[assignment]
-        scores = model.match(sides[0].take(distinct[:, 0]), sides[1].take(distinct[:, 1]))
+        scores = model.score_states(sides[0].take(distinct[:, 0]), sides[1].take(distinct[:, 1]))
         parts = scores.float()[inverse].split([len(part) for part in pairs])
         return {
             way: part.view(found.partners.shape)
@@ -88,7 +88,9 @@ class ListStep(Step):
             chunks = _pairs(way, found.partners, batch).split(PAIRS)
             scores = torch.cat(
                 [
-                    self.judge.match(*(s.take(c) for s, c in zip(sides, chunk.T, strict=True)))
+                    self.judge.score_states(
+                        *(s.take(c) for s, c in zip(sides, chunk.T, strict=True))
+                    )
                     for chunk in chunks
                 ]
             ).view(found.partners.shape)
@@ -109,11 +111,11 @@ def see(model: Matcher, batch: ListBatch) -> tuple[States, States]:
     """The towers' states of a batch: kept ones as they are, else the towers run."""
     if isinstance(batch.images, States):
         return batch.images, batch.texts
-    return model.look_at(list(batch.images)), model.read(batch.texts)
+    return model.encode_mixed(list(batch.images)), model.encode_texts(batch.texts)
 
 
 def _entered(model: Matcher, image: States, text: States) -> tuple[States, States]:
-    return model.enter(image, "image"), model.enter(text, "text")
+    return model.project(image, "image"), model.project(text, "text")
 
 
 def _pairs(way: str, partners: Tensor, batch: ListBatch) -> Tensor:

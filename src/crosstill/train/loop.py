@@ -16,9 +16,9 @@ from crosstill.balance import Balancer
 from crosstill.cache import Cache, CacheBase
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
+from crosstill.fusion.matcher import Matcher
 from crosstill.students.student import Student
 from crosstill.teachers.base import truncation_note
-from crosstill.teachers.matcher import Matcher
 from crosstill.train import checkpoint, checks, distributed, folder, optim, targets, warm, work
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group

@@ -14,8 +14,8 @@ from crosstill.cache import ScoreCache, Split
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.encode import cached_truth
 from crosstill.evaluate.recall import DEPTHS, Retrieval, chances_of_scores, from_scores
+from crosstill.fusion.matcher import Matcher
 from crosstill.teachers.base import evaluating
-from crosstill.teachers.matcher import Matcher
 from crosstill.train.config import TrainConfig
 from crosstill.train.states import Sides
 from crosstill.types import States
@@ -102,9 +102,9 @@ class MatchedSplit:
         images, image = np.unique(self._listed.image[mine], return_inverse=True)
         texts, text = np.unique(self._listed.text[mine], return_inverse=True)
         sides = run_towers(model, self._sides, images, texts)
-        entered = model.enter(sides[0], "image"), model.enter(sides[1], "text")
+        entered = model.project(sides[0], "image"), model.project(sides[1], "text")
         pairs = torch.from_numpy(np.stack([image, text], axis=1))
-        return model.match_pairs(*entered, pairs)
+        return model.score_pairs(*entered, pairs)
 
 
 def of_run(model: Matcher, cache: ScoreCache, split: Split, settings: TrainConfig) -> MatchedSplit:
@@ -122,4 +122,4 @@ def run_towers(
     read = States(*(part.to(model.device) for part in read))
     if isinstance(seen, States):
         return States(*(part.to(model.device) for part in seen)), read
-    return model.look_at(list(seen)), model.read(read)
+    return model.encode_mixed(list(seen)), model.encode_texts(read)

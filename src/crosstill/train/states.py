@@ -13,7 +13,7 @@ from torch import Tensor
 from crosstill import images
 from crosstill.cache import PixelStore, ScoreCache, Split, memo, pixels
 from crosstill.formats import by_length
-from crosstill.teachers.matcher import Matcher
+from crosstill.fusion.matcher import Matcher
 from crosstill.types import States
 
 BATCH = 128  # inputs of a tower in one go
@@ -109,11 +109,11 @@ class Sides:
     def _looks(self, model: Matcher) -> tuple[int, Iterator[tuple[np.ndarray, Tensor]]]:
         """How many tokens all images have, and tokens of some of them with their places."""
         count = self._images_count
-        each = model.look_at(list(self._photos.take(np.arange(1)))).hidden.shape[1]
+        each = model.encode_mixed(list(self._photos.take(np.arange(1)))).hidden.shape[1]
 
         def parts() -> Iterator[tuple[np.ndarray, Tensor]]:
             for rows in batches(np.arange(count)):
-                hidden = model.look_at(list(self._photos.take(rows))).hidden
+                hidden = model.encode_mixed(list(self._photos.take(rows))).hidden
                 yield np.add.outer(rows * each, np.arange(each)).ravel(), hidden.flatten(0, 1)
 
         return count * each, parts()
@@ -134,7 +134,7 @@ class Sides:
 
 @torch.inference_mode()
 def _read(model: Matcher, tokens: States) -> States:
-    return model.read(States(*(side.to(model.device) for side in tokens)))
+    return model.encode_texts(States(*(side.to(model.device) for side in tokens)))
 
 
 def _tokenized(model: Matcher, texts: list[str]) -> Kept:

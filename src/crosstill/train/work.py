@@ -10,9 +10,9 @@ from crosstill import evaluate, students
 from crosstill.cache import Cache, CacheBase, ScoreCache
 from crosstill.errors import MismatchError
 from crosstill.evaluate.recall import Retrieval
+from crosstill.fusion.matcher import Matcher
 from crosstill.students.config import FusionConfig, StudentConfig
 from crosstill.students.student import Student
-from crosstill.teachers.matcher import Matcher
 from crosstill.train import inside, list_checks, nested, targets
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group

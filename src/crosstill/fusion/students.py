@@ -11,34 +11,41 @@ import torch
 from torch import Tensor, nn
 from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViTImageProcessorPil
 
-from crosstill import files, teachers
+from crosstill import files
 from crosstill.errors import ConfigError, ModelError, unknown
+from crosstill.fusion.families import Vilt
+from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.meter import Meter, Parts
+from crosstill.fusion.meter_network import CoAttention, Shape
+from crosstill.models import open as open_model
 from crosstill.progress import quiet
-from crosstill.students.config import FusionConfig
-from crosstill.students.student import RECORD, Student
+from crosstill.students.config import FusionConfig, load_config
+from crosstill.students.student import Student
 from crosstill.teachers.dual import DualEncoder
-from crosstill.teachers.matcher import Matcher
-from crosstill.teachers.meter import CoAttention, Meter, Shape
-from crosstill.teachers.meter.model import Parts
-from crosstill.teachers.vilt import Vilt
 from crosstill.towers import narrow, vocabulary
 
 
 def build(
-    config: FusionConfig, captions: Sequence[str] = (), seed: int = 0, teacher: str | None = None
+    student: FusionConfig | str | Path,
+    captions: Sequence[str] = (),
+    seed: int = 0,
+    teacher: str | None = None,
 ) -> Matcher:
-    """Make the fusion model, ready to train.
+    """Build a fusion model to train.
 
     Args:
-        config: what to make.
+        student: a configuration, "half", or a TOML file with the key `fusion`.
         captions: what a model from scratch learns its vocabulary from.
         seed: of all that starts at random.
-        teacher: the folder that "cut" takes without a `source`.
+        teacher: the folder of the fusion model that a "cut" without a `source` is cut from.
 
     Raises:
-        ConfigError: a shape or layer that cannot be.
+        ConfigError: a shape or layer that cannot be, or a configuration of a dual encoder.
         ModelError: a source that does not load, or is not of the kind that is needed.
     """
+    config = load_config(student) if isinstance(student, str | Path) else student
+    if config.kind != "matcher":
+        raise ConfigError(f"student {config.name}: a dual encoder, not a fusion model")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if config.fusion == "cut":
@@ -53,8 +60,8 @@ def _cut(config: FusionConfig, teacher: str | None) -> Matcher:
             f"student {config.name}: the score cache has no teacher to cut; make it with a fusion "
             'teacher, or give a TOML file with fusion = "cut" and source = the model\'s folder'
         )
-    model = teachers.load(source)
-    if not isinstance(model, Matcher):
+    model: Any = open_model(source)
+    if model.kind != "matcher":
         raise ModelError(f"{source}: no fusion model, so it has no fusion layers to cut")
     student = model.cut(config.layers)
     student.name = f"{model.name}, {student.depth} of {model.depth} layers"
@@ -108,7 +115,7 @@ def _widths(model: Meter) -> tuple[int, int]:
     """How wide the towers' tokens are."""
     pixels = torch.zeros(1, 3, *model.preprocess.size, dtype=torch.uint8)
     with torch.inference_mode():
-        image, text = model.look(pixels), model.read(model.tokenize(["a"]))
+        image, text = model.encode_images(pixels), model.encode_texts(model.tokenize(["a"]))
     return image.hidden.shape[2], text.hidden.shape[2]
 
 
@@ -137,16 +144,13 @@ def begin_in_joint_space(stack: CoAttention, heads: tuple[Tensor, Tensor]) -> No
 
 
 def _dual(source: str) -> Student | DualEncoder:
-    for folder in (Path(source), Path(source) / "best"):
-        if (folder / RECORD).is_file():
-            return Student.load(folder)
-    model = teachers.load(source)
-    if not isinstance(model, DualEncoder) or not hasattr(model.model, "vision_model"):
-        raise ModelError(
-            f"{source}: no dual encoder whose towers can be taken; give a student, a run or a "
-            "folder such as CLIP's or VisionTextDualEncoder's"
-        )
-    return model
+    model: Any = open_model(source)
+    if isinstance(model, Student) or hasattr(getattr(model, "model", None), "vision_model"):
+        return model
+    raise ModelError(
+        f"{source}: no dual encoder whose towers can be taken; give a student, a run or a "
+        "folder such as CLIP's or VisionTextDualEncoder's"
+    )
 
 
 def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:

@@ -1,4 +1,8 @@
-"""A METER-shaped model over any two towers."""
+"""METER-shaped fusion models: two towers, and a stack of co-attention layers for each stream.
+
+Dou et al., "An Empirical Study of Training End-to-End Vision-and-Language Transformers", arXiv
+2111.02387; the teacher of DCD (arXiv 2207.01426). The towers may be any two.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,9 @@ from torch.nn import functional
 
 from crosstill import artefacts
 from crosstill.errors import CorruptError
+from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.meter_network import ClipVisual, CoAttention, Shape
 from crosstill.images import Preprocess, normalise
-from crosstill.teachers.matcher import Matcher
-from crosstill.teachers.meter.stack import CoAttention, Shape
-from crosstill.teachers.meter.visual import ClipVisual
 from crosstill.towers import build, saved
 from crosstill.types import States
 
@@ -61,7 +64,7 @@ class Meter(Matcher):
         self.tokenizer, self.max_length = parts.tokenizer, parts.max_length
         self._pooling = {"image": parts.image_pooling, "text": parts.text_pooling}
 
-    def look(self, pixels: Tensor) -> States:
+    def encode_images(self, pixels: Tensor) -> States:
         values = normalise(pixels, self.preprocess).contiguous(memory_format=torch.channels_last)
         if isinstance(self.image_tower, ClipVisual):
             tokens = self.image_tower(values)
@@ -69,7 +72,7 @@ class Meter(Matcher):
             tokens = self._tokens(self.image_tower(pixel_values=values), "image", None)
         return States(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.int64))
 
-    def read(self, tokens: States) -> States:
+    def encode_texts(self, tokens: States) -> States:
         output = self.text_tower(input_ids=tokens.hidden, attention_mask=tokens.mask)
         states = self._tokens(output, "text", tokens.mask)
         added = states.shape[1] - tokens.mask.shape[1]
@@ -85,10 +88,10 @@ class Meter(Matcher):
         pooled = build.pool(output, self._pooling[side], mask)
         return torch.cat([pooled[:, None], hidden], dim=1)
 
-    def enter(self, states: States, side: str) -> States:
-        return States(self.fusion.enter(states.hidden, side), states.mask)
+    def project(self, states: States, side: str) -> States:
+        return States(self.fusion.project(states.hidden, side), states.mask)
 
-    def match(self, images: States, texts: States) -> Tensor:
+    def score_states(self, images: States, texts: States) -> Tensor:
         return self.fusion(*images, *texts)
 
     def towers(self) -> list[nn.Module]:

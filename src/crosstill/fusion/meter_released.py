@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 
 from crosstill.errors import ConfigError, ModelError
+from crosstill.fusion.meter import RECORD, Meter, Parts
+from crosstill.fusion.meter_network import ClipVisual, CoAttention, Shape
 from crosstill.preprocess import Preprocess
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
-from crosstill.teachers.meter.model import Meter, Parts
-from crosstill.teachers.meter.stack import CoAttention, Shape
-from crosstill.teachers.meter.visual import ClipVisual
-from crosstill.towers import hub
+from crosstill.towers import build, hub
 from crosstill.towers.build import grid_of, resized_positions
+
+__all__ = ["RECORD", "examine", "is_released", "load", "read_folder", "sizes"]
 
 HEAD = 64  # width of an attention head
 LENGTH = 40  # tokens of a caption in METER's retrieval settings
@@ -31,6 +32,22 @@ PAD = 1  # the id of RoBERTa's padding; it counts positions by it
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# what is told of a part's sizes, under the names of ClipVisual, transformers and Shape
+_SIZES = (
+    "model_type",
+    "image_size",
+    "patch_size",
+    "layers",
+    "num_hidden_layers",
+    "width",
+    "hidden_size",
+    "heads",
+    "num_attention_heads",
+    "mlp",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 _VISUAL = "vit_model.visual."
 _TEXT = "text_transformer.embeddings."
 # first letters of our names → of the file's
@@ -128,6 +145,23 @@ def load(
     model.name, model.tokenizer = name, words
     model.load_state_dict({ours: given[theirs] for ours, theirs in _released_names(model, student)})
     return model.freeze_towers().eval()
+
+
+def read_folder(folder: Path) -> Meter:
+    """Load a folder that was converted before."""
+    return Meter.load(folder, torch.device("cpu"))
+
+
+def sizes(model: Meter) -> dict[str, dict[str, Any]]:
+    """Return what decides the shapes of a METER, by part; Hugging Face towers name themselves."""
+    image, text = model.image_tower, build.describe(model.text_tower.config)
+    described = image.config if isinstance(image, ClipVisual) else build.describe(image.config)
+    stack = model.fusion.shape.to_json()
+    return {
+        "image": {name: described[name] for name in _SIZES if name in described},
+        "text": {name: text[name] for name in _SIZES if name in text},
+        "fusion": {name: size for name, size in stack.items() if name in _SIZES},
+    }
 
 
 def _read_tokenizer(folder: Path, words: int) -> Any:

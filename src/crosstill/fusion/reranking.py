@@ -17,18 +17,18 @@ from torch import Tensor
 
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError
-from crosstill.evaluate import fusion
 from crosstill.evaluate.efficiency import Stopwatch, figure, one_thread
 from crosstill.evaluate.encode import embed
-from crosstill.evaluate.models import open_encoder, open_matcher
 from crosstill.evaluate.reading import captions, readable
 from crosstill.evaluate.recall import Retrieval, from_scores
 from crosstill.evaluate.report import HEADINGS, Evaluation, remarks, six
 from crosstill.evaluate.tabular import aligned
 from crosstill.evaluate.truth import Truth
+from crosstill.fusion import measure
+from crosstill.fusion.matcher import Matcher
 from crosstill.images import Quarantine
+from crosstill.models import open as open_model
 from crosstill.teachers.base import Teacher, TextReader, truncation_note
-from crosstill.teachers.matcher import Matcher
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def run(
     """
     if top < 1:
         raise ConfigError(f"--top {top}: re-rank at least 1 of each query's candidates")
-    judge, first = open_matcher(source), open_encoder(finder)
+    judge, first = open_model(source, "matcher"), open_model(finder, "encoder")
     depths = [k for k in (*DEPTHS, *FURTHER) if k < top] + [top]
     with one_thread() if efficiency else nullcontext():
         found = rerank(first, judge, pairs, depths, blend, strict)
@@ -186,7 +186,7 @@ def rerank(
 
     Raises:
         ConfigError: no k, one below 1, or a `blend` that is not above 0.
-        DataError, ImageError, ModelError: see `crosstill.evaluate.fusion.score_matrix`.
+        DataError, ImageError, ModelError: see `crosstill.fusion.measure.score_matrix`.
     """
     if not depths or min(depths) < 1:
         raise ConfigError(f"re-rank the top {list(depths)}: each must be at least 1")
@@ -200,7 +200,7 @@ def rerank(
     depths, places = sorted(set(depths)), _Places(cosines)
     wanted = places.within(depths[-1])
     log.info("%s: %s passes of %s", judge.name, f"{int(wanted.sum()):,}", f"{wanted.numel():,}")
-    scored = fusion.score(judge, clean, wanted)
+    scored = measure.score(judge, clean, wanted)
     told = scored.scores if blend is None else scored.scores + cosines / blend
     stages = []
     for k in depths:

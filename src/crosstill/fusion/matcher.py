@@ -1,7 +1,8 @@
-"""What a fusion model is: it reads an image and a text together and scores how well they match.
+"""Fusion models: they read an image and a text together and score how well the two match.
 
-A fusion model cannot search: N images and M texts are N x M passes. What it computes of either
-side alone is computed once (`look`, `read`, `enter`) and used in every pair (`match`).
+A fusion model cannot search: N images and M texts are N x M passes. What it computes of either side
+alone is computed once, by the towers (`encode_images`, `encode_texts`) and by what the fusion part
+does before the two meet (`project`). Every pair then costs one pass of `score_states`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from crosstill import files
 from crosstill.errors import ConfigError, ModelError
 from crosstill.formats import by_length, encodable
 from crosstill.images import Preprocess
-from crosstill.teachers.base import embed_pixels, evaluating, tensors_digest
+from crosstill.teachers.base import Kind, embed_pixels, evaluating, tensors_digest
 from crosstill.types import States
 
 PAIRS = 64  # pairs in one pass on a CPU; more only spill its cache
@@ -29,21 +30,22 @@ GPU_PAIRS = 1024
 
 @runtime_checkable
 class FusionTeacher(Protocol):
-    """What a score cache, an evaluation and a re-ranking ask of a fusion model."""
+    """A model that scores pairs; score caches take any object with these members."""
 
     name: str
     preprocess: Preprocess
 
     def score(self, images: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
-        """How well image i fits text i: pixels and texts of P pairs → (P,) logits."""
+        """Score image i with text i: pixels and texts of P pairs → (P,) logits."""
         ...
 
 
 class Matcher(nn.Module, ABC):
     """Base of all fusion models, teachers and students alike.
 
-    A family writes `look`, `read`, `match`, and `enter` if something is learnt between towers
-    and fusion; it says which parts are towers, and how many fusion layers it has.
+    A family writes `encode_images`, `encode_texts` and `score_states`, and `project` if something
+    is learnt between towers and fusion. It names the parts that are towers, and counts its fusion
+    layers.
 
     Attributes:
         family: "vilt", "blip", "bridgetower" or "meter".
@@ -55,6 +57,7 @@ class Matcher(nn.Module, ABC):
         max_length: tokens of a text, special ones included; the rest is cut off.
     """
 
+    kind: ClassVar[Kind] = "matcher"
     family: str
     name: str
     source: str | None
@@ -66,32 +69,32 @@ class Matcher(nn.Module, ABC):
     # --- what a family writes ---
 
     @abstractmethod
-    def look(self, pixels: Tensor) -> States:
-        """Towers' states of images: uint8 (B, 3, H, W), resized by `preprocess`."""
+    def encode_images(self, pixels: Tensor) -> States:
+        """Run the image tower: uint8 (B, 3, H, W), resized by `preprocess`, → states."""
 
     @abstractmethod
-    def read(self, tokens: States) -> States:
-        """Towers' states of texts, from token ids (B, L) and their mask."""
+    def encode_texts(self, tokens: States) -> States:
+        """Run the text tower: token ids (B, L) and their mask → states."""
 
-    def enter(self, states: States, side: str) -> States:
-        """What the fusion part does to one side ("image" or "text") before the two meet."""
+    def project(self, states: States, side: str) -> States:
+        """Take one side's states ("image" or "text") into the fusion part, before the two meet."""
         return states
 
     @abstractmethod
-    def match(self, images: States, texts: States) -> Tensor:
-        """Score image i with text i: entered states of P pairs each → (P,) logits.
+    def score_states(self, images: States, texts: States) -> Tensor:
+        """Score image i with text i: projected states of P pairs each → (P,) logits.
 
         The logit is that of "they belong together"; higher is better.
         """
 
     @abstractmethod
     def towers(self) -> list[nn.Module]:
-        """The parts that `look` and `read` run: what stays frozen in distillation."""
+        """Return the parts that encode one side alone; they stay frozen in distillation."""
 
     @property
     @abstractmethod
     def depth(self) -> int:
-        """How many fusion layers there are."""
+        """Count the fusion layers."""
 
     @abstractmethod
     def keep_layers(self, layers: Sequence[int]) -> None:
@@ -99,7 +102,7 @@ class Matcher(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write a folder that `teachers.load` reads."""
+        """Write a folder that `crosstill.open_model` opens."""
 
     # --- what all share ---
 
@@ -108,7 +111,7 @@ class Matcher(nn.Module, ABC):
         return next(self.parameters()).device
 
     def tokenize(self, texts: Sequence[str]) -> States:
-        """Token ids (B, L) as `hidden`, L that of the longest of the texts."""
+        """Return token ids (B, L) as `hidden`, L that of the longest of the texts."""
         found = self.tokenizer(
             [encodable(text) for text in texts],
             padding="longest",
@@ -119,33 +122,37 @@ class Matcher(nn.Module, ABC):
         return States(found["input_ids"], found["attention_mask"])
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than it can read."""
+        """Count the texts that are longer than it can read."""
         plain = [encodable(text) for text in texts]
         ids = self.tokenizer(plain, truncation=False, verbose=False)["input_ids"] if plain else []
         return sum(len(row) > self.max_length for row in ids)
 
     @torch.inference_mode()
     def image_states(self, pixels: Sequence[Tensor]) -> States:
-        """Entered states of uint8 (3, H, W) images, which may differ in size where they may."""
+        """Encode and project uint8 (3, H, W) images, which may differ in size in some families."""
         with evaluating(self):
-            return self.enter(self.look_at(pixels), "image")
+            return self.project(self.encode_mixed(pixels), "image")
 
     @torch.inference_mode()
     def text_states(self, texts: Sequence[str]) -> States:
-        """Entered states of texts."""
+        """Encode and project texts."""
         with evaluating(self):
             tokens = self.tokenize(texts)
-            return self.enter(self.read(States(*(t.to(self.device) for t in tokens))), "text")
+            return self.project(
+                self.encode_texts(States(*(t.to(self.device) for t in tokens))), "text"
+            )
 
-    def look_at(self, pixels: Sequence[Tensor]) -> States:
-        """`look` at images of any mix of sizes, in chunks that suit the device."""
+    def encode_mixed(self, pixels: Sequence[Tensor]) -> States:
+        """Encode images of any mix of sizes, in chunks that suit the device."""
         shapes = sorted({tuple(image.shape) for image in pixels})
         found: list[States] = []
         order: list[int] = []
         for shape in shapes:
             rows = [row for row, image in enumerate(pixels) if tuple(image.shape) == shape]
             stack = torch.stack([pixels[row] for row in rows])
-            hidden = embed_pixels(stack, lambda chunk: self.look(chunk).hidden, self.device)
+            hidden = embed_pixels(
+                stack, lambda chunk: self.encode_images(chunk).hidden, self.device
+            )
             found.append(States(hidden, torch.ones(hidden.shape[:2], dtype=torch.int64)))
             order += rows
         whole = joined(found)
@@ -153,8 +160,8 @@ class Matcher(nn.Module, ABC):
         return States(whole.hidden[back.to(self.device)], whole.mask[back].to(self.device))
 
     @torch.inference_mode()
-    def match_pairs(self, images: States, texts: States, pairs: Tensor) -> Tensor:
-        """Scores of pairs, in chunks: (P, 2) rows of `images` and of `texts` → (P,) on the CPU.
+    def score_pairs(self, images: States, texts: States, pairs: Tensor) -> Tensor:
+        """Score pairs, in chunks: (P, 2) rows of `images` and of `texts` → (P,) on the CPU.
 
         Raises:
             ModelError: a score is NaN or infinite.
@@ -166,7 +173,7 @@ class Matcher(nn.Module, ABC):
         with evaluating(self):
             for chunk in by_length(lengths, size):
                 image, text = pairs[chunk].unbind(1)
-                out[chunk] = self.match(images.take(image), texts.take(text)).float().cpu()
+                out[chunk] = self.score_states(images.take(image), texts.take(text)).float().cpu()
         if not out.isfinite().all():
             raise ModelError(f"{self.name}: its scores are not finite; check its weights")
         return out
@@ -177,10 +184,10 @@ class Matcher(nn.Module, ABC):
             raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
         rows = torch.arange(len(texts))
         both = torch.stack([rows, rows], dim=1)
-        return self.match_pairs(self.image_states(images), self.text_states(texts), both)
+        return self.score_pairs(self.image_states(images), self.text_states(texts), both)
 
     def identity(self) -> dict[str, str]:
-        """All that decides its output: weights, preprocess, tokenizer, activation, family."""
+        """Return the hashes that identify this model: its weights, its inputs, its family."""
         return {
             "weights": tensors_digest(self.state_dict()),
             **self._inputs(),
@@ -196,34 +203,34 @@ class Matcher(nn.Module, ABC):
         }
 
     def towers_digest(self) -> str:
-        """SHA-256 of all that decides what `look` and `read` give."""
+        """Return the SHA-256 of what decides the output of `encode_images` and `encode_texts`."""
         parts = [tensors_digest(tower.state_dict()) for tower in self.towers()]
         return files.digest_json([parts, self._inputs(), self.family])
 
     @property
     def activation(self) -> str:
-        """The non-linearities that the weights were trained with."""
+        """Name the non-linearities that the weights were trained with."""
         return "gelu"
 
     def parameter_count(self) -> int:
-        """How many parameters it has in all."""
+        """Count its parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters_by_part(self) -> dict[str, int]:
-        """How many parameters the towers have, and the fusion part."""
+        """Count the parameters of the towers, of the fusion part, and of both."""
         towers = sum(p.numel() for tower in self.towers() for p in tower.parameters())
         total = self.parameter_count()
         return {"towers": towers, "fusion": total - towers, "total": total}
 
     def freeze_towers(self) -> Self:
-        """Let nothing of the towers learn."""
+        """Stop the towers from learning."""
         for tower in self.towers():
             tower.requires_grad_(False)
         return self
 
     @property
     def towers_frozen(self) -> bool:
-        """Whether `look` and `read` give the same states for ever."""
+        """Whether the towers no longer learn, so that their states can be kept."""
         return not any(p.requires_grad for tower in self.towers() for p in tower.parameters())
 
     def train(self, mode: bool = True) -> Self:
@@ -235,7 +242,7 @@ class Matcher(nn.Module, ABC):
         return self
 
     def cut(self, layers: Sequence[int] | None = None) -> Self:
-        """A copy with fewer fusion layers, everything else copied: DCD's student (2207.01426).
+        """Copy the model with fewer fusion layers: DCD's student (arXiv 2207.01426).
 
         Args:
             layers: which to keep, in order; None keeps half of them, see `half`.
@@ -257,13 +264,13 @@ class Matcher(nn.Module, ABC):
 
 
 class Reader:
-    """Many texts' states, each computed once while they fit into memory.
+    """Projected states of many texts, each computed once while they fit into memory.
 
-    The last bits of a text's states depend on the texts that share its pass, and so on what was
-    asked before. Whoever goes on with a work that was stopped repeats its questions with `keep`.
+    The last bits of a text's states depend on the texts that share its pass, and so on the calls
+    before. To go on with work that was stopped, repeat its calls with `keep`.
 
     Args:
-        model: what reads.
+        model: the fusion model.
         texts: all texts.
         room: bytes of states to keep, those of the first texts that are asked for; what does not
             fit is read again when it is asked for.
@@ -274,14 +281,14 @@ class Reader:
         self._kept: dict[int, Tensor] = {}
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep what `states` of these rows would keep, without computing more."""
+        """Keep the states that a call of `states` would keep, without computing more."""
         for part in self._passes(rows):
             if self._room <= 0:
                 return
             self._read(part)
 
     def states(self, rows: Sequence[int]) -> States:
-        """Entered states of some of the texts, padded to the longest of them."""
+        """Return projected states of some of the texts, padded to the longest of them."""
         fresh = [self._read(part) for part in self._passes(rows)]
         found = {**self._kept, **{row: states for part in fresh for row, states in part.items()}}
         hidden = nn.utils.rnn.pad_sequence([found[row] for row in rows], batch_first=True)
@@ -290,7 +297,7 @@ class Reader:
         return States(hidden, mask.long())
 
     def _passes(self, rows: Sequence[int]) -> list[list[int]]:
-        """The rows that are not kept, in passes of texts of similar length."""
+        """Split the rows that are not kept into passes of texts of similar length."""
         new = [row for row in rows if row not in self._kept]
         chunks = by_length((len(self._texts[row]) for row in new), PAIRS)
         return [[new[place] for place in chunk] for chunk in chunks]
@@ -310,7 +317,7 @@ class Reader:
 def score_pairs(
     teacher: FusionTeacher, images: Sequence[Tensor], texts: Sequence[str], pairs: Tensor
 ) -> Tensor:
-    """Scores of (P, 2) rows of `images` and of `texts` → (P,), by a teacher of any kind."""
+    """Score (P, 2) rows of `images` and of `texts` → (P,), by a teacher of any kind."""
     out = [
         teacher.score([images[i] for i, _ in chunk], [texts[t] for _, t in chunk])
         for chunk in (rows.tolist() for rows in pairs.split(PAIRS))
@@ -319,7 +326,7 @@ def score_pairs(
 
 
 def half(depth: int) -> list[int]:
-    """Every other layer, the first and the last among them: 6 → 0, 3, 5 as DCD's authors have it.
+    """List every other layer, the first and last among them: 6 → 0, 3, 5 as DCD's authors do.
 
     >>> half(6), half(12), half(4), half(3), half(2)
     ([0, 3, 5], [0, 3, 5, 7, 9, 11], [0, 3], [2], [1])
@@ -330,7 +337,7 @@ def half(depth: int) -> list[int]:
 
 
 def joined(parts: Iterable[States]) -> States:
-    """States of several batches in one, padded to the longest."""
+    """Join the states of several batches into one, padded to the longest."""
     whole = list(parts)
     longest = max(part.mask.shape[1] for part in whole)
     hidden, mask = (torch.cat([padded(part[side], longest) for part in whole]) for side in range(2))
@@ -338,7 +345,7 @@ def joined(parts: Iterable[States]) -> States:
 
 
 def padded(values: Tensor, length: int) -> Tensor:
-    """(B, L, ...) with zeros behind, to (B, length, ...)."""
+    """Append zeros: (B, L, ...) → (B, length, ...)."""
     short = length - values.shape[1]
     if not short:
         return values
@@ -347,5 +354,5 @@ def padded(values: Tensor, length: int) -> Tensor:
 
 
 def rules_without_padding(rules: str) -> dict[str, Any]:
-    """A tokenizer's JSON less the padding and truncation of its last call."""
+    """Return a tokenizer's JSON without the padding and truncation of its last call."""
     return {**json.loads(rules), "padding": None, "truncation": None}

@@ -1,0 +1,40 @@
+"""Models that read an image and a text together, from their families to re-ranking.
+
+    matcher         the base of all of them: what is computed of each side alone, and of pairs
+    families        ViLT, BLIP and BridgeTower of transformers; opening of any fusion model's folder
+    meter           METER-shaped models, their networks and their released files
+    students        fusion models to train
+    measure         scores and seconds of a whole split
+    reranking       a dual encoder finds, a fusion model puts in order
+
+The distiller does not import this package. What it needs is found by name: the families in
+`crosstill.teachers.FAMILIES`, the measure in `crosstill.evaluate.compare.MEASURES`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crosstill.fusion.matcher import Matcher
+    from crosstill.fusion.measure import Scored, score_matrix
+    from crosstill.fusion.reranking import Reranked, rerank
+    from crosstill.fusion.students import build
+
+__all__ = ["Matcher", "Reranked", "Scored", "build", "rerank", "score_matrix"]
+
+_PLACES = {
+    "Matcher": "matcher",
+    "Reranked": "reranking",
+    "Scored": "measure",
+    "build": "students",
+    "rerank": "reranking",
+    "score_matrix": "measure",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
