@@ -14,8 +14,7 @@ from crosstill.cli import common
 from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crosstill.cache import CacheBase
-    from crosstill.train import Learner, TrainConfig
+    from crosstill.students.config import FusionConfig, StudentConfig
 
 
 def command(
@@ -61,41 +60,25 @@ def command(
     files.check_writable(out)
     from crosstill import recipes
 
-    settings = recipes.config(recipe or "dsmd", changes or [])
+    settings = recipes.choose(recipe, changes or [], out if resume else None)
     common.hush()
-    from crosstill import cache as caches
-    from crosstill.train import folder, train
+    from crosstill import students
     from crosstill.train.distributed import leads
 
-    if not resume:
-        folder.check_new(out)  # before a student is fetched or built
-    elif folder.is_run(out):
-        settings = recipes.resumed(out).changed(changes or [])
-        if recipe not in (None, settings.recipe):
-            raise ConfigError(
-                f"--recipe {recipe}: {out} was started with {settings.recipe}, which a resumed run "
-                "keeps; leave --recipe out, or start another run"
-            )
-    source = caches.open(cache)
-    # the other processes of torchrun read the student that the first one saves
-    made = None if resume or not leads() else _build(student, layers, source, settings)
-    command_line = shlex.join(["crosstill", *sys.argv[1:]])
-    run = train(made, source, settings, out, resume=resume, command=command_line)
+    learner: str | FusionConfig | StudentConfig | None = student or "mobile"
+    if layers is not None:
+        learner = students.load_config("half").model_copy(update={"layers": _numbers(layers)})
+    run = recipes.distill(
+        None if resume else learner,
+        cache,
+        settings,
+        out=out,
+        resume=resume,
+        command=shlex.join(["crosstill", *sys.argv[1:]]),
+    )
     if leads():
         best = run.metrics["best"]
         common.say(f"{out}: best val RSUM {best['rsum']:.2f} at epoch {best['epoch']}")
-
-
-def _build(
-    student: str | None, layers: str | None, cache: CacheBase, settings: TrainConfig
-) -> Learner:
-    from crosstill import students
-    from crosstill.train import work
-
-    config = students.load_config("half" if layers is not None else student or "mobile")
-    if layers is not None:
-        config = config.model_copy(update={"layers": _numbers(layers)})
-    return work.make(config, cache, settings)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

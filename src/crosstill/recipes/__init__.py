@@ -13,10 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosstill import cache as caches
+from crosstill import students
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, unknown
-from crosstill.train import Learner, Run, TrainConfig, train
+from crosstill.students.config import FusionConfig, StudentConfig
+from crosstill.train import Learner, Run, TrainConfig, train, work
 from crosstill.train import folder as runs
+from crosstill.train.distributed import leads
 
 Losses = Mapping[str, Mapping[str, Any]]
 
@@ -155,7 +159,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 
 
 def config(recipe: str, changes: Sequence[str] = ()) -> TrainConfig:
-    """A recipe's settings with `key=value` changes.
+    """Return a recipe's settings with `key=value` changes.
 
     Raises:
         ConfigError: no such recipe, key or value.
@@ -166,7 +170,7 @@ def config(recipe: str, changes: Sequence[str] = ()) -> TrainConfig:
 
 
 def resumed(folder: Path) -> TrainConfig:
-    """The settings of a run that is to be resumed, its losses in the order of its start.
+    """Read the settings of a run that is to be resumed, its losses in the order of its start.
 
     Older runs did not keep that order. Theirs is worked out from the command that started them,
     or, of a run that was started from Python, from its recipe.
@@ -195,7 +199,7 @@ def resumed(folder: Path) -> TrainConfig:
 
 
 def _typed(command: str) -> TrainConfig | None:
-    """The settings that a `crosstill train` command asks for; None if it is another command."""
+    """Parse the settings of a `crosstill train` command; None if it is another command."""
     words = shlex.split(command)
     if words[1:2] != ["train"]:
         return None
@@ -206,28 +210,74 @@ def _typed(command: str) -> TrainConfig | None:
     return config(known.recipe, known.set)
 
 
+def choose(
+    recipe: str | TrainConfig | None, changes: Sequence[str] = (), resuming: Path | None = None
+) -> TrainConfig:
+    """Return the settings of a run that is to be started or resumed.
+
+    Args:
+        recipe: a recipe's name, or settings made by hand; None is `dsmd`, or what the resumed
+            run was started with.
+        changes: `key=value` texts, as after `--set`.
+        resuming: the folder of the run to resume; None starts a new one.
+
+    Raises:
+        ConfigError: no such recipe, key or value, or not the recipe of the resumed run.
+    """
+    if isinstance(recipe, TrainConfig):
+        return recipe.changed(changes)
+    if recipe is not None and recipe not in RECIPES:
+        raise unknown("recipe", recipe, RECIPES)
+    if resuming is None or not runs.is_run(resuming):
+        return config(recipe or "dsmd", changes)
+    settings = resumed(resuming).changed(changes)
+    if recipe not in (None, settings.recipe):
+        raise ConfigError(
+            f"--recipe {recipe}: {resuming} was started with {settings.recipe}, which a resumed "
+            "run keeps; leave --recipe out, or start another run"
+        )
+    return settings
+
+
 def distill(
-    student: Learner | None,
-    cache: CacheBase,
-    recipe: str | TrainConfig = "dsmd",
+    student: Learner | StudentConfig | FusionConfig | str | Path | None,
+    cache: CacheBase | str | Path,
+    recipe: str | TrainConfig | None = None,
     *,
     out: str | Path,
     changes: Sequence[str] = (),
     resume: bool = False,
+    command: str = "",
 ) -> Run:
-    """Train `student` to say what the teacher behind `cache` said.
+    """Train a student to agree with the teacher behind a cache.
 
     Args:
-        student: the student, a dual encoder or a fusion model; None with `resume`, since a run
-            keeps its own.
-        cache: what the teacher said: features, or scores of candidate lists.
-        recipe: a recipe's name, or settings made by hand.
+        student: a preset ("mobile"), a TOML file or a configuration, of which the student is
+            built, as wide as the teacher and with the words of the training captions; or a
+            student that was built before. None with `resume`, since a run keeps its own.
+        cache: the teacher's outputs, features or scores of candidate lists, or their folder.
+        recipe: a recipe's name, or settings made by hand; None is `dsmd`, or what the resumed
+            run was started with.
         out: the run's folder.
         changes: `key=value` texts, as after `--set`.
         resume: go on with the run in `out`.
+        command: the command line of the user, kept with the run.
 
     Raises:
-        ConfigError, MismatchError, LockedError, NonFiniteError: see `crosstill.train.train`.
+        ConfigError: a setting or a student that cannot be, or `out` holds something else.
+        ModelError: a source of the student does not load.
+        MismatchError, LockedError, NonFiniteError: see `crosstill.train.train`.
     """
-    settings = recipe.changed(changes) if isinstance(recipe, TrainConfig) else None
-    return train(student, cache, settings or config(str(recipe), changes), out, resume=resume)
+    path = Path(out)
+    settings = choose(recipe, changes, path if resume else None)
+    if not resume:
+        runs.check_new(path)  # before a student is fetched or built
+    source = caches.open(cache) if isinstance(cache, str | Path) else cache
+    described = students.load_config(student) if isinstance(student, str | Path) else student
+    if not isinstance(described, StudentConfig | FusionConfig):
+        return train(described, source, settings, path, resume=resume, command=command)
+    if resume:
+        raise ConfigError(f"resume: a run keeps its student; give None in place of {student}")
+    # the other processes of torchrun read the student that the first one saves
+    built = work.make(described, source, settings) if leads() else None
+    return train(built, source, settings, path, command=command)
