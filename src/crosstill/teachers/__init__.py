@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crosstill import plugins
 from crosstill.errors import ModelError
 
 if TYPE_CHECKING:
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "load"]
 
-# The modules that open a teacher's folder, asked in this order: the first one that `holds` the
-# folder loads it. Models that read pairs are an annex, so theirs is found by name only. A folder
-# that none of them holds is opened as a Hugging Face dual encoder, which says what it lacks.
-FAMILIES = {
+# The modules that open a teacher's folder, asked in this order, those of other distributions last:
+# the first one that `holds` the folder loads it. Models that read pairs are an annex, so theirs is
+# found by name only. A folder that none of them holds is opened as a Hugging Face dual encoder,
+# which says what it lacks.
+_FAMILIES = {
     "bundle": "crosstill.teachers.bundle",
     "beit3": "crosstill.teachers.beit3",
     "open_clip": "crosstill.teachers.open_clip",
@@ -24,6 +25,7 @@ FAMILIES = {
     "fusion": "crosstill.fusion.families",
     "heads": "crosstill.teachers.heads",
 }
+FAMILIES = plugins.Kind(__name__, "teacher family", _FAMILIES)
 
 
 def load(source: str | Path, device: torch.device | None = None) -> Any:
@@ -57,7 +59,7 @@ def load(source: str | Path, device: torch.device | None = None) -> Any:
     folder, name = hub.locate(source), hub.display_name(source)
     if text.startswith(heads.PREFIX):
         return heads.load(folder, name, device)
-    families = (import_module(module) for module in FAMILIES.values())
+    families = map(FAMILIES.find, FAMILIES.in_order())
     family = next((family for family in families if family.holds(folder)), None)
     if family is not None:
         return family.load(folder, name, device)
