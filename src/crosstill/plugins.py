@@ -115,20 +115,20 @@ def _distribution(point: EntryPoint) -> str:
 
 
 def options(plugin: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of a class, in their order."""
-    anything = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    """Return the named arguments of a class, in their order."""
+    open_ended = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters = inspect.signature(plugin, eval_str=True).parameters
-    return {k: v for k, v in parameters.items() if v.kind not in anything}
+    return {k: v for k, v in parameters.items() if v.kind not in open_ended}
 
 
 def construct(
     plugin: type, what: str, given: Mapping[str, object], chosen: Mapping[str, object]
 ) -> Any:
-    """Call a class with what its package gives and what the user chose.
+    """Make a part from the arguments of its package and the options of the user.
 
     Args:
         plugin: the class.
-        what: how an error names it, such as "loss 'contrastive'".
+        what: the part in messages, such as "loss 'contrastive'".
         given: arguments that the program supplies; they are no options.
         chosen: the user's options; each is checked against the class's own signature.
 

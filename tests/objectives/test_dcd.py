@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
-from crosstill.objectives.parts.dcd import (
+from crosstill.objectives.dcd import (
     binary_cross_entropy,
     confidence,
     focal_loss,
@@ -14,7 +14,7 @@ from crosstill.objectives.parts.dcd import (
     uncertainty,
     uncertainty_loss,
 )
-from crosstill.objectives.parts.scores import hardest, list_cross_entropy
+from crosstill.objectives.parts.batch_scores import hardest, list_cross_entropy
 from crosstill.types import Features
 
 B, D = 7, 5

@@ -10,7 +10,7 @@ from crosstill import cache as caches
 from crosstill import students, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.fusion.matcher import Matcher
-from crosstill.objectives.parts.dcd import uncertainty_loss
+from crosstill.objectives.dcd import uncertainty_loss
 from crosstill.students.config import FusionConfig
 from crosstill.train import TrainConfig, checks, lists, optim, train, work
 from crosstill.train.distributed import Group

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from crosstill.errors import ConfigError, unknown
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.scores import (
+from crosstill.objectives.parts.batch_scores import (
     batch_logits,
     contrast,
     divergence,

@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
+from crosstill.objectives.parts.batch_scores import similarity
 from crosstill.objectives.parts.memory import Bank, draw
-from crosstill.objectives.parts.scores import similarity
 from crosstill.plugins import positive
 from crosstill.types import Features
 

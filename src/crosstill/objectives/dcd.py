@@ -2,27 +2,48 @@
 
 DCD, arXiv 2207.01426, made for fusion models that score one pair at a time (`rank`); DSMD
 (arXiv 2404.10838, table 2) runs it on the batch of a dual encoder (`forward`). Each query keeps
-its own partner and the negatives that the teacher finds hardest, and the student learns their
-scores. How sure the teacher is of a query decides between the teacher's scores and the label.
+its own partner and the negatives that the teacher scores highest, and the student learns their
+scores. The teacher's doubt about a query decides between the teacher's scores and the label.
+
+Teacher and student score the same N candidates of each of B queries; column 0 is the true partner.
+With s_ij and t_ij the student's and the teacher's scores, y = [1, 0, ..., 0] and alpha = 0.2:
+
+    H_i     = entropy of softmax_j(t_i)                     the teacher's doubt about query i
+    u_i     = H_i / sum_b H_b
+    MSE_i   = mean_j (s_ij - t_ij)^2
+    BCE_i   = mean_j binary cross-entropy of sigmoid(s_ij) against y_j
+    CE_i    = -log softmax_j(scores of i)_0                 of student (CE^s) or teacher (CE^t)
+
+    uncertainty = alpha sum_i softmax_b((1 - u)^2)_i MSE_i  +  (1 - alpha) sum_i u_i BCE_i
+    focal       = alpha mean_i (1 - exp(-CE^s_i / CE^t_i)) MSE_i  +  mean_i CE^s_i
+    plain       = alpha mean_i MSE_i  +  (1 - alpha) mean_i BCE_i
+
+The paper divides both scores by a temperature T and multiplies MSE by T^2, which cancels.
+
+Lists may differ in length: `valid` is a (B, N) bool mask, None when every entry counts. Column 0 is
+always valid; the scores of invalid entries have no effect. Nothing here detaches: the caller gives
+teacher scores without gradient. The focal weight is not detached either: the student's CE inside it
+has a gradient of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import ListInput, Objective
-from crosstill.objectives.parts.dcd import Reduction, focal_loss, plain_loss, uncertainty_loss
-from crosstill.objectives.parts.scores import hardest, similarity
+from crosstill.objectives.parts.batch_scores import hardest, list_cross_entropy, similarity
 from crosstill.plugins import positive
 from crosstill.types import Features, Lists
 
 Variant = Literal["uncertainty", "focal", "plain"]
 Directions = Literal["both", "image", "text"]
-VARIANTS = {"uncertainty": uncertainty_loss, "focal": focal_loss, "plain": plain_loss}
+Reduction = Literal["sample", "released"]
 
 
 class DCD(Objective):
@@ -102,3 +123,129 @@ class DCD(Objective):
         """Compute the chosen variant of two (B, N) score lists."""
         variant = VARIANTS[self.variant]
         return variant(student, teacher, valid, alpha=self.alpha, reduction=self.reduction)
+
+
+def uncertainty(teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute u, the teacher's entropy of each query as a share of the batch's total.
+
+    A batch whose entropies are all zero shares equally: u_i = 1 / B.
+
+    Args:
+        teacher: (B, N) scores.
+        valid: (B, N) bool or None.
+
+    Returns:
+        (B,), at least 0, sums to 1.
+    """
+    masked = teacher if valid is None else teacher.masked_fill(~valid, -torch.inf)
+    entropy = torch.special.entr(masked.softmax(1)).sum(1)
+    total = entropy.sum()
+    return torch.where(total > 0, entropy / total.clamp(min=_tiny(total)), 1 / len(entropy))
+
+
+def confidence(uncertain: Tensor) -> Tensor:
+    """Compute softmax_b((1 - u)^2), the weights of the distillation: (B,) to (B,), sum 1."""
+    return (1 - uncertain).square().softmax(0)
+
+
+def squared_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute MSE, the mean over each query's candidates of (s - t)^2: two (B, N) to (B,)."""
+    return _row_mean(torch.square, student - teacher, valid)
+
+
+def binary_cross_entropy(student: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Compute BCE, the mean over each query's candidates against [1, 0, ..., 0]: (B, N) to (B,)."""
+    sign = torch.ones_like(student)
+    sign[:, 0] = -1  # BCE is softplus(-s) for the true partner and softplus(s) for the others
+    return _row_mean(functional.softplus, student * sign, valid)
+
+
+def uncertainty_loss(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None = None,
+    *,
+    alpha: float = 0.2,
+    reduction: Reduction = "sample",
+) -> Tensor:
+    """Compute the uncertainty-weighted loss: sure queries follow the teacher, others the labels.
+
+    Args:
+        student: (B, N) scores.
+        teacher: (B, N) scores, without gradient.
+        valid: (B, N) bool or None.
+        alpha: share of the distillation.
+        reduction: "sample" weights each query's own error. "released" is what the authors' code
+            computes: the weights multiply an error that is already averaged over the batch, and
+            as they sum to 1 they have no effect.
+
+    Returns:
+        A scalar.
+    """
+    uncertain = uncertainty(teacher, valid)
+    distil = (confidence(uncertain) * _error(student, teacher, valid, reduction)).sum()
+    task = (uncertain * binary_cross_entropy(student, valid)).sum()
+    return alpha * distil + (1 - alpha) * task
+
+
+def focal_loss(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None = None,
+    *,
+    alpha: float = 0.2,
+    reduction: Reduction = "sample",
+) -> Tensor:
+    """Compute the focal loss: queries harder for the student than for the teacher weigh more.
+
+    Args and the result are those of `uncertainty_loss`; under "released" the mean of the
+    weights multiplies the batch's error.
+    """
+    student_loss = list_cross_entropy(student, valid)
+    teacher_loss = list_cross_entropy(teacher, valid)
+    # a teacher without any doubt has CE 0; a student that doubts then has weight 1
+    weight = -torch.expm1(-student_loss / teacher_loss.clamp(min=_tiny(teacher_loss)))
+    error = _error(student, teacher, valid, reduction)
+    return alpha * (weight * error).mean() + student_loss.mean()
+
+
+def plain_loss(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None = None,
+    *,
+    alpha: float = 0.2,
+    reduction: Reduction = "sample",
+) -> Tensor:
+    """Compute the loss without dynamic weights, the ablation's baseline.
+
+    Args and the result are those of `uncertainty_loss`.
+    """
+    error = _error(student, teacher, valid, reduction)
+    task = binary_cross_entropy(student, valid)
+    return alpha * error.mean() + (1 - alpha) * task.mean()
+
+
+VARIANTS = {"uncertainty": uncertainty_loss, "focal": focal_loss, "plain": plain_loss}
+
+
+def _error(student: Tensor, teacher: Tensor, valid: Tensor | None, reduction: Reduction) -> Tensor:
+    """Compute MSE, (B,); "released" gives each query the error of the whole batch."""
+    if reduction == "sample":
+        return squared_error(student, teacher, valid)
+    flat = None if valid is None else valid.reshape(1, -1)
+    whole = squared_error(student.reshape(1, -1), teacher.reshape(1, -1), flat)
+    return whole.expand(len(student))
+
+
+def _row_mean(function: Callable[[Tensor], Tensor], values: Tensor, valid: Tensor | None) -> Tensor:
+    """Average function(values) over the valid entries of each row: (B, N) to (B,)."""
+    if valid is None:
+        return function(values).mean(1)
+    # before, so that no gradient passes an infinite entry; after, as function(0) may not be 0
+    results = function(values.masked_fill(~valid, 0)).masked_fill(~valid, 0)
+    return results.sum(1) / valid.sum(1)
+
+
+def _tiny(values: Tensor) -> float:
+    return torch.finfo(values.dtype).tiny

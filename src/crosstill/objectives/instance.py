@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crosstill.objectives.base import OneSided
-from crosstill.objectives.parts.scores import diagonal_cross_entropy, logits
+from crosstill.objectives.parts.batch_scores import diagonal_cross_entropy, logits
 from crosstill.plugins import positive
 from crosstill.types import Features
 

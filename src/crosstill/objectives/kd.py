@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.scores import batch_logits, divergence
+from crosstill.objectives.parts.batch_scores import batch_logits, divergence
 from crosstill.plugins import positive
 from crosstill.types import Features
 

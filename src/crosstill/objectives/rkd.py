@@ -84,7 +84,7 @@ def angles(vectors: Tensor) -> Tensor:
 
 
 def _lengths(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths (B, B), and where they are 0; there the square root would have no gradient."""
+    """Return lengths (B, B) and a mask of zeros, at which a square root has no gradient."""
     square = vectors.square().sum(-1)
     zero = square == 0
     return square.masked_fill(zero, 1).sqrt().masked_fill(zero, 0), zero

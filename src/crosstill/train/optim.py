@@ -16,7 +16,7 @@ def build(modules: Iterable[nn.Module], balance: nn.Module, config: TrainConfig)
 
     Args:
         modules: the student and the losses.
-        balance: the weighting rule; what it learns is not a weight and does not decay.
+        balance: the balancer; its parameters are no weights of a layer and do not decay.
         config: learning rate and weight decay.
     """
     learnt = [p for module in modules for _, p in _learning(module)]
