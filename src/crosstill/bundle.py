@@ -130,18 +130,18 @@ class Bundle:
         )
 
 
-def check_same(expected: dict[str, str], found: dict[str, str], what: str) -> None:
+def check_same(expected: dict[str, str], other: dict[str, str], what: str) -> None:
     """Check that two artefacts belong to one model.
 
     Args:
         expected: identity of the artefact that is there.
-        found: identity of the one to be used with it.
+        other: identity of the one to be used with it.
         what: opens the message, such as "photos.index was made with another bundle than small".
 
     Raises:
         MismatchError: they differ; the message names the parts in which they do.
     """
-    differ = [word for part, word in _PARTS.items() if expected.get(part) != found.get(part)]
+    differ = [word for part, word in _PARTS.items() if expected.get(part) != other.get(part)]
     if differ:
         raise MismatchError(
             f"{what}: not the same {', '.join(differ)}; use the bundle that it was made with, "

@@ -106,8 +106,8 @@ def failure_class(reason: str) -> str:
     """
     if " is not read" in reason:
         return "unsupported-format"
-    found = (name for start, name in _CLASSES.items() if reason.startswith(start))
-    return next(found, "unreadable")
+    names = (name for start, name in _CLASSES.items() if reason.startswith(start))
+    return next(names, "unreadable")
 
 
 def quarantine_row(path: str, reason: str, size_in_bytes: int) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Trials:
             assert "none of its photos is published yet" in str(error) or "no " in str(error)
             assert not list(self.index.glob(index_folder.POINTER))
             return {}
-        found = {path: row.sha for path, row in opened._held.photos.rows().items()}
+        found = {path: row.sha for path, row in opened._opened.photos.rows().items()}
         opened.close()
         return found
 

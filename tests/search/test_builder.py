@@ -69,7 +69,7 @@ class Index:
     def held(self) -> dict[str, str]:
         """SHA-256 by path, as a reader sees them; every photo is found by its own vector."""
         opened = Searcher.open(self.out)
-        rows = opened._held.photos.rows()
+        rows = opened._opened.photos.rows()
         for one in {found.sha for found in rows.values()}:
             vector = opened.vector(one.hex())
             assert vector is not None
@@ -148,11 +148,11 @@ def test_moved_and_copied_files_cost_no_encoding(index):
 def test_two_photos_that_change_places(index):
     index.put(a=1, b=2)
     index.build()
-    numbers = Searcher.open(index.out)._held.photos.numbers()
+    numbers = Searcher.open(index.out)._opened.photos.numbers()
     index.put(a=2, b=1)
     assert index.counts() == {"changed": 2}
     index.whole(a=2, b=1)
-    assert Searcher.open(index.out)._held.photos.numbers() == numbers
+    assert Searcher.open(index.out)._opened.photos.numbers() == numbers
 
 
 def test_the_same_bytes_twice_are_encoded_once(index):
@@ -393,7 +393,7 @@ def test_random_changes_end_like_a_fresh_build(index, tmp_path):
         index.build()
         shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
         build(index.bundle, index.root, tmp_path / "fresh")
-        fresh = Searcher.open(tmp_path / "fresh")._held.photos.rows()
+        fresh = Searcher.open(tmp_path / "fresh")._opened.photos.rows()
         assert index.held() == {path: row.sha.hex() for path, row in fresh.items()}
     assert verify(index.out).problems == verify(index.out).outdated == []
 
@@ -541,8 +541,8 @@ def test_flat_becomes_a_graph_and_flat_again(index, monkeypatch):
         index.put(**{f"n{i}": i for i in range(count)})
         index.build()
         opened = Searcher.open(index.out)
-        assert opened._held.pointer.kind == kind
-        assert type(opened._held.vectors._index).__name__.startswith(kinds[kind])
+        assert opened._opened.pointer.kind == kind
+        assert type(opened._opened.vectors._index).__name__.startswith(kinds[kind])
         assert len(index.held()) == count
         assert verify(index.out).problems == []
     index.whole(**{f"n{i}": i for i in range(80)})

@@ -75,7 +75,7 @@ class _Options(NamedTuple):
 
 @dataclass(frozen=True)
 class Built:
-    """What one run did.
+    """The outcome of one build.
 
     Attributes:
         generation: the one that counts now.
@@ -157,7 +157,7 @@ def build(  # noqa: PLR0913  # its options are its arguments
 
 
 class _Build:
-    """One run."""
+    """One build of an index."""
 
     def __init__(self, bundle: Bundle, root: Path, index: Path, options: _Options) -> None:
         self.bundle, self.root, self.index, self.options = bundle, root, index, options
@@ -185,7 +185,7 @@ class _Build:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Made when the first photo is to be encoded: most runs find none."""
+        """Load the encoder when the first photo is to be encoded: most builds find none."""
         return Encoder(self.bundle, self.options.threads)
 
     def run(self) -> Built:
@@ -233,7 +233,7 @@ class _Build:
         return pointer
 
     def _sound(self, pointer: Pointer | None) -> Pointer | None:
-        """The generation to start from, None where there is none or it must not be used."""
+        """Return the generation to start from, None where there is none or it must not be used."""
         if pointer is None or self.options.rebuild:
             return None
         try:
@@ -246,7 +246,7 @@ class _Build:
     # --- the work ---
 
     def _encode(self, scan: Scan) -> None:
-        """Read all that may have changed, and encode the contents that are new."""
+        """Read the files that may have changed, and encode the contents that are new."""
         todo = {name: s for name, s in scan.photos.items() if not self._settled(name, s)}
         if todo:
             new = max(0, len(scan.photos) - len(self.work.shas))  # the others have only moved
@@ -275,14 +275,14 @@ class _Build:
         self.work.commit()
 
     def _settled(self, name: str, stamp: Stamp) -> bool:
-        """Whether nothing about a file has to be found out."""
+        """Tell whether a file need not be read."""
         known = self.work.known.get(name)
         if known is None or known.sha is None or not known.still(stamp):
             return False
         return not self.options.strict if known.reason else known.sha in self.work.shas
 
     def _note(self, reads: list[Read]) -> dict[bytes, np.ndarray]:
-        """Remember what was read; the pixels of contents that are new, by their SHA-256."""
+        """Remember read files; return the pixels of new contents by SHA-256."""
         fresh = {}
         for read in reads:
             if self.options.strict and read.known.reason:
@@ -297,15 +297,15 @@ class _Build:
     def _vectors(self, images: np.ndarray) -> np.ndarray:
         return self.encoder.encode_images(images)
 
-    def _keep(self, shas: list[bytes], vectors: Future[np.ndarray]) -> None:
-        found = vectors.result()
-        if not np.isfinite(found).all():
+    def _keep(self, shas: list[bytes], future: Future[np.ndarray]) -> None:
+        rows = future.result()
+        if not np.isfinite(rows).all():
             raise ModelError(f"{self.bundle.folder}: its vectors are not finite; export it anew")
-        self.work.keep(shas, found)
+        self.work.keep(shas, rows)
         self.encoded += len(shas)
 
     def _publish_some(self, scan: Scan) -> None:
-        """Let a long build be searched early: all that was published, and what is new since.
+        """Publish some of a long build: all that was published, and the photos that are new since.
 
         What has changed, moved or gone waits for the end: halfway through, a photo that moved
         would be missing.
@@ -315,15 +315,15 @@ class _Build:
             self.publisher.publish(self._rows(scan) | self.publisher.rows)
 
     def _rows(self, scan: Scan) -> dict[str, Row]:
-        """The files of the folder that are known as they are now, and whose vectors are there."""
-        found = {}
+        """Return the files whose present content is known and has a vector."""
+        rows = {}
         for name, stamp in scan.photos.items():
             known = self.work.known.get(name)
             if known is None or known.sha is None or known.reason or known.stamp != stamp:
                 continue
             if known.sha in self.work.shas:
-                found[name] = Row(known.sha, stamp.size, stamp.mtime_ns, known.caption)
-        return found
+                rows[name] = Row(known.sha, stamp.size, stamp.mtime_ns, known.caption)
+        return rows
 
     def _write_quarantine(self, scan: Scan) -> int:
         """List the files that were left out, and why; return how many."""
@@ -341,7 +341,7 @@ class _Build:
         return len(bad)
 
     def _tidy(self, scan: Scan, rows: Mapping[str, Row]) -> None:
-        """Forget what has gone; a rebuilt memory becomes an ordinary one."""
+        """Forget files that are gone; turn the memory of a rebuild into an ordinary one."""
         kept = scan.photos.keys() | _under(self.work.known, scan.closed).keys()
         used = {row.sha for row in rows.values()}
         self.work.forget(self.work.known.keys() - kept, self.work.shas - used)
@@ -353,7 +353,7 @@ class _Build:
     def _warn_of_emptied(
         self, scan: Scan, before: Mapping[str, Row], rows: Mapping[str, Row]
     ) -> None:
-        """Name folders that are there and hold nothing of what they held: mounts that are gone?"""
+        """Warn of folders that have lost all of their photos: a disk may not be mounted."""
         shas = {row.sha for row in rows.values()}
         gone = [path for path, row in before.items() if path not in rows and row.sha not in shas]
         for folder, count in count_emptied(gone, scan.photos).items():
@@ -388,15 +388,15 @@ class _Build:
 
 
 def _place(out: Path) -> Path:
-    """The folder of the index, which is empty or an index already."""
+    """Make the folder of an index; refuse one that holds something else."""
     index = files.writable_folder(out).resolve()
-    held = {path.name for path in index.iterdir() if not path.name.startswith(".")}
-    if held and not held & {index_folder.POINTER, index_folder.WORK}:
-        raise ConfigError(f"{out} holds {min(held)} and no index; give another --out")
+    names = {path.name for path in index.iterdir() if not path.name.startswith(".")}
+    if names and not names & {index_folder.POINTER, index_folder.WORK}:
+        raise ConfigError(f"{out} holds {min(names)} and no index; give another --out")
     return index
 
 
 def _under(files_by_path: Mapping[str, Any], folders: Sequence[str]) -> dict[str, Any]:
-    """Those of the files that lie below one of the folders."""
+    """Select the files that lie below one of the folders."""
     starts = tuple(f"{folder}/" for folder in folders)
     return {path: row for path, row in files_by_path.items() if path.startswith(starts)}

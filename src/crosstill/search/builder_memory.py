@@ -1,4 +1,4 @@
-"""work.sqlite: what the builder of an index remembers from one run to the next.
+"""work.sqlite: the files and vectors that the builder of an index remembers between runs.
 
 Which file had which content when it was last read, and the vector of every content. Readers never
 see it. It can be lost: files are then read again, and vectors taken from the last generation. Every
@@ -105,7 +105,7 @@ class Memory:
         self.commit()
 
     def vectors(self, shas: Sequence[bytes]) -> np.ndarray:
-        """The vectors (N, D) of N > 0 contents that are kept."""
+        """Return the vectors (N, D) of N > 0 contents."""
         query = "SELECT crc, vector FROM embeddings WHERE sha = ?"
         with self._guarded():
             rows = [self._db.execute(query, (sha,)).fetchone() for sha in shas]
@@ -114,7 +114,7 @@ class Memory:
         return np.stack([np.frombuffer(blob, np.float32) for _, blob in rows])
 
     def forget(self, paths: Iterable[str], unused: Iterable[bytes]) -> None:
-        """Let go of files that are gone, and of contents that no file has had for `KEPT_DAYS`."""
+        """Forget files that are gone, and contents that no file has had for `KEPT_DAYS`."""
         paths, now = list(paths), time.time_ns()
         since = {sha: self._unused.get(sha, now) for sha in unused}
         dead = [sha for sha, when in since.items() if when + KEPT_DAYS * 86_400 * 10**9 <= now]
@@ -134,11 +134,11 @@ class Memory:
         self.commit()
 
     def get(self, name: str) -> Any:
-        """A remembered value, None where there is none."""
+        """Return a remembered value, None where there is none."""
         with self._guarded():
-            found = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+            row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
             with artefacts.readable(self.path):
-                return json.loads(found[0]) if found else None
+                return json.loads(row[0]) if row else None
 
     def put(self, name: str, value: Any) -> None:
         """Remember a value that JSON can hold."""
@@ -151,7 +151,7 @@ class Memory:
             self._db.commit()
 
     def close(self) -> None:
-        """Let go of the file; what was not flushed is forgotten."""
+        """Close the file; what was not flushed is lost."""
         with guarded(self.path):
             self._db.close()
 
@@ -172,7 +172,7 @@ class Memory:
             self._unused = dict(self._db.execute("SELECT sha, since_ns FROM unused"))
 
     def _upgrade(self) -> None:
-        """Give checksums to the rows of format 1; without ctimes, its files are unknown."""
+        """Add checksums to the rows of format 1, and drop its files, which have no ctimes."""
         if _columns(self._db, "meta")[-1:] != ["value"]:
             return
         check_tables(self._db, _TABLES_1)
@@ -188,7 +188,7 @@ class Memory:
         self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({places})", row)
 
     def _settle(self, wanted: dict[str, Any], root: str) -> None:
-        """Forget what belongs to another key, or to photos elsewhere."""
+        """Forget vectors of another key, and files of another folder."""
         if any(self.get(name) != value for name, value in wanted.items()):
             self._db.execute("DELETE FROM embeddings")
             self._db.execute("DELETE FROM unused")
@@ -201,7 +201,7 @@ class Memory:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """A memory that turns out to be damaged is thrown away: the next run makes it anew."""
+        """Delete a memory that turns out to be damaged: the next run makes it anew."""
         try:
             with guarded(self.path):
                 yield
@@ -223,7 +223,7 @@ def check(path: Path) -> None:
 
 
 def read_files(path: Path) -> dict[str, KnownFile]:
-    """What a whole memory holds of each file, by its path; nothing of an older version's."""
+    """Read the files that a whole memory knows, by path; none of an older version's."""
     with _reading(path) as db:
         return _files(db) if _columns(db, "files")[-1:] == ["crc"] else {}
 
@@ -273,7 +273,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _check_types(db: sqlite3.Connection, path: Path) -> None:
-    """Look for values that no builder writes.
+    """Refuse values of types that no builder writes.
 
     Raises:
         CorruptError: there is one.
@@ -302,5 +302,5 @@ def _columns(db: sqlite3.Connection, table: str) -> list[str]:
 
 
 def _crc(values: Sequence[object]) -> int:
-    """CRC-32 of a row: it sees every change of up to 32 bits in a run."""
+    """Return the CRC-32 of a row, which detects every change of up to 32 bits in a run."""
     return zlib.crc32(repr(tuple(values)).encode())

@@ -1,4 +1,4 @@
-"""Which score means something: what captions of other images reach in this index.
+"""Calibrate the score threshold of an index on captions of other images.
 
 A search always finds something. How much a score is worth depends on the student and on what the
 index holds, so captions that the student has not learnt are searched in it, each without the
@@ -25,7 +25,7 @@ STEPS = 200  # between the quantiles that are kept
 def quantiles(
     bundle: Bundle, vectors: VectorIndex, numbers: Mapping[bytes, int]
 ) -> list[float] | None:
-    """The best score of each caption among photos that it does not belong to, as quantiles.
+    """Compute quantiles of the best score of each caption among photos that are not its own.
 
     Args:
         bundle: holds the captions.
@@ -35,10 +35,10 @@ def quantiles(
     Returns:
         `STEPS` + 1 scores from the lowest to the highest; None without captions or other photos.
     """
-    held = calibration(bundle)
-    if held is None:
+    captions = calibration(bundle)
+    if captions is None:
         return None
-    rows, images = held
+    rows, images = captions
     some = np.linspace(0, len(rows) - 1, min(len(rows), CAPTIONS)).astype(int)
     own = np.array([numbers.get(bytes.fromhex(images[row]), -2) for row in some])
     scores, ids = vectors.search(rows[some], 2)
@@ -46,21 +46,21 @@ def quantiles(
     best = best[np.isfinite(best)]
     if not len(best):
         return None
-    found = np.quantile(best, np.linspace(0, 1, STEPS + 1))
-    return [round(float(score), 6) for score in found]
+    levels = np.quantile(best, np.linspace(0, 1, STEPS + 1))
+    return [round(float(score), 6) for score in levels]
 
 
-def threshold(found: list[float] | None, rate: float) -> float:
-    """The score that only this share of the captions reaches.
+def threshold(levels: list[float] | None, rate: float) -> float:
+    """Return the score that only this share of the captions reaches.
 
     Raises:
         ConfigError: nothing was calibrated, or the rate is not between 0 and 1.
     """
-    if found is None:
+    if levels is None:
         raise ConfigError(
             "this index has no calibrated threshold, since its bundle holds no captions to "
             "calibrate on; give a score, or export the bundle with its data"
         )
     if not 0 < rate < 1:
         raise ConfigError(f"rate {rate}: give a share between 0 and 1")
-    return float(np.interp(1 - rate, np.linspace(0, 1, len(found)), found))
+    return float(np.interp(1 - rate, np.linspace(0, 1, len(levels)), levels))

@@ -1,4 +1,4 @@
-"""photos.sqlite: which photos a generation of an index holds, where they lie, what is said of them.
+"""photos.sqlite: the photos of one generation of an index, their paths and captions.
 
 A photo is its bytes: two files with the same bytes are one photo with two paths. Its number, by
 which the vectors know it, is never given to another photo, however many generations follow.
@@ -53,7 +53,7 @@ _ELSEWHERE = {  # the fault lies not in the file
 
 
 class Row(NamedTuple):
-    """What is known of one file: SHA-256 of its bytes, size, time in ns, caption."""
+    """One file: SHA-256 of its bytes, size, time in ns, caption."""
 
     sha: bytes
     size: int
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One photo: its number, SHA-256 in hex, first path, and what is known of the file there.
+    """One photo: its number, SHA-256 in hex, first path, and size, time and caption there.
 
     The caption is the first that any of its paths has.
     """
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a new generation needs of the vectors: numbers and SHA-256 to add, numbers to remove."""
+    """A change of the vectors: numbers and SHA-256 to add, numbers to remove."""
 
     added: list[tuple[int, bytes]]
     removed: list[int]
@@ -104,30 +104,30 @@ class Catalogue:
         return self._count
 
     def rows(self) -> dict[str, Row]:
-        """All files by their path."""
+        """Return all files by their path."""
         with guarded(self.path):
             return _rows(self._db)
 
     def numbers(self) -> dict[bytes, int]:
-        """The number of every photo, by its SHA-256."""
+        """Return the number of every photo, by its SHA-256."""
         return dict(self._all("SELECT sha, id FROM photos"))
 
     def entries(self, numbers: Iterable[int]) -> dict[int, Entry]:
-        """The photos of these numbers; those that do not exist are left out."""
+        """Return the photos of these numbers; those that do not exist are left out."""
         wanted = ",".join(map(str, map(int, numbers)))
-        found = self._all(f"{_ENTRIES} WHERE photos.id IN ({wanted}) ORDER BY path")
-        return {entry.id: entry for entry in _grouped(found)}
+        rows = self._all(f"{_ENTRIES} WHERE photos.id IN ({wanted}) ORDER BY path")
+        return {entry.id: entry for entry in _grouped(rows)}
 
     def find(self, sha: str) -> Entry | None:
-        """The photo of a SHA-256 in hex."""
-        found = self._all(f"{_ENTRIES} WHERE sha = ? ORDER BY path", bytes.fromhex(sha))
-        return next(_grouped(found), None)
+        """Return the photo of a SHA-256 in hex, None where there is none."""
+        rows = self._all(f"{_ENTRIES} WHERE sha = ? ORDER BY path", bytes.fromhex(sha))
+        return next(_grouped(rows), None)
 
     def check(self) -> None:
         """Let SQLite read every page."""
-        found = self._all("PRAGMA integrity_check")
-        if found != [("ok",)]:
-            raise damaged(self.path, str(found[0][0]))
+        report = self._all("PRAGMA integrity_check")
+        if report != [("ok",)]:
+            raise damaged(self.path, str(report[0][0]))
 
     def close(self) -> None:
         self._db.close()
@@ -143,7 +143,7 @@ class Catalogue:
                 raise damaged(self.path, f"{file.st_size} bytes, {self._file.st_size} when opened")
 
     def _check_types(self) -> None:
-        """SQLite keeps a value of any type in any column."""
+        """Refuse values of other types, which SQLite keeps in any column."""
         for query in _WRONG:
             if self._db.execute(query).fetchone():
                 raise damaged(self.path, "a value of a wrong type")
@@ -195,14 +195,14 @@ def check_tables(db: sqlite3.Connection, tables: str) -> None:
             tuple(" ".join(str(cell).split()) for cell in row) for row in plain.execute(query)
         ]
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST)
-    found = [tuple(" ".join(str(cell).split()) for cell in row) for row in db.execute(query)]
-    if found != wanted:
+    schema = [tuple(" ".join(str(cell).split()) for cell in row) for row in db.execute(query)]
+    if schema != wanted:
         raise sqlite3.DatabaseError("not the tables that crosstill makes")
 
 
 @contextmanager
 def guarded(path: Path) -> Iterator[None]:
-    """Say what SQLite says of a file in one line: a `RunError` where it is the disk's fault."""
+    """Turn SQLite's errors into one line: a `RunError` where the disk is at fault."""
     try:
         yield
     except (sqlite3.ProgrammingError, sqlite3.InterfaceError):  # ours, not the file's
@@ -215,12 +215,12 @@ def guarded(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, reason: str) -> CorruptError:
-    """One line for a part of an index that is not as it was written."""
+    """Make the error for a damaged part of an index."""
     return CorruptError(f"{path}: {reason}; run `crosstill index` again, which mends it")
 
 
 def _put(db: sqlite3.Connection, rows: dict[str, Row], old: dict[str, Row]) -> list:
-    """Bring the tables to these rows; the photos that are new."""
+    """Update the tables to these rows; return the photos that are new."""
     known = {sha for (sha,) in db.execute("SELECT sha FROM photos")}
     new = list(dict.fromkeys(row.sha for row in rows.values() if row.sha not in known))
     db.executemany("INSERT INTO photos (sha) VALUES (?)", ((sha,) for sha in new))
@@ -239,10 +239,10 @@ def _rows(db: sqlite3.Connection) -> dict[str, Row]:
     return {os.fsdecode(path): Row(*rest) for path, *rest in db.execute(query)}
 
 
-def _grouped(found: Iterable[tuple]) -> Iterator[Entry]:
-    """One entry a photo out of the rows of its paths, which come in order."""
+def _grouped(rows: Iterable[tuple]) -> Iterator[Entry]:
+    """Group the rows of a photo's paths, which come in order, to one entry a photo."""
     photos: dict[int, Entry] = {}
-    for number, sha, path, size, mtime_ns, caption in found:
+    for number, sha, path, size, mtime_ns, caption in rows:
         first = photos.get(number)
         if first is None:
             first = Entry(number, sha.hex(), os.fsdecode(path), size, mtime_ns, caption)

@@ -66,25 +66,25 @@ class _Reader:
 
     def skip(self, name: str, count: int, size: int, unit: int = 1) -> None:
         """Pass a vector that must have `count` entries of `size` bytes, in units of `unit`."""
-        (told,) = self.fields("Q")
-        self.expect(name, told * unit, count * size)
+        (length,) = self.fields("Q")
+        self.expect(name, length * unit, count * size)
         self._room(count * size)
         self.at += count * size
 
     def vector(self, name: str, kind: type[np.generic], most: int) -> np.ndarray:
         """Return a copy of a vector of at most so many entries."""
-        (told,) = self.fields("Q")
-        if told > most:
-            raise ValueError(f"{told} {name}, {most} at most")
-        size = told * np.dtype(kind).itemsize
+        (length,) = self.fields("Q")
+        if length > most:
+            raise ValueError(f"{length} {name}, {most} at most")
+        size = length * np.dtype(kind).itemsize
         self._room(size)
         out = np.frombuffer(self._data[self.at : self.at + size], kind).copy()
         self.at += size
         return out
 
-    def expect(self, name: str, found: object, wanted: object) -> None:
-        if found != wanted:
-            raise ValueError(f"{name} {found!r}, not {wanted!r}")
+    def expect(self, name: str, value: object, wanted: object) -> None:
+        if value != wanted:
+            raise ValueError(f"{name} {value!r}, not {wanted!r}")
 
     def header(self, kind: bytes, dim: int, count: int) -> None:
         """Pass what every index begins with."""
@@ -138,7 +138,7 @@ def _check_graph(reader: _Reader, dim: int, count: int) -> None:
 def _check_levels(
     widths: np.ndarray, levels: np.ndarray, offsets: np.ndarray, neighbours: np.ndarray
 ) -> None:
-    """A link on a level must lead to a node that has this level."""
+    """Refuse a link on a level that leads to a node without this level."""
     for level in range(1, int(levels.max())):
         nodes = np.flatnonzero(levels > level)
         starts = offsets[nodes].astype(np.int64) + widths[level]

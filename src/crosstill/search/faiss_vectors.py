@@ -27,7 +27,7 @@ from crosstill.errors import ConfigError, CorruptError, MismatchError, unknown
 from crosstill.search import faiss_files
 from crosstill.search.vector_checks import (
     NO_ROW,
-    Found,
+    Ranked,
     checked_ids,
     checked_k,
     checked_rows,
@@ -91,7 +91,7 @@ class FaissVectors:
 
     @classmethod
     def load(cls, folder: Path, threads: int = 1) -> FaissVectors:
-        """Read what `save` wrote.
+        """Load the files that `save` wrote.
 
         Raises:
             CorruptError: a file is missing, cut or changed; the message names it.
@@ -101,12 +101,12 @@ class FaissVectors:
             raise CorruptError(f"{folder / RECORD}: the file is missing; make the index anew")
         record = artefacts.read(folder / RECORD, _Record, {FORMAT})
         artefacts.check_files(folder, record.files)
-        found = cls(record.dim, record.kind, threads)
-        found._ids = artefacts.array(folder / IDS, "i", 1).astype(np.int64)
-        faiss_files.check(folder / INDEX, record.kind, record.dim, len(found._ids))
-        found._index = _read(found._faiss, folder / INDEX)
-        found._settle()
-        return found
+        index = cls(record.dim, record.kind, threads)
+        index._ids = artefacts.array(folder / IDS, "i", 1).astype(np.int64)
+        faiss_files.check(folder / INDEX, record.kind, record.dim, len(index._ids))
+        index._index = _read(index._faiss, folder / INDEX)
+        index._settle()
+        return index
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -129,7 +129,7 @@ class FaissVectors:
         self._ids[places[places >= 0]] = NO_ROW
         self._settle()
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> Ranked:
         queries, k = checked_vectors(queries, self.dim), checked_k(k)
         return ranked(partial(self._find, queries), k, len(self))
 
@@ -140,8 +140,8 @@ class FaissVectors:
             raise KeyError(int(ids[places < 0][0]))
         if not len(places):
             return np.empty((0, self.dim), np.float32)
-        found: np.ndarray = self._index.reconstruct_batch(places)
-        return found
+        rows: np.ndarray = self._index.reconstruct_batch(places)
+        return rows
 
     def ids(self) -> np.ndarray:
         return self._sorted.copy()
@@ -161,10 +161,10 @@ class FaissVectors:
         return list(NAMES)
 
     def close(self) -> None:
-        """Nothing to do: the memory goes with the last reference, searches under way finish."""
+        """Do nothing: the memory goes with the last reference, searches under way finish."""
 
-    def _find(self, queries: np.ndarray, wide: int) -> Found:
-        """The best `wide` live rows of each query (Q, D), in FAISS's order."""
+    def _find(self, queries: np.ndarray, wide: int) -> Ranked:
+        """Find the best `wide` live rows of each query (Q, D), in FAISS's order."""
         if not wide:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         with self._limited():
@@ -172,8 +172,8 @@ class FaissVectors:
             short = (places < 0).any(axis=1)
             if short.any():  # the graph leads to too few live rows: look at every one
                 every = self._faiss.downcast_index(self._index.storage)
-                found = every.search(queries[short], wide, params=self._selection())
-                scores[short], places[short] = found
+                hits = every.search(queries[short], wide, params=self._selection())
+                scores[short], places[short] = hits
         return scores, self._ids[places]
 
     def _parameters(self, wide: int) -> Any:
@@ -186,7 +186,7 @@ class FaissVectors:
         return self._faiss.SearchParameters(sel=self._selector) if self._selector else None
 
     def _places(self, ids: np.ndarray) -> np.ndarray:
-        """The position of each id, -1 where it is not in the index."""
+        """Return the position of each id, -1 where it is not in the index."""
         if not len(self._sorted):
             return np.full(len(ids), -1)
         at = np.searchsorted(self._sorted, ids).clip(max=len(self._sorted) - 1)
@@ -220,7 +220,7 @@ class FaissVectors:
         self._settle()
 
     def _anew(self, places: np.ndarray) -> Any:
-        """A graph of the rows at these positions; their codes stay what they are."""
+        """Build a graph of the rows at these positions; their codes stay as they are."""
         index = self._empty()
         codec = self._faiss.downcast_index(self._index.storage).sq
         low, span = self._faiss.vector_to_array(codec.trained).reshape(2, self.dim)
@@ -261,7 +261,7 @@ def open_index(
 
 
 def estimate_bytes(count: int, dim: int, kind: str) -> int:
-    """Memory of an index of so many vectors, in bytes; for moments of its growth, up to twice."""
+    """Estimate the memory of so many vectors, in bytes; while it grows, up to twice that."""
     ours = 3 * 8  # the id of a position, and both halves of the way back
     if kind == "flat":
         return count * (4 * dim + ours)
@@ -270,7 +270,7 @@ def estimate_bytes(count: int, dim: int, kind: str) -> int:
 
 
 def _range(vectors: np.ndarray) -> np.ndarray:
-    """The lowest and highest value of each dimension (2, D) that a code is to express.
+    """Choose the lowest and highest value of each dimension (2, D) that a code expresses.
 
     FAISS cuts off what lies outside. A quarter more than these vectors span, and at least four
     standard deviations of a unit vector's coordinate to each side, leave room for those that come

@@ -1,4 +1,4 @@
-"""The index folder: a pointer that switches from one generation of files to the next.
+"""The index folder: a pointer to the generation of files that counts, switched in one step.
 
 index.json      seals itself; names the generation that counts and the SHA-256 of its files
 bundle-1234…/   the bundle, so that the folder is enough to search
@@ -48,7 +48,7 @@ def _ours(place: dict[str, str]) -> dict[str, str]:
 
 
 class Pointer(artefacts.Record):
-    """What `index.json` says.
+    """The content of `index.json`.
 
     Attributes:
         generation: the number that counts.
@@ -81,7 +81,7 @@ class Pointer(artefacts.Record):
 
 
 def read(index: Path) -> Pointer:
-    """What counts in an index now.
+    """Read which generation of an index counts now.
 
     Raises:
         DataError: there is no index, or none of its photos has been published yet.
@@ -97,7 +97,7 @@ def read(index: Path) -> Pointer:
 
 
 def settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
-    """Open what the pointer names, again from the start where a build switched meanwhile."""
+    """Open the generation that counts, again from the start where a build switched meanwhile."""
     while True:
         pointer = read(index)
         try:
@@ -108,12 +108,12 @@ def settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
 
 
 def folder_of(index: Path, generation: int) -> Path:
-    """Where a generation's files are."""
+    """Return the folder of a generation's files."""
     return index / f"g-{generation:06d}"
 
 
 def next_number(index: Path) -> int:
-    """A number that no generation on disk has."""
+    """Return a number that no generation on disk has."""
     return max((number for number, _ in _all(index)), default=0) + 1
 
 
@@ -128,7 +128,7 @@ def check(index: Path, pointer: Pointer) -> None:
 
 
 def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
-    """An error for each file of the generation that differs, is missing or is a link."""
+    """Yield an error for each file of the generation that differs, is missing or is a link."""
     artefacts.member(index, folder_of(index, pointer.generation).name)
     if pointer.milvus:
         place = milvus_place(index, pointer.milvus["uri"])
@@ -152,7 +152,7 @@ def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A folder to write into; once the block is through, it is flushed and takes its place."""
+    """Give a folder to write into, which is flushed and moved to its place when the block ends."""
     aside = target.with_name(f"{files.TEMPORARY}{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -169,13 +169,13 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 def switch(index: Path, pointer: Pointer) -> None:
-    """Let a generation count from now on, and forget those before the last one."""
+    """Point the index to a generation, and remove those before the last one."""
     files.write_json(index / POINTER, files.sealed({"format": FORMAT, **pointer.model_dump()}))
     clean(index, pointer)
 
 
 def clean(index: Path, pointer: Pointer | None) -> None:
-    """Remove what killed builds left, and all generations and bundles that no one needs."""
+    """Remove leftovers of killed builds, and generations and bundles that are no longer needed."""
     files.sweep(index)
     if pointer is None:
         return
@@ -188,7 +188,7 @@ def clean(index: Path, pointer: Pointer | None) -> None:
 
 
 def keep_bundle(index: Path, bundle: Bundle) -> str:
-    """Copy the bundle into the index, unless a sound copy is there; the copy's name."""
+    """Copy the bundle into the index, unless a sound copy is there; return the copy's name."""
     target = index / f"bundle-{bundle.fingerprint[:12]}"
     with suppress(CrosstillError):
         if Bundle.open(artefacts.member(index, target.name)).identity == bundle.identity:
@@ -222,7 +222,7 @@ def open_vectors(
 
 
 def milvus_place(index: Path, uri: str) -> str:
-    """Where vectors in Milvus are: a URI as it is, the path of a Milvus Lite file from "/"."""
+    """Resolve a place in Milvus: a URI as it is, a Milvus Lite file as an absolute path."""
     return str((index / uri).resolve()) if uri.endswith(LITE) else uri
 
 
@@ -249,13 +249,13 @@ def milvus_token(uri: str, named: str | None = None) -> str | None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder."""
+    """Return the SHA-256 of every file in a folder."""
     return {path.name: files.digest_file(path) for path in sorted(folder.iterdir())}
 
 
 def _all(index: Path) -> list[tuple[int, Path]]:
-    found = ((re.fullmatch(r"g-(\d+)", path.name), path) for path in index.glob("g-*"))
-    return [(int(match[1]), path) for match, path in found if match]
+    matches = ((re.fullmatch(r"g-(\d+)", path.name), path) for path in index.glob("g-*"))
+    return [(int(match[1]), path) for match, path in matches if match]
 
 
 def _absent(index: Path) -> str:

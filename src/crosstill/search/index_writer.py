@@ -63,12 +63,12 @@ class IndexWriter:
         self._vectors: VectorIndex | None = None
         self._kind: Kind = "flat"
         if base:
-            held = Catalogue(self._catalogue(base))
-            self.rows, self.numbers = held.rows(), held.numbers()
-            held.close()
+            photos = Catalogue(self._catalogue(base))
+            self.rows, self.numbers = photos.rows(), photos.numbers()
+            photos.close()
 
     def move_to(self, uri: str, used: str | None) -> None:
-        """Let the vectors live in Milvus from the next generation on.
+        """Keep the vectors in Milvus from the next generation on.
 
         Args:
             uri: of a cluster, or the path of a Milvus Lite file.
@@ -88,7 +88,7 @@ class IndexWriter:
         self.milvus = {"uri": kept, "collection": name}
 
     def announce(self, photos: int, unread: int) -> None:
-        """Say what a large index will take, and refuse one that the disk cannot hold.
+        """Log the memory of a large index, and refuse one that the disk cannot hold.
 
         Args:
             photos: in the folder.
@@ -108,30 +108,33 @@ class IndexWriter:
             raise files.disk_full(self.index, errno.ENOSPC, need)
 
     def remember(self) -> None:
-        """Begin from the last generation: give back vectors that were lost since."""
+        """Restore vectors that the memory has lost from the last generation."""
         if self.base and self.base.folder != str(self.root):
             log.warning(
-                "%s held the photos of %s, now those of %s", self.index, self.base.folder, self.root
+                "%s held the photos of %s, now those of %s",
+                self.index,
+                self.base.folder,
+                self.root,
             )
         lost = [(sha, n) for sha, n in self.numbers.items() if sha not in self.work.shas]
         if not lost or self.base is None:
             return
-        held = self._of_base(self.base)
-        there = set(held.ids().tolist())
-        lost = [(sha, number) for sha, number in lost if number in there]
+        stored = self._of_base(self.base)
+        ids = set(stored.ids().tolist())
+        lost = [(sha, number) for sha, number in lost if number in ids]
         for start in range(0, len(lost), CHUNK):
             shas, numbers = zip(*lost[start : start + CHUNK], strict=True)
-            found = held.vectors(np.array(numbers))
-            self.work.keep(shas, found / np.linalg.norm(found, axis=1, keepdims=True))
+            rows = stored.vectors(np.array(numbers))
+            self.work.keep(shas, rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
     def differs(self, rows: dict[str, Row]) -> bool:
-        """Whether the last generation is not of these files, there, with vectors where wanted."""
+        """Tell whether files, folder or place of the vectors differ from the last generation's."""
         if self.base is None or rows != self.rows:
             return True
         return (self.base.folder, self.base.milvus) != (str(self.root), self.milvus)
 
     def publish(self, rows: dict[str, Row]) -> None:
-        """Publish a generation of exactly these files; the work holds all their vectors.
+        """Publish a generation of exactly these files; the memory holds all their vectors.
 
         Raises:
             RunError: the disk is full.
@@ -142,8 +145,8 @@ class IndexWriter:
         target = index_folder.folder_of(self.index, number)
         with files.writing(self.index, whole=True), index_folder.written_aside(target) as aside:
             change = catalogue.write(aside / catalogue.NAME, before, rows)
-            held = self._filled(change)
-            held.save(aside)
+            stored = self._filled(change)
+            stored.save(aside)
             digests = index_folder.digests(aside)
         self.base = Pointer(
             generation=number,
@@ -155,37 +158,37 @@ class IndexWriter:
             folder=str(self.root),
             photos=len(self.numbers),
             files=digests,
-            quantiles=calibrate.quantiles(self.bundle, held, self.numbers),
+            quantiles=calibrate.quantiles(self.bundle, stored, self.numbers),
             milvus=self.milvus,
         )
         index_folder.switch(self.index, self.base)
         self.rows = rows
 
     def agree(self) -> None:
-        """Bring Milvus to what is published, whatever was killed or lost on the way there."""
+        """Add to Milvus and remove from it until it holds exactly the published photos."""
         if self.milvus is None or self.base is None:
             return
-        held = self._of_base(self.base)
-        there, wanted = set(held.ids().tolist()), set(self.numbers.values())
-        self._add(held, ((n, sha) for sha, n in self.numbers.items() if n not in there))
-        held.remove(np.array(sorted(there - wanted), np.int64))
+        stored = self._of_base(self.base)
+        ids, wanted = set(stored.ids().tolist()), set(self.numbers.values())
+        self._add(stored, ((n, sha) for sha, n in self.numbers.items() if n not in ids))
+        stored.remove(np.array(sorted(ids - wanted), np.int64))
 
     def close(self) -> None:
         if self._vectors is not None:
             self._vectors.close()
 
     def _filled(self, change: Change) -> VectorIndex:
-        """The vectors of the next generation; those that leave Milvus do so after the switch."""
+        """Build the vectors of the next generation; in Milvus, old ones stay until the switch."""
         gone = set(change.removed)
         self.numbers = {sha: n for sha, n in self.numbers.items() if n not in gone}
         self.numbers |= {sha: number for number, sha in change.added}
         kind: Kind = "milvus" if self.milvus else vector_index.kind_for(len(self.numbers))
         if self.base and (self.base.kind, self.base.milvus) == (kind, self.milvus):
-            held = self._of_base(self.base)
+            stored = self._of_base(self.base)
             if not self.milvus:
-                held.remove(np.array(change.removed, np.int64))
-            self._add(held, change.added)
-            return held
+                stored.remove(np.array(change.removed, np.int64))
+            self._add(stored, change.added)
+            return stored
         self.close()
         self._vectors, self._kind = self._empty(kind), kind
         self._add(self._vectors, self._mixed(kind))
@@ -206,24 +209,24 @@ class IndexWriter:
         return vector_index.open_vectors(uri, self.bundle.dim, self.threads, name, token)
 
     def _mixed(self, kind: str) -> list[tuple[int, bytes]]:
-        """All photos; for a graph in random order, since it takes its range from the first."""
+        """List all photos; for a graph in random order, since it takes its range from the first."""
         every = [(number, sha) for sha, number in self.numbers.items()]
         if kind != "hnsw":
             return every
         return [every[i] for i in np.random.default_rng(0).permutation(len(every))]
 
-    def _add(self, held: VectorIndex, photos: Iterable[tuple[int, bytes]]) -> None:
+    def _add(self, stored: VectorIndex, photos: Iterable[tuple[int, bytes]]) -> None:
         photos = list(photos)
         for start in range(0, len(photos), CHUNK):
             numbers, shas = zip(*photos[start : start + CHUNK], strict=True)
-            held.add(np.array(numbers), self.work.vectors(shas))
+            stored.add(np.array(numbers), self.work.vectors(shas))
 
     def _catalogue(self, base: Pointer) -> Path:
         return index_folder.folder_of(self.index, base.generation) / catalogue.NAME
 
 
 def milvus_uri(uri: str) -> str:
-    """A URI as it may be kept: absolute, and without a secret.
+    """Return a URI as it may be stored: absolute, and without a secret.
 
     Raises:
         ConfigError: it holds a user or a password, or is no Milvus.

@@ -18,7 +18,7 @@ import numpy as np
 from crosstill.errors import ConfigError, LockedError, MismatchError, RunError
 from crosstill.search.vector_checks import (
     NO_ROW,
-    Found,
+    Ranked,
     checked_ids,
     checked_k,
     checked_rows,
@@ -41,7 +41,7 @@ _lock = Lock()
 
 
 def is_milvus(place: Path | str) -> bool:
-    """Whether a place is a Milvus URI or a Milvus Lite file, and not a folder of FAISS files."""
+    """Tell whether a place is a Milvus URI or a Milvus Lite file, not a folder of FAISS files."""
     return str(place).endswith(LITE) or _is_address(str(place))
 
 
@@ -84,8 +84,8 @@ class MilvusVectors:
 
     def __len__(self) -> int:
         with self._talking():
-            found = self._query("", ["count(*)"])
-        return int(found[0]["count(*)"])
+            rows = self._query("", ["count(*)"])
+        return int(rows[0]["count(*)"])
 
     def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         ids, vectors = checked_rows(ids, vectors, self.dim)
@@ -103,7 +103,7 @@ class MilvusVectors:
             with self._talking():
                 self._client.delete(self._name, ids=ids[part].tolist(), timeout=CALL)
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> Ranked:
         queries, k = checked_vectors(queries, self.dim), checked_k(k)
         if k > MOST:
             raise ConfigError(f"k = {k} is not possible; Milvus finds at most {MOST}")
@@ -111,12 +111,12 @@ class MilvusVectors:
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         ids = checked_ids(ids)
-        found: dict[int, np.ndarray] = {}
+        vectors_by_id: dict[int, np.ndarray] = {}
         for part in _parts(len(ids), min(self._rows(), IDS)):
             with self._talking():
                 rows = self._query(f"{KEY} in {ids[part].tolist()}", [KEY, VECTOR])
-            found |= {row[KEY]: np.array(row[VECTOR], np.float32) for row in rows}
-        wanted = [found[key] for key in ids.tolist()]
+            vectors_by_id |= {row[KEY]: np.array(row[VECTOR], np.float32) for row in rows}
+        wanted = [vectors_by_id[key] for key in ids.tolist()]
         return np.stack(wanted) if wanted else np.empty((0, self.dim), np.float32)
 
     def ids(self) -> np.ndarray:
@@ -132,7 +132,7 @@ class MilvusVectors:
         return []
 
     def close(self) -> None:
-        """Let go of the connection; the last one to a Milvus Lite file closes the file."""
+        """Close the connection; the last one to a Milvus Lite file closes the file."""
         if self._client is None:
             return
         self._client.close()
@@ -140,8 +140,8 @@ class MilvusVectors:
         if self._lite:
             _release(self._uri)
 
-    def _find(self, queries: np.ndarray, wide: int) -> Found:
-        """The best `wide` rows of each query (Q, D), in Milvus's order."""
+    def _find(self, queries: np.ndarray, wide: int) -> Ranked:
+        """Find the best `wide` rows of each query (Q, D), in Milvus's order."""
         scores = np.full((len(queries), wide), -np.inf, np.float32)
         ids = np.full((len(queries), wide), NO_ROW, np.int64)
         for part in _parts(len(queries), max(1, min(self._rows(), MESSAGE // (64 * wide)))):
@@ -172,7 +172,7 @@ class MilvusVectors:
         )
 
     def _rows(self) -> int:
-        """How many vectors one message takes."""
+        """Return how many vectors fit one message."""
         return max(1, MESSAGE // (4 * self.dim))
 
     def _connect(self, token: str | None) -> Any:
@@ -205,7 +205,7 @@ class MilvusVectors:
         return ConfigError(f"{self._where}: not a Milvus Lite file; choose another path")
 
     def _prepare(self) -> None:
-        """Check the collection; make what there is not yet of it."""
+        """Check the collection; create the parts of it that are missing."""
         with self._talking():
             if not self._client.has_collection(self._name, timeout=CALL):
                 self._create()
@@ -226,7 +226,7 @@ class MilvusVectors:
         )
 
     def _index(self) -> None:
-        """Let the server choose how it searches: Milvus Lite looks at every row, a cluster not."""
+        """Create an index of the server's choice: Milvus Lite reads every row, a cluster not."""
         index = self._milvus.MilvusClient.prepare_index_params()
         index.add_index(VECTOR, index_type="AUTOINDEX", metric_type=METRIC)
         self._client.create_index(self._name, index, timeout=CALL, sync=False)
@@ -247,10 +247,10 @@ class MilvusVectors:
             )
 
     def _check_metric(self) -> None:
-        found = self._client.describe_index(self._name, VECTOR, timeout=CALL)
-        if found["metric_type"] != METRIC:
+        description = self._client.describe_index(self._name, VECTOR, timeout=CALL)
+        if description["metric_type"] != METRIC:
             raise MismatchError(
-                f"{self._what()} compares by {found['metric_type']}, not by inner product; "
+                f"{self._what()} compares by {description['metric_type']}, not by inner product; "
                 "choose another name"
             )
 
@@ -259,7 +259,7 @@ class MilvusVectors:
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Turn what Milvus raises into one line."""
+        """Turn Milvus's errors into one line."""
         if self._client is None:
             raise RunError(f"{self._what()}: the connection was closed")
         try:
@@ -276,7 +276,7 @@ def open_index(
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:
-    """Slices that cover 0..count, each of at most `size`."""
+    """Cut 0..count into slices of at most `size`."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -285,7 +285,7 @@ def _is_address(place: str) -> bool:
 
 
 def _public(uri: str) -> str:
-    """The URI without user and password, for messages."""
+    """Return the URI without user and password, for messages."""
     scheme, mark, rest = uri.rpartition("://")
     return scheme + mark + rest.rpartition("@")[2] if mark else uri
 
@@ -305,7 +305,7 @@ def _release(uri: str) -> None:
 
 
 def _held(path: Path) -> bool:
-    """Whether another process holds the lock of a Milvus Lite file."""
+    """Tell whether another process holds the lock of a Milvus Lite file."""
     try:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

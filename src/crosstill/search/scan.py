@@ -40,7 +40,7 @@ _KINDS = {
 
 
 class Stamp(NamedTuple):
-    """What tells without reading that a photo and its caption are as they were.
+    """Sizes and times of a photo and its caption: equal ones need not be read again.
 
     Attributes:
         size: of the photo, in bytes.
@@ -65,7 +65,7 @@ class Stamp(NamedTuple):
 
 
 class KnownFile(NamedTuple):
-    """What a file held when it was last read.
+    """The content of a file when it was last read.
 
     Attributes:
         stamp: its size and times, and its caption's.
@@ -82,7 +82,7 @@ class KnownFile(NamedTuple):
     reason: str = ""
 
     def still(self, stamp: Stamp) -> bool:
-        """Whether a file that looks like this is certain to be the same.
+        """Tell whether a file with this stamp is certain to be the same.
 
         A file written in the very moment in which it was read may have changed without a trace.
         """
@@ -92,7 +92,7 @@ class KnownFile(NamedTuple):
 
 @dataclass
 class Scan:
-    """What a walk found.
+    """The photos of a folder, and the files that are left out.
 
     Attributes:
         photos: by name relative to the folder.
@@ -140,13 +140,13 @@ def walk(root: Path, skip: Path | None = None) -> Scan:
 
 
 def no_photos(root: Path, scan: Scan) -> DataError:
-    """What to say of a folder without photos; something that was passed over serves as a hint."""
+    """Make the error for a folder without photos; a file that was left out serves as a hint."""
     hint = next((f" ({name}: {why})" for name, why in scan.problems.items()), "")
     return DataError(f"{root}: no photo in it{hint}; give a folder of photos")
 
 
 def count_emptied(before: Iterable[str], left: Iterable[str]) -> dict[str, int]:
-    """Count what each folder held of which nothing is left; "." is the whole.
+    """Count the files of each folder of which none is left; "." is the whole.
 
     Args:
         before: names of files; one that is in no such folder is not counted.
@@ -161,12 +161,12 @@ def count_emptied(before: Iterable[str], left: Iterable[str]) -> dict[str, int]:
 
 
 def _folders(name: str) -> list[str]:
-    """The folders that a file is in, the outermost first."""
+    """Return the folders that a file is in, the outermost first."""
     return [str(folder) for folder in reversed(PurePath(name).parents)]
 
 
 def read_photo(root: Path, name: str) -> bytes:
-    """All bytes of a photo's file.
+    """Read all bytes of a photo's file.
 
     Raises:
         ImageError: it cannot be read, is no ordinary file or is larger than `MAX_BYTES`.
@@ -181,7 +181,7 @@ def read_photo(root: Path, name: str) -> bytes:
 
 
 def read_caption(root: Path, name: str) -> str:
-    """The first `CAPTION` characters of the text file beside a photo; "" where it is unreadable."""
+    """Read up to `CAPTION` characters of the text file beside a photo; "" if it is unreadable."""
     for text in formats.sidecars(name):
         try:
             with _open(root / text) as file:
@@ -196,7 +196,7 @@ def read_caption(root: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class Read:
-    """One photo off the disk: what to remember of it, and its pixels where they are needed."""
+    """One photo that was read, and its pixels where they are needed."""
 
     name: str
     known: KnownFile
@@ -205,7 +205,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads photos of one folder.
+    """Reads and decodes photos of one folder.
 
     Attributes:
         root: the folder.
@@ -220,7 +220,7 @@ class Reader:
     refused: Mapping[bytes, str]
 
     def read(self, name: str, stamp: Stamp) -> Read:
-        """Read one photo; whatever is wrong with it becomes its reason."""
+        """Read one photo; an error becomes its reason."""
         began = time.time_ns()
         try:
             data = read_photo(self.root, name)
@@ -228,19 +228,19 @@ class Reader:
             return Read(name, KnownFile(stamp, began, None, reason=error.reason), None)
         sha = hashlib.sha256(data).digest()
         caption = read_caption(self.root, name) if stamp.caption_size >= 0 else ""
-        reason, found = self.refused.get(sha, ""), None
+        reason, decoded = self.refused.get(sha, ""), None
         if sha not in self.encoded and not reason:
             try:
-                found = pixels.load(data, name, self.preprocess)
+                decoded = pixels.load(data, name, self.preprocess)
             except ImageError as error:
                 reason = error.reason
-        return Read(name, KnownFile(stamp, began, sha, caption, reason), found)
+        return Read(name, KnownFile(stamp, began, sha, caption, reason), decoded)
 
 
 def ahead(
     read: Callable[[str, Stamp], Read], photos: Mapping[str, Stamp], workers: int
 ) -> Iterator[Read]:
-    """All photos in their order, each read by one of the workers before it is asked for."""
+    """Yield all photos in their order, each read ahead by one of the workers."""
     waiting: deque[Future[Read]] = deque()
     with decoding.in_threads(workers) as pool:
         for item in photos.items():
@@ -252,7 +252,7 @@ def ahead(
 
 
 def grouped(reads: Iterator[Read], size: int) -> Iterator[list[Read]]:
-    """So many at a time; the last ones may be fewer."""
+    """Yield reads in groups of this size; the last group may be smaller."""
     while group := list(islice(reads, size)):
         yield group
 
@@ -270,16 +270,16 @@ def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) 
         known = unsupported or formats.ending(entry.name) in formats.PHOTOS
         if not link_to_folder and not known:
             continue
-        found = "a link to a folder, not entered" if link_to_folder else _look(root, entry)
-        if isinstance(found, str):
-            scan.problems[name] = found
+        status = "a link to a folder, not entered" if link_to_folder else _look(root, entry)
+        if isinstance(status, str):
+            scan.problems[name] = status
             continue
         if unsupported:
-            scan.problems[name], scan.sizes[name] = unsupported, found.st_size
+            scan.problems[name], scan.sizes[name] = unsupported, status.st_size
             continue
         caption = next(filter(None, map(texts.get, formats.sidecars(entry.name))), None)
         text = _look(root, caption) if caption else None
-        scan.photos[name] = Stamp.of(found, text if isinstance(text, os.stat_result) else None)
+        scan.photos[name] = Stamp.of(status, text if isinstance(text, os.stat_result) else None)
 
 
 def _is_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
@@ -290,7 +290,7 @@ def _is_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
 
 
 def _look(root: Path, entry: os.DirEntry[str]) -> os.stat_result | str:
-    """The status of an ordinary file, or why the entry is none."""
+    """Return the status of an ordinary file, or why the entry is none."""
     try:
         if entry.is_symlink():
             target = os.path.realpath(entry.path)

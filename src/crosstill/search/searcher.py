@@ -1,4 +1,4 @@
-"""Find photos in an index: words or a photo in, the nearest photos out."""
+"""Search an index: words or a photo in, the nearest photos out."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class _Generation:
-    """What one query needs, replaced as a whole when the index switches."""
+    """An open generation, replaced as a whole when the index switches."""
 
     pointer: Pointer
     photos: Catalogue
@@ -73,13 +73,13 @@ class _Generation:
 
 
 class Searcher:
-    """An open index and the bundle that made it. Several threads may share one."""
+    """Searches an index with the bundle that made it. Several threads may share one."""
 
     def __init__(
         self, index: Path, bundle: Bundle, generation: _Generation, threads: int = 1
     ) -> None:
         self.index, self.bundle, self._threads = index, bundle, threads
-        self._held, self._refreshing, self._said = generation, Lock(), ""
+        self._opened, self._refreshing, self._last_error = generation, Lock(), ""
         self._encoder = Encoder(bundle, threads)
 
     @classmethod
@@ -98,36 +98,36 @@ class Searcher:
         """
 
         def both(pointer: Pointer) -> tuple[Bundle, _Generation]:
-            given = Bundle.open(bundle or artefacts.member(index, pointer.bundle))
-            what = f"{index} was not made with the bundle {given.folder}"
-            check_same(pointer.identity, given.identity, what)
-            return given, _open(index, pointer, threads)
+            used = Bundle.open(bundle or artefacts.member(index, pointer.bundle))
+            what = f"{index} was not made with the bundle {used.folder}"
+            check_same(pointer.identity, used.identity, what)
+            return used, _open(index, pointer, threads)
 
         return cls(index, *index_folder.settled(index, both), threads)
 
     def __len__(self) -> int:
-        return len(self._held.photos)
+        return len(self._opened.photos)
 
     @property
     def generation(self) -> int:
-        """Number of the build that is searched."""
-        return self._held.pointer.generation
+        """Return the number of the generation that is searched."""
+        return self._opened.pointer.generation
 
     @property
     def folder(self) -> Path:
-        """Where the photos are."""
-        return Path(self._held.pointer.folder)
+        """Return the folder of the photos."""
+        return Path(self._opened.pointer.folder)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """B texts → unit rows float32 (B, D)."""
+        """Encode B texts → unit rows float32 (B, D)."""
         return self._encoder.encode_texts(texts)
 
     def notes(self, text: str) -> list[str]:
-        """Say, a sentence each, what of a query this model cannot use; of most, nothing."""
+        """Return a sentence for each part of a query that this model cannot use."""
         return self._encoder.notes(text)
 
     def encode_image(self, data: bytes, name: str) -> np.ndarray:
-        """A photo's bytes → a unit vector float32 (D,).
+        """Encode a photo's bytes → a unit vector float32 (D,).
 
         Raises:
             ImageError: it cannot be read; `name` is named.
@@ -135,18 +135,18 @@ class Searcher:
         return self._encoder.encode_images(self._encoder.load(data, name)[None])[0]
 
     def vector(self, photo_id: str) -> np.ndarray | None:
-        """The vector float32 (D,) of a photo of the index, None where it is not in it."""
-        held = self._held
-        entry = _entry(held, photo_id)
+        """Return the vector float32 (D,) of a photo of the index, None where it is not in it."""
+        opened = self._opened
+        entry = _entry(opened, photo_id)
         try:
-            return held.vectors.vectors(np.array([entry.id]))[0] if entry else None
+            return opened.vectors.vectors(np.array([entry.id]))[0] if entry else None
         except KeyError:  # Milvus has let go of it already
             return None
 
     def find(
         self, vectors: np.ndarray, top: int, threshold: float | None = None
     ) -> list[list[Hit]]:
-        """The nearest photos of each query, best first.
+        """Find the nearest photos of each query, best first.
 
         Args:
             vectors: unit rows float32 (B, D).
@@ -158,47 +158,47 @@ class Searcher:
         """
         if not 1 <= top <= MAX_TOP:
             raise ConfigError(f"top {top}: give a number from 1 to {MAX_TOP}")
-        held = self._held
-        if vectors.ndim != 2 or vectors.shape[1] != held.pointer.dim:
-            raise ConfigError(f"queries of shape {vectors.shape}: give (B, {held.pointer.dim})")
+        opened = self._opened
+        if vectors.ndim != 2 or vectors.shape[1] != opened.pointer.dim:
+            raise ConfigError(f"queries of shape {vectors.shape}: give (B, {opened.pointer.dim})")
         least = -np.inf if threshold is None else threshold
-        wanted = top + _SPARE if held.pointer.milvus else top
-        scores, ids = held.vectors.search(np.ascontiguousarray(vectors, np.float32), wanted)
-        return [_hits(held, *row, least)[:top] for row in zip(scores, ids, strict=True)]
+        wanted = top + _SPARE if opened.pointer.milvus else top
+        scores, ids = opened.vectors.search(np.ascontiguousarray(vectors, np.float32), wanted)
+        return [_hits(opened, *row, least)[:top] for row in zip(scores, ids, strict=True)]
 
     def threshold(self, rate: float = calibrate.RATE) -> float:
-        """The score that this share of captions of other images reaches in this index.
+        """Return the score that this share of captions of other images reaches in this index.
 
         Raises:
             ConfigError: the bundle holds no captions to calibrate on, or no such rate.
         """
-        return calibrate.threshold(self._held.pointer.quantiles, rate)
+        return calibrate.threshold(self._opened.pointer.quantiles, rate)
 
     def photo(self, photo_id: str) -> Photo | None:
-        """The photo of an id, None where the index does not hold it."""
-        held = self._held
-        entry = _entry(held, photo_id)
+        """Return the photo of an id, None where the index does not hold it."""
+        opened = self._opened
+        entry = _entry(opened, photo_id)
         if entry is None:
             return None
-        where = Path(held.pointer.folder) / entry.path
+        where = Path(opened.pointer.folder) / entry.path
         return Photo(photo_id, where, entry.path, entry.size, entry.mtime_ns, entry.caption)
 
     def refresh(self) -> bool:
-        """Take up what `crosstill index` has published since; whether there was anything.
+        """Open the newest generation; return whether there was a newer one.
 
         Queries that are under way end with what they began with. An index that cannot be opened,
         or that another bundle has rebuilt, is logged once; the old one goes on serving.
         """
         with self._refreshing:
             try:
-                if index_folder.read(self.index) == self._held.pointer:
+                if index_folder.read(self.index) == self._opened.pointer:
                     return False
-                self._held = index_folder.settled(self.index, self._newer)
+                self._opened = index_folder.settled(self.index, self._newer)
                 return True
             except (CrosstillError, OSError) as error:
-                if str(error) != self._said:
+                if str(error) != self._last_error:
                     log.warning("still serving generation %d: %s", self.generation, error)
-                self._said = str(error)
+                self._last_error = str(error)
                 return False
 
     def warm(self) -> None:
@@ -207,17 +207,17 @@ class Searcher:
         self.find(self.encode_texts(["a photo"]), 1)
 
     def close(self) -> None:
-        self._held.vectors.close()
-        self._held.photos.close()
+        self._opened.vectors.close()
+        self._opened.photos.close()
 
     def _newer(self, pointer: Pointer) -> _Generation:
         what = f"{self.index} was made anew with another bundle, start again to take it up"
         check_same(pointer.identity, self.bundle.identity, what)
-        return _open(self.index, pointer, self._threads, self._held)
+        return _open(self.index, pointer, self._threads, self._opened)
 
 
 def combine(*vectors: np.ndarray) -> np.ndarray:
-    """Several vectors (D,) as one query: their sum, of unit length.
+    """Combine several vectors (D,) to one query: their sum, of unit length.
 
     Raises:
         ConfigError: they cancel each other out.
@@ -239,12 +239,12 @@ def _open(
     return _Generation(pointer, photos, index_folder.open_vectors(index, pointer, threads))
 
 
-def _entry(held: _Generation, photo_id: str) -> catalogue.Entry | None:
-    return held.photos.find(photo_id) if re.fullmatch("[0-9a-f]{64}", photo_id) else None
+def _entry(opened: _Generation, photo_id: str) -> catalogue.Entry | None:
+    return opened.photos.find(photo_id) if re.fullmatch("[0-9a-f]{64}", photo_id) else None
 
 
-def _hits(held: _Generation, scores: np.ndarray, ids: np.ndarray, least: float) -> list[Hit]:
-    found = [(int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0 and s >= least]
-    entries = held.photos.entries(number for number, _ in found)
-    known = [(entries[number], score) for number, score in found if number in entries]
-    return [Hit(entry.sha, score, entry.path, entry.caption) for entry, score in known]
+def _hits(opened: _Generation, scores: np.ndarray, ids: np.ndarray, least: float) -> list[Hit]:
+    ranked = [(int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0 and s >= least]
+    entries = opened.photos.entries(number for number, _ in ranked)
+    present = [(entries[number], score) for number, score in ranked if number in entries]
+    return [Hit(entry.sha, score, entry.path, entry.caption) for entry, score in present]

@@ -1,4 +1,4 @@
-"""What every index of vectors asks of the rows it is given, and of the rows it gives back."""
+"""Check the rows that go into an index of vectors, and rank those that come out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from crosstill.errors import ConfigError, DataError, MismatchError
 NO_ROW = -1  # the id where there are fewer rows than asked for
 SPARE = 8  # rows looked at beyond the k-th, to see whether it ties with the next
 
-Found = tuple[np.ndarray, np.ndarray]
+Ranked = tuple[np.ndarray, np.ndarray]  # scores and ids, (Q, k) each, best first
 
 
 def needed(module: str, extra: str) -> Any:
-    """Import a library that not every installation has.
+    """Import an optional library.
 
     Raises:
         ConfigError: it is missing; the message names the extra to install.
@@ -31,7 +31,7 @@ def needed(module: str, extra: str) -> Any:
 
 
 def checked_vectors(vectors: np.ndarray, dim: int) -> np.ndarray:
-    """The vectors (N, D), in one piece of memory.
+    """Check vectors (N, D) and return them in one piece of memory.
 
     Raises:
         DataError: they are not float32, not a matrix, or not all finite.
@@ -55,23 +55,23 @@ def checked_vectors(vectors: np.ndarray, dim: int) -> np.ndarray:
 
 
 def checked_ids(ids: np.ndarray) -> np.ndarray:
-    """The ids (N,) as int64.
+    """Check ids (N,) and return them as int64.
 
     Raises:
         DataError: they are not whole numbers in one dimension, or one is negative.
     """
-    found = np.asarray(ids)
-    if found.ndim == 1 and not len(found):
+    array = np.asarray(ids)
+    if array.ndim == 1 and not len(array):
         return np.empty(0, np.int64)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise DataError(f"ids: {_kind(found)} of shape {found.shape} where int64 (N,) is needed")
-    if found.min() < 0 or found.max() > np.iinfo(np.int64).max:
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"ids: {_kind(array)} of shape {array.shape} where int64 (N,) is needed")
+    if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
         raise DataError("ids: one is outside 0..2**63 - 1")
-    return found.astype(np.int64)
+    return array.astype(np.int64)
 
 
-def checked_rows(ids: np.ndarray, vectors: np.ndarray, dim: int) -> Found:
-    """Ids (N,) and vectors (N, D) to add; of an id that comes twice, the last row alone.
+def checked_rows(ids: np.ndarray, vectors: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Check ids (N,) and vectors (N, D); keep the last row of an id that comes twice.
 
     Raises:
         DataError, MismatchError: see `checked_ids` and `checked_vectors`.
@@ -87,14 +87,14 @@ def checked_rows(ids: np.ndarray, vectors: np.ndarray, dim: int) -> Found:
 
 
 def checked_k(k: int) -> int:
-    """How many rows to find; less than one is a `ConfigError`."""
+    """Check how many rows to find; less than one is a `ConfigError`."""
     if k < 1:
         raise ConfigError(f"k = {k} is not possible; ask for 1 or more")
     return int(k)
 
 
-def ranked(find: Callable[[int], Found], k: int, most: int) -> Found:
-    """The k best rows of each query: best score first, and of equal scores the lower id.
+def ranked(find: Callable[[int], Ranked], k: int, most: int) -> Ranked:
+    """Rank the k best rows of each query: best score first, of equal scores the lower id.
 
     An index keeps any of the rows that tie at the k-th place, so that more are looked at until
     none of them ties with the last one seen.

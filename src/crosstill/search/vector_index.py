@@ -1,4 +1,4 @@
-"""Vectors under ids: what an index of them can do, and how to open one.
+"""The protocol of an index of vectors, and the kinds that there are.
 
     faiss_vectors     in the memory of this process, saved as files
     milvus_vectors    a Milvus cluster, or a Milvus Lite file
@@ -19,7 +19,7 @@ from crosstill.errors import unknown
 from crosstill.search import faiss_vectors
 from crosstill.search.faiss_vectors import FLAT_UP_TO
 from crosstill.search.milvus_vectors import is_milvus
-from crosstill.search.vector_checks import Found
+from crosstill.search.vector_checks import Ranked
 
 # Functions of (place, dim, threads, collection, token), see `open_vectors`
 _INDEXES = {
@@ -39,7 +39,7 @@ class VectorIndex(Protocol):
     dim: int
 
     def __len__(self) -> int:
-        """How many vectors there are."""
+        """Return how many vectors there are."""
 
     def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         """Put vectors (N, D) under ids (N,), in place of what was there.
@@ -50,7 +50,7 @@ class VectorIndex(Protocol):
     def remove(self, ids: np.ndarray) -> None:
         """Take out these ids (N,); those that are not there are ignored."""
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> Ranked:
         """Find the k vectors of the largest inner product with each query (Q, D).
 
         Returns:
@@ -62,20 +62,20 @@ class VectorIndex(Protocol):
         """
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
-        """The vectors (N, D) of these ids (N,); of an "hnsw" index, their 8-bit likenesses.
+        """Return the vectors (N, D) of these ids (N,); of an "hnsw" index, decoded from 8 bits.
 
         Raises:
             KeyError: an id that is not there.
         """
 
     def ids(self) -> np.ndarray:
-        """All ids (N,), ascending."""
+        """Return all ids (N,), ascending."""
 
     def save(self, folder: Path) -> list[str]:
-        """Write what is in memory to an existing folder; the names of the files written."""
+        """Write the index to an existing folder; return the names of the files written."""
 
     def close(self) -> None:
-        """Let go of connections. Use nothing of the index afterwards."""
+        """Close connections. Use nothing of the index afterwards."""
 
 
 def open_vectors(

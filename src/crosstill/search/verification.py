@@ -1,4 +1,4 @@
-"""Is an index whole? Every file, every vector, every photo that it speaks of."""
+"""Verify an index: every file, every vector, every photo."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONGER = 0.02  # by which a vector of 8-bit codes may miss unit length
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found.
+    """The result of a verification.
 
     Attributes:
         photos: in the index; 0 where its pointer is damaged.
@@ -65,8 +65,8 @@ def verify(index: Path) -> Verdict:
         damaged_files = [str(error) for error in index_folder.problems(index, pointer)]
         checks = (_bundle,) if damaged_files else (_bundle, _contents)
         memory = _problem(_memory, index, pointer)
-        found = [*damaged_files, *(_problem(check, index, pointer) for check in checks), memory]
-        problems = [line for line in found if line]
+        lines = [*damaged_files, *(_problem(check, index, pointer) for check in checks), memory]
+        problems = [line for line in lines if line]
         verdict = Verdict(pointer.photos, problems, _mend(index, pointer))
         path = index / index_folder.WORK
         known = {} if memory or not path.is_file() else builder_memory.read_files(path)
@@ -87,7 +87,7 @@ def _bundle(index: Path, pointer: Pointer) -> None:
 
 
 def _contents(index: Path, pointer: Pointer) -> None:
-    """Catalogue and vectors, each by itself and against the other."""
+    """Check catalogue and vectors, each by itself and against the other."""
     folder = index_folder.folder_of(index, pointer.generation)
     with (
         closing(Catalogue(folder / catalogue.NAME)) as photos,
@@ -123,7 +123,7 @@ def _memory(index: Path, pointer: Pointer) -> None:
 def _compared(
     verdict: Verdict, index: Path, pointer: Pointer, known: Mapping[str, KnownFile]
 ) -> Verdict:
-    """The verdict, with all files that are not where they were or not what they were."""
+    """Add to a verdict the files that are gone or have changed."""
     root = Path(pointer.folder)
     folder = index_folder.folder_of(index, pointer.generation)
     try:
@@ -156,7 +156,7 @@ def _change(
     status: os.stat_result,
     known: KnownFile | None,
 ) -> str:
-    """How a photo differs from what was indexed; "" where it does not."""
+    """Return how a photo differs from what was indexed; "" where it does not."""
     if (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns):
         return "changed since it was indexed"
     if known and (known.stamp.ctime_ns, known.sha) == (status.st_ctime_ns, row.sha):
@@ -170,7 +170,7 @@ def _change(
 
 
 def _mend(index: Path, pointer: Pointer | None) -> str:
-    """The command to run: with the index's own bundle, where that is whole."""
+    """Return the command that mends the index, with its own bundle where that is whole."""
     if pointer is None:
         return f"crosstill index BUNDLE FOLDER --out {shlex.quote(str(index))}"
     own = str(index / pointer.bundle)

@@ -16,7 +16,7 @@ from crosstill.errors import ConfigError, ImageError, printable
 from crosstill.search.searcher import Hit
 from crosstill.search.serve import search_page
 from crosstill.search.serve.batching import Overloaded
-from crosstill.search.serve.service import AUTO, Found, NoSuchPhotoError
+from crosstill.search.serve.service import AUTO, NoSuchPhotoError, SearchResult
 from crosstill.search.serve.settings import Settings
 
 BAR = 0.25
@@ -83,7 +83,7 @@ class Fake:
             for i in range(min(top, len(self.searcher)))
         ]
         kept = [hit for hit in hits if least is None or hit.score >= least]
-        return Found(q, kept, 1.0, 7, least, ["no <word> is known"] if q == "zxqv" else [])
+        return SearchResult(q, kept, 1.0, 7, least, ["no <word> is known"] if q == "zxqv" else [])
 
 
 class _Searcher:

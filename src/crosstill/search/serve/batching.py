@@ -1,4 +1,4 @@
-"""Queries that arrive together are computed together."""
+"""Compute queries in batches, with a bound on how many there are at once."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Overloaded(RunError):
 
 
 class WorkerError(RunError):
-    """A worker was torn out of its work by what is no ordinary error, such as a panic in Rust."""
+    """A worker failed by something that is no ordinary error, such as a panic in Rust."""
 
 
 class Gate:
-    """So many at once, the waiting ones included."""
+    """Admits so many at once, the waiting ones included."""
 
     def __init__(self, most: int) -> None:
         self.most, self.inside = most, 0
 
     @contextmanager
     def enter(self, amount: int = 1) -> Iterator[None]:
-        """Be inside while the block runs.
+        """Hold room while the block runs.
 
         Raises:
             Overloaded: there is no room.
@@ -48,7 +48,7 @@ class Gate:
             self.inside -= amount
 
     def take(self, amount: int = 1) -> None:
-        """Enter; whoever calls this gives `amount` back itself."""
+        """Take room, which the caller gives back itself."""
         if self.inside + amount > self.most:
             raise Overloaded("too many requests at once; try again soon")
         self.inside += amount
@@ -65,7 +65,7 @@ class Batcher(Generic[Q, A]):
             its asker alone; what `compute` raises, all of them get.
         workers: threads, each with a batch of its own.
         most: queries of a batch.
-        told: is called with the size of every batch.
+        on_batch: is called with the size of every batch.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Batcher(Generic[Q, A]):
         compute: Callable[[Sequence[Q]], Sequence[A | Exception]],
         workers: int,
         most: int,
-        told: Callable[[int], object] = lambda size: None,
+        on_batch: Callable[[int], object] = lambda size: None,
     ) -> None:
-        self._compute, self._idle, self._most, self._told = compute, workers, most, told
+        self._compute, self._idle, self._most, self._on_batch = compute, workers, most, on_batch
         self._waiting: dict[asyncio.Future[A], Q] = {}
         # Threads of its own: a hop through an executor and its futures takes twice as long.
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -93,7 +93,7 @@ class Batcher(Generic[Q, A]):
             self._waiting.pop(answer, None)
 
     def close(self) -> None:
-        """End the threads when they have done what they have begun; what waits never begins.
+        """End the threads after the batches they have begun, and cancel queries that wait.
 
         Nobody waits for them, not even the process when it ends: they are daemons.
         """
@@ -109,28 +109,28 @@ class Batcher(Generic[Q, A]):
             for answer in batch:
                 del self._waiting[answer]
             self._idle -= 1
-            self._told(len(batch))
+            self._on_batch(len(batch))
             self._jobs.put((asyncio.get_running_loop(), batch))
 
     def _work(self) -> None:
-        """What a thread does until it is closed."""
+        """Compute batches until the batcher is closed."""
         while (job := self._jobs.get()) is not None:
             loop, batch = job
-            found: Sequence[Any]
+            answers: Sequence[Any]
             try:
-                found = self._compute([*batch.values()])
+                answers = self._compute([*batch.values()])
             except Exception as error:
-                found = [error] * len(batch)
+                answers = [error] * len(batch)
             except BaseException as error:  # the next batch finds this thread as it was
                 log.exception("a worker failed")
-                found = [WorkerError(f"a worker failed: {type(error).__name__}")] * len(batch)
+                answers = [WorkerError(f"a worker failed: {type(error).__name__}")] * len(batch)
             with suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(self._give, [*batch], found)
+                loop.call_soon_threadsafe(self._give, [*batch], answers)
 
-    def _give(self, batch: Sequence[asyncio.Future[A]], found: Sequence[A | Exception]) -> None:
+    def _give(self, batch: Sequence[asyncio.Future[A]], values: Sequence[A | Exception]) -> None:
         self._idle += 1
         self._begin()
-        for answer, value in zip(batch, found, strict=True):
+        for answer, value in zip(batch, values, strict=True):
             if answer.done():
                 continue
             if isinstance(value, Exception):
@@ -140,5 +140,5 @@ class Batcher(Generic[Q, A]):
 
 
 def jobs(workers: int) -> Batcher[Callable[[], Any], Any]:
-    """Threads that call what they are given, one function at a time."""
+    """Make threads that call functions, one at a time each."""
     return Batcher(lambda batch: [job() for job in batch], workers, most=1)

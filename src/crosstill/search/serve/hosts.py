@@ -1,4 +1,4 @@
-"""Names by which the server may be called.
+"""Check the Host header against the names that the server answers to.
 
 A page elsewhere can let its own name lead to this machine (DNS rebinding): the browser then takes
 the server for a part of that page, which reads every photo. The name stays in the Host header.
@@ -36,13 +36,13 @@ def names(given: Iterable[str]) -> frozenset[str]:
 
 
 def host_of(header: str) -> str:
-    """The host of a Host header, lower case, without brackets and port; "" for no such header."""
+    """Parse a Host header to a host, lower case, without brackets and port; "" if it is none."""
     parts = _HOST.fullmatch(header.lower())
     return parts[1].strip("[]") if parts else ""
 
 
 def is_answered(host: str, own: str, allowed: frozenset[str]) -> bool:
-    """Whether the server answers for this host.
+    """Tell whether the server answers for this host.
 
     Args:
         host: as `host_of` returns it.

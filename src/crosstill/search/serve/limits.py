@@ -1,4 +1,4 @@
-"""Around the whole application: bodies are counted, requests timed, every answer has its headers.
+"""Guard the application: count bodies, time requests, add security headers to every answer.
 
 A request has three spans: its body arrives, its answer is thought out, its answer is sent. The
 first two have an end here; the third, as the request's head before it, in `wire`.
@@ -49,7 +49,7 @@ Pairs = list[tuple[bytes, bytes]]
 
 
 def secured(headers: Iterable[tuple[bytes, bytes]] = ()) -> Pairs:
-    """The headers, and those of every answer that are not among them."""
+    """Add the security headers that are not among these headers."""
     given = list(headers)
     names = {name.lower() for name, _ in given}
     return given + [
@@ -60,7 +60,7 @@ def secured(headers: Iterable[tuple[bytes, bytes]] = ()) -> Pairs:
 
 
 def refusal(error: str) -> bytes:
-    """The body of every error."""
+    """Return the body of an error."""
     return json.dumps({"error": error}).encode()
 
 
@@ -73,7 +73,7 @@ class Bodies(Gate):
         self._held: Counter[str] = Counter()  # by address
 
     def hold(self, amount: int, address: str) -> None:
-        """Take room; who calls this releases it.
+        """Take room, which the caller releases.
 
         Raises:
             Overloaded: there is no room, or none for this address.
@@ -92,7 +92,7 @@ class Bodies(Gate):
 
 
 class Guard:
-    """The outermost application: what is inside may forget about limits.
+    """The outermost application, which applies all limits to the one inside.
 
     A body that is too large ends in 413, one that is too slow in 408, both with a closed
     connection; an answer that takes too long in 503.
@@ -135,7 +135,7 @@ class _Exchange:
             self.metrics.seconds.labels(route).observe(_now() - self.began)
 
     async def receive(self) -> Message:
-        """The next piece of the body, counted; a body that says it is too large is not read.
+        """Receive and count the next piece of the body; one announced as too large is not read.
 
         It is refused here and not with the head, so that a page can say so in its own way.
         """
@@ -149,7 +149,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """The next piece of the answer; nothing here limits how long that takes."""
+        """Send the next piece of the answer; nothing here limits how long that takes."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             if self.status in REJECTED:
@@ -187,7 +187,7 @@ class _Exchange:
                 await self._refuse(408, "the body of the request did not arrive in time")
 
     def _wind(self) -> None:
-        """Set the end of the span that the request is in."""
+        """Set the deadline of the span that the request is in."""
         settings = self.settings
         if self.status:
             return
@@ -197,7 +197,7 @@ class _Exchange:
             self.clock.reschedule(self.due)
 
     def _check_head(self) -> None:
-        """Refuse what no route may answer."""
+        """Refuse requests that no route may answer."""
         host = hosts.host_of(self.headers.get("host", ""))
         if not host:
             raise HTTPException(400, "the Host header is missing or is no name")

@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus's text form."""
+"""Counters of the server, in Prometheus's text form."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Metrics:
         return gate
 
     def text(self) -> bytes:
-        """All of it, for a scrape."""
+        """Return all counters, for a scrape."""
         return generate_latest(self._registry)
 
     def _watch(self, name: str, meaning: str, value: Callable[[], float]) -> None:

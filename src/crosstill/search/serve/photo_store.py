@@ -1,4 +1,4 @@
-"""The photos of an index and their thumbnails, by id alone.
+"""Send the photos of an index and their thumbnails, by id alone.
 
 An id is the SHA-256 of a photo's bytes: what is sent is read once, hashed, and only then sent,
 so that whatever lies at the photo's path by now, nothing else gets out.
@@ -44,7 +44,7 @@ _CHUNK, _QUALITY = 64 * 1024, 82
 
 @dataclass(frozen=True)
 class Picture:
-    """Bytes that a browser may show, and what they are."""
+    """An encoded picture and its media type."""
 
     data: bytes
     type: str
@@ -62,15 +62,15 @@ class Store:
         self._size = 0
 
     async def photo(self, photo_id: str) -> Picture | None:
-        """The photo itself; None where there is none with that id, or no longer."""
+        """Read a photo; None where there is none with that id, or no longer."""
         return await self._work(self._photo, photo_id)
 
     async def holds(self, photo_id: str) -> bool:
-        """Whether the index has a photo with that id."""
+        """Tell whether the index has a photo with that id."""
         return await self._work(self.searcher.photo, photo_id) is not None
 
     async def thumbnail(self, photo_id: str) -> Picture | None:
-        """An upright JPEG of it, small; from memory where it was made before."""
+        """Make a small upright JPEG of a photo, or take the one in memory."""
         if photo_id in self._kept:
             self._kept.move_to_end(photo_id)
             return self._kept[photo_id]
@@ -80,7 +80,7 @@ class Store:
         return picture
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Shut down the threads."""
         self._workers.close()
 
     async def _work(self, job: Callable[[str], T], photo_id: str) -> T:
@@ -129,7 +129,7 @@ class Store:
 
 
 class Sent(Response):
-    """A picture on its way: in pieces, so that a slow reader holds it up and is counted."""
+    """A response that sends a picture in pieces, and is counted while a slow reader takes them."""
 
     def __init__(self, picture: Picture, sending: Gate, headers: dict[str, str]) -> None:
         super().__init__(picture.data, headers=headers, media_type=picture.type)
@@ -146,7 +146,7 @@ class Sent(Response):
 
 
 def router(store: Store) -> APIRouter:
-    """`/images/{id}` and `/thumbnails/{id}`."""
+    """Make the routes `/images/{id}` and `/thumbnails/{id}`."""
     routes = APIRouter(tags=["photos"])
     answers: dict[int | str, dict[str, Any]] = {
         200: {"content": {"image/*": {}}},
@@ -189,7 +189,7 @@ async def _answer(
 
 
 def _type(data: bytes) -> str | None:
-    """What the bytes are, by the rule that indexing decodes by; never SVG or HTML."""
+    """Return the media type of a photo that indexing would decode, else None."""
     Image.init()
     for name in pixels.FORMATS:
         accept = Image.OPEN[name][1]

@@ -22,7 +22,7 @@ from crosstill.search.serve import photo_store, search_page, uploads
 from crosstill.search.serve.batching import Overloaded
 from crosstill.search.serve.limits import Guard
 from crosstill.search.serve.metrics import TYPE, Metrics
-from crosstill.search.serve.service import Found, NoSuchPhotoError, Service
+from crosstill.search.serve.service import NoSuchPhotoError, SearchResult, Service
 from crosstill.search.serve.settings import Settings
 
 # what an asker is told of; the rest stays in the server's log
@@ -36,7 +36,7 @@ STATUS: dict[type, int] = {
 
 
 class Json(JSONResponse):
-    """ASCII without <, > and &: whatever a caption holds, no reader can take it for HTML."""
+    """JSON in ASCII without <, > and &, which no reader can take for HTML."""
 
     def render(self, content: Any) -> bytes:
         text = json.dumps(content, allow_nan=False)
@@ -94,7 +94,7 @@ Like = Annotated[str | None, Query(description="Id of a photo of the index.")]
 
 
 def create(searcher: Searcher, settings: Settings) -> App:
-    """The application that answers for an index; `run.run` listens for it."""
+    """Make the application that answers for an index; `server.run` listens for it."""
     metrics = Metrics(searcher)
     service = Service(searcher, settings, metrics)
     store = photo_store.Store(searcher, settings)
@@ -185,16 +185,16 @@ def _add_health(app: App) -> None:
         return Response(service.metrics.text(), media_type=TYPE)
 
 
-def _answer(found: Found) -> Response:
+def _answer(result: SearchResult) -> Response:
     return Json(
         {
-            "query": found.query,
-            "results": [_result(hit) for hit in found.hits],
-            "took_ms": round(found.took, 3),
-            "generation": found.generation,
-            "threshold": found.threshold,
-            "nothing_relevant": found.nothing_relevant,
-            "notes": found.notes,
+            "query": result.query,
+            "results": [_result(hit) for hit in result.hits],
+            "took_ms": round(result.took, 3),
+            "generation": result.generation,
+            "threshold": result.threshold,
+            "nothing_relevant": result.nothing_relevant,
+            "notes": result.notes,
         }
     )
 
@@ -211,7 +211,7 @@ def _result(hit: Hit) -> dict[str, object]:
 
 
 def _handle_errors(app: App) -> None:
-    """Give every error the same form, and no more to say than the asker may know."""
+    """Answer every error in one form, without anything that is the server's alone."""
 
     async def known(request: Request, error: Exception) -> Response:
         status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)

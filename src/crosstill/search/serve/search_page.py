@@ -1,4 +1,4 @@
-"""The search page: HTML made here, and the three files that it loads.
+"""The search page: its HTML, and the three files that it loads.
 
 Everything works with forms and links alone; `static/page.js` adds drop, paste, preview and keys.
 All addresses are relative, so that the page also works under a path of a proxy.
@@ -22,7 +22,7 @@ from crosstill.errors import ConfigError, ImageError, InputError, printable
 from crosstill.search.searcher import Hit
 from crosstill.search.serve import uploads
 from crosstill.search.serve.batching import Overloaded
-from crosstill.search.serve.service import AUTO, Found, NoSuchPhotoError, Service
+from crosstill.search.serve.service import AUTO, NoSuchPhotoError, SearchResult, Service
 
 TYPES = {
     "page.css": "text/css; charset=utf-8",
@@ -34,8 +34,8 @@ UPLOADED = 48  # results for a photo: a page asked for by POST has no link to a 
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What was asked for, and how.
+class SearchParams:
+    """The parameters of a search on the page.
 
     Attributes:
         q: the words.
@@ -52,20 +52,20 @@ class Asked:
     top: int = FIRST
 
     def link(self, **changes: object) -> str:
-        """The address that asks this, with some of it changed."""
-        asked = replace(self, **changes)  # type: ignore[arg-type]
-        said = {
-            "q": asked.q,
-            "like": asked.like,
-            "relevant": "1" if asked.relevant else "",
-            "top": str(asked.top) if asked.top != FIRST else "",
+        """Return the address of this search, with some parameters changed."""
+        params = replace(self, **changes)  # type: ignore[arg-type]
+        query = {
+            "q": params.q,
+            "like": params.like,
+            "relevant": "1" if params.relevant else "",
+            "top": str(params.top) if params.top != FIRST else "",
         }
-        return "./?" + urlencode({name: value for name, value in said.items() if value})
+        return "./?" + urlencode({name: value for name, value in query.items() if value})
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What the page says about the index and the server.
+class PageContext:
+    """Facts of the index and the server that the page shows.
 
     Attributes:
         photos: how many there are.
@@ -85,18 +85,18 @@ class Holding:
 
 
 class Statics:
-    """The files beside the template: read once, and only these, whatever is asked for."""
+    """The files beside the template: read once, and no others are sent."""
 
     def __init__(self) -> None:
         folder = files("crosstill.search.serve") / "static"
         self.files = {name: (folder / name).read_bytes() for name in TYPES}
 
     def address(self, name: str) -> str:
-        """Where a file is for as long as it is what it is now."""
+        """Return the address of a file's present content."""
         return f"static/{name}?v={self._mark(name)}"
 
     def answer(self, name: str, mark: str) -> Response:
-        """The file; for a year, to who asked for this very content."""
+        """Send a file; for a year where its present content was asked for."""
         if name not in self.files:
             raise HTTPException(404, "not found")
         kept = "public, max-age=31536000, immutable" if mark == self._mark(name) else "no-cache"
@@ -107,7 +107,7 @@ class Statics:
 
 
 class Page:
-    """The template, and all that it is ever filled with."""
+    """Renders the template."""
 
     def __init__(self) -> None:
         self.statics = Statics()
@@ -118,33 +118,33 @@ class Page:
         source = files("crosstill.search.serve") / "templates" / "page.html"
         self._template = environment.from_string(source.read_text(encoding="utf-8"))
 
-    def first(self, holding: Holding) -> str:
-        """Before anything was asked."""
-        heading = f"Search {counted(holding.photos)}" if holding.photos else "No photos yet"
-        return self._filled(Asked(), holding, heading, first=True)
+    def first(self, context: PageContext) -> str:
+        """Render the page before a search."""
+        heading = f"Search {counted(context.photos)}" if context.photos else "No photos yet"
+        return self._filled(SearchParams(), context, heading, first=True)
 
-    def answer(self, asked: Asked, found: Found, holding: Holding) -> str:
-        """The results, or that there is nothing relevant."""
-        cut = len(found.hits) == asked.top < min(MOST, holding.photos) and not asked.uploaded
-        longer = asked.link(top=min(2 * asked.top, MOST)) + f"#r{asked.top + 1}"
+    def answer(self, params: SearchParams, result: SearchResult, context: PageContext) -> str:
+        """Render the results, or that there is nothing relevant."""
+        cut = len(result.hits) == params.top < min(MOST, context.photos) and not params.uploaded
+        longer = params.link(top=min(2 * params.top, MOST)) + f"#r{params.top + 1}"
         return self._filled(
-            asked,
-            holding,
-            _heading(asked),
-            count=_count(asked, found, holding),
-            results=[_shown(hit) for hit in found.hits],
+            params,
+            context,
+            _heading(params),
+            count=_count(params, result, context),
+            results=[_shown(hit) for hit in result.hits],
             more=longer if cut else "",
-            bar=found.threshold,
-            notes=[_sentence(note) for note in found.notes],
-            anyway=asked.link(relevant=False) if asked.relevant else "",
+            bar=result.threshold,
+            notes=[_sentence(note) for note in result.notes],
+            anyway=params.link(relevant=False) if params.relevant else "",
         )
 
-    def error(self, asked: Asked, sentence: str, again: bool, holding: Holding) -> str:
-        """One sentence about what went wrong; the box keeps the words."""
-        link = asked.link() if again and not asked.uploaded else ""
-        return self._filled(asked, holding, "That did not work", error=sentence, again=link)
+    def error(self, params: SearchParams, sentence: str, again: bool, context: PageContext) -> str:
+        """Render an error in one sentence; the box keeps the words."""
+        link = params.link() if again and not params.uploaded else ""
+        return self._filled(params, context, "That did not work", error=sentence, again=link)
 
-    def _filled(self, asked: Asked, holding: Holding, heading: str, **more: Any) -> str:
+    def _filled(self, params: SearchParams, context: PageContext, heading: str, **more: Any) -> str:
         blank = dict(
             error="",
             again="",
@@ -160,17 +160,17 @@ class Page:
             {
                 **blank,
                 **more,
-                "asked": replace(asked, q=clean(asked.q), like=clean(asked.like)),
-                "holding": holding,
+                "params": replace(params, q=clean(params.q), like=clean(params.like)),
+                "context": context,
                 "heading": clean(heading),
-                "photos": counted(holding.photos),
+                "photos": counted(context.photos),
                 "photo_field": uploads.FIELD,
             }
         )
 
 
 def counted(photos: int) -> str:
-    """A number of photos, in words.
+    """Format a number of photos.
 
     >>> counted(8091)
     '8,091 photos'
@@ -179,13 +179,13 @@ def counted(photos: int) -> str:
 
 
 def clean(text: str) -> str:
-    """What a page can hold of a text, on one line: the rest is no character of HTML."""
+    """Put a text on one line, with characters that HTML does not have replaced."""
     line = " ".join(text.split())
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", line)
 
 
 def shortened(text: str, head: int, most: int = 48) -> str:
-    """A long name without its middle: so many characters of its head, and its tail.
+    """Shorten a long name to so many characters of its head, and its tail.
 
     >>> shortened("a/very/long/folder/", 0, most=10)
     '…g/folder/'
@@ -194,22 +194,22 @@ def shortened(text: str, head: int, most: int = 48) -> str:
 
 
 def router(service: Service) -> APIRouter:
-    """The page's routes: `/`, asked by words, by a photo or by a photo's id, and its files."""
+    """Make the page's routes: `/`, for words, a photo or a photo's id, and its files."""
     page, routes = Page(), APIRouter(include_in_schema=False)
 
     @routes.get("/")
     @routes.post("/")
     async def ask(request: Request) -> Response:
-        """Whatever happens is said on a page."""
-        holding, asked = await _holding(service), Asked()
+        """Answer a search, or an error, with a page."""
+        context, params = await _context(service), SearchParams()
         status, headers = 200, {"cache-control": "private, no-cache"}
         try:
-            asked, photo = await _read(request, holding)
-            found = await _search(service, asked, photo)
-            text = page.answer(asked, found, holding) if found else page.first(holding)
+            params, photo = await _read(request, context)
+            result = await _search(service, params, photo)
+            text = page.answer(params, result, context) if result else page.first(context)
         except (HTTPException, InputError, Overloaded) as error:
-            status, sentence = _refused(error, holding)
-            text = page.error(asked, sentence, status == 503, holding)
+            status, sentence = _refused(error, context)
+            text = page.error(params, sentence, status == 503, context)
             if status == 503:
                 headers["retry-after"] = str(service.settings.retry)
         return Response(text, status, headers, "text/html; charset=utf-8")
@@ -221,9 +221,9 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _holding(service: Service) -> Holding:
+async def _context(service: Service) -> PageContext:
     searcher, settings = service.searcher, service.settings
-    return Holding(
+    return PageContext(
         photos=len(searcher),
         generation=searcher.generation,
         model=searcher.bundle.name,
@@ -234,45 +234,47 @@ async def _holding(service: Service) -> Holding:
     )
 
 
-async def _read(request: Request, holding: Holding) -> tuple[Asked, bytes | None]:
-    """What is asked for, and the photo that came with it."""
+async def _read(request: Request, context: PageContext) -> tuple[SearchParams, bytes | None]:
+    """Read the parameters of a request, and the photo that came with it."""
     if request.method == "POST":
-        form = await uploads.read(request, holding.limit)
-        asked = _asked(form.fields, holding)
-        return replace(asked, like="", uploaded=True, top=UPLOADED), form.photo
-    return _asked(request.query_params, holding), None
+        form = await uploads.read(request, context.limit)
+        params = _params(form.fields, context)
+        return replace(params, like="", uploaded=True, top=UPLOADED), form.photo
+    return _params(request.query_params, context), None
 
 
-def _asked(fields: Mapping[str, str], holding: Holding) -> Asked:
+def _params(fields: Mapping[str, str], context: PageContext) -> SearchParams:
     top = fields.get("top", str(FIRST))
     if not (top.isascii() and top.isdigit() and 1 <= int(top[:9]) <= MOST):
         raise ConfigError(f"top: {top[:20]} is not possible; 1 to {MOST}")
-    return Asked(
+    return SearchParams(
         q=fields.get("q", "").strip(),
         like=fields.get("like", ""),
-        relevant=fields.get("relevant") == "1" and holding.bar is not None,
+        relevant=fields.get("relevant") == "1" and context.bar is not None,
         top=int(top),
     )
 
 
-async def _search(service: Service, asked: Asked, photo: bytes | None) -> Found | None:
+async def _search(
+    service: Service, params: SearchParams, photo: bytes | None
+) -> SearchResult | None:
     if photo is not None:
         if not photo:
             raise ConfigError("no photo was sent; choose one first")
-        return await service.photo(photo, asked.q, asked.top)
-    if asked.like:
-        return await service.like(asked.like, asked.q, asked.top)
-    if asked.q:
-        return await service.text(asked.q, asked.top, AUTO if asked.relevant else None)
+        return await service.photo(photo, params.q, params.top)
+    if params.like:
+        return await service.like(params.like, params.q, params.top)
+    if params.q:
+        return await service.text(params.q, params.top, AUTO if params.relevant else None)
     return None
 
 
-def _refused(error: Exception, holding: Holding) -> tuple[int, str]:
-    """The status, and what went wrong in one sentence."""
+def _refused(error: Exception, context: PageContext) -> tuple[int, str]:
+    """Return the status and the sentence of an error."""
     if isinstance(error, HTTPException):
         status, text = error.status_code, str(error.detail)
         if status == 413:
-            text = f"this photo is too large: at most {holding.limit // 10**6} MB can be sent"
+            text = f"this photo is too large: at most {context.limit // 10**6} MB can be sent"
     elif isinstance(error, Overloaded):
         status, text = 503, str(error)
     elif isinstance(error, NoSuchPhotoError):
@@ -288,22 +290,22 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def _heading(asked: Asked) -> str:
-    words = f"“{asked.q}”"
-    if not asked.uploaded and not asked.like:
+def _heading(params: SearchParams) -> str:
+    words = f"“{params.q}”"
+    if not params.uploaded and not params.like:
         return words
-    kind = "Photos like yours" if asked.uploaded else "Photos like this one"
-    return f"{kind}, with {words}" if asked.q else kind
+    kind = "Photos like yours" if params.uploaded else "Photos like this one"
+    return f"{kind}, with {words}" if params.q else kind
 
 
-def _count(asked: Asked, found: Found, holding: Holding) -> str:
-    if found.nothing_relevant:
+def _count(params: SearchParams, result: SearchResult, context: PageContext) -> str:
+    if result.nothing_relevant:
         return "Nothing relevant found"
-    if not found.hits:
+    if not result.hits:
         return "No photos found"
-    bounded = found.threshold is not None and len(found.hits) < asked.top
+    bounded = result.threshold is not None and len(result.hits) < params.top
     kind = "relevant" if bounded else "closest"
-    return f"{len(found.hits)} {kind} of {counted(holding.photos)}"
+    return f"{len(result.hits)} {kind} of {counted(context.photos)}"
 
 
 def _shown(hit: Hit) -> dict[str, Any]:

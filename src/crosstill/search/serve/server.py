@@ -1,4 +1,4 @@
-"""`crosstill serve`: from an index on disk to a server that listens."""
+"""`crosstill serve`: open an index and serve it over HTTP."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, before anything else is done.
+    """Open a listening socket, before anything else is done.
 
     Raises:
         ConfigError: one line that names the option.
@@ -82,10 +82,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         if not host:  # which would be every address
             raise OSError
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         raise ConfigError(f"--host {host}: no such address; the default is 127.0.0.1") from None
-    family, kind, number, _, where = found[0]
+    family, kind, number, _, where = addresses[0]
     listener = socket.socket(family, kind, number)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -98,13 +98,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    """Where a browser finds the page."""
+    """Return the address of the page."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, whose requests say nothing when a second Ctrl-C cuts them."""
+    """uvicorn without tracebacks of requests that a second Ctrl-C cuts."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop in good order at the first signal, at once at a second one that is SIGINT."""
@@ -156,7 +156,7 @@ async def _follow(app: App, ready: Callable[[], object]) -> None:
 
 
 def _affordable(settings: Settings) -> Settings:
-    """As many connections as the system lets one process have open files for."""
+    """Limit the connections to the open files that the system allows one process."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = settings.connections + _SPARE
     files = wanted if most == resource.RLIM_INFINITY else min(wanted, most)

@@ -39,7 +39,7 @@ class NoSuchPhotoError(InputError):
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """What is looked for: words, a photo, a photo of the index, or several of them added up.
+    """One query: words, a photo, a photo of the index, or several of them added up.
 
     Attributes:
         words: "" for none.
@@ -58,7 +58,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Hits:
-    """What was found for a query, best first, and in which generation of the index.
+    """The hits of one query, best first, and the generation of the index that was searched.
 
     The notes say what of its words the model cannot use.
     """
@@ -69,7 +69,7 @@ class Hits:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The answer to a search.
 
     Attributes:
@@ -90,7 +90,7 @@ class Found:
 
     @property
     def nothing_relevant(self) -> bool:
-        """There was a bound, and no photo reached it."""
+        """Tell whether there was a bound that no photo reached."""
         return self.threshold is not None and not self.hits
 
 
@@ -113,8 +113,10 @@ class Service:
         self._encode = jobs(settings.photo_encoders)
         self._fault, self._damage = "", ""
 
-    async def text(self, q: str, top: int | None = None, threshold: Threshold = None) -> Found:
-        """Photos that fit the words.
+    async def text(
+        self, q: str, top: int | None = None, threshold: Threshold = None
+    ) -> SearchResult:
+        """Find photos that fit the words.
 
         Args:
             q: the words.
@@ -126,12 +128,12 @@ class Service:
             raise ConfigError("q: empty; say what the photo shows")
         bound = await self._bound(threshold, calibrated=True)
         with self._enter():
-            return await self._found(Query(words, None, "", self._top(top), bound))
+            return await self._search(Query(words, None, "", self._top(top), bound))
 
     async def photo(
         self, data: bytes, q: str = "", top: int | None = None, threshold: Threshold = None
-    ) -> Found:
-        """Photos like the one in these bytes, moved by the words where there are some.
+    ) -> SearchResult:
+        """Find photos like the one in these bytes, and that fit the words where there are some.
 
         Raises:
             ImageError: the bytes are no photo that can be read.
@@ -141,12 +143,12 @@ class Service:
         began = time.monotonic()
         with self._enter():
             vector = await self._encode(partial(self.searcher.encode_image, data, "photo"))
-            return await self._found(Query(words, vector, "", top, bound), began)
+            return await self._search(Query(words, vector, "", top, bound), began)
 
     async def like(
         self, photo_id: str, q: str = "", top: int | None = None, threshold: Threshold = None
-    ) -> Found:
-        """Photos like one of the index, which is itself left out.
+    ) -> SearchResult:
+        """Find photos like one of the index, which is itself left out.
 
         Raises:
             NoSuchPhotoError: no photo of the index has that id.
@@ -156,17 +158,17 @@ class Service:
         bound = await self._bound(threshold, calibrated=False)
         with self._enter():
             query = Query(self._words(q), None, photo_id, self._top(top), bound)
-            return await self._found(query)
+            return await self._search(query)
 
     async def calibrated(self) -> float | None:
-        """What the threshold "auto" is now; None for an index that is not calibrated."""
+        """Return the score of the threshold "auto"; None for an index that is not calibrated."""
         try:
             return self.searcher.threshold()
         except ConfigError:
             return None
 
     async def fault(self) -> str:
-        """Try a search, as any client may ask for one; what is wrong with it, "" for nothing.
+        """Try a search, as a client would; return its error, "" where there is none.
 
         A server that is busy has no fault.
         """
@@ -191,14 +193,14 @@ class Service:
         return fault
 
     def damage(self, error: CorruptError) -> str:
-        """Log what is damaged, once, and say what an asker may know of it."""
+        """Log an error once, and return the sentence that a client may read."""
         if str(error) != self._damage:
             log.error("%s", error)
         self._damage = str(error)
         return self._public(error)
 
     def close(self) -> None:
-        """Shut down the threads: cancel what has not begun, kill what decodes a photo."""
+        """Shut down the threads: cancel queued searches, kill the decoding of photos."""
         self._answer.close()
         self._encode.close()
         decoding.stop()
@@ -211,11 +213,11 @@ class Service:
             raise Overloaded("the models are still being loaded; try again soon")
         return self._gate.enter()
 
-    async def _found(self, query: Query, began: float | None = None) -> Found:
+    async def _search(self, query: Query, began: float | None = None) -> SearchResult:
         began = time.monotonic() if began is None else began
         answer = await self._answer(query)
         took = 1000 * (time.monotonic() - began)
-        return Found(
+        return SearchResult(
             query.words, answer.hits, took, answer.generation, query.threshold, answer.notes
         )
 
@@ -234,7 +236,7 @@ class Service:
         return top
 
     async def _bound(self, threshold: Threshold, calibrated: bool) -> float | None:
-        """The least score; "auto" counts for words alone, as only these were calibrated."""
+        """Return the least score; "auto" is for words alone, as only these were calibrated."""
         if threshold is None and (calibrated or self.settings.threshold != AUTO):
             threshold = self.settings.threshold
         if threshold == AUTO:
@@ -261,17 +263,17 @@ def answer(searcher: Searcher, queries: Sequence[Query]) -> list[Hits | InputErr
             answers[row] = error
         else:
             alike[min(query.top + bool(query.like), MAX_TOP)].append((row, vector))
-    for top, asked in alike.items():
-        found = searcher.find(np.stack([vector for _, vector in asked]), top)
-        for (row, _), hits in zip(asked, found, strict=True):
+    for top, rows_of_top in alike.items():
+        hits_of_rows = searcher.find(np.stack([vector for _, vector in rows_of_top]), top)
+        for (row, _), hits in zip(rows_of_top, hits_of_rows, strict=True):
             query = queries[row]
             notes = searcher.notes(query.words)
             answers[row] = Hits(_wanted(hits, query), searcher.generation, notes)
-    return [found for found in answers if found is not None]
+    return [hits for hits in answers if hits is not None]
 
 
 def _words(searcher: Searcher, queries: Sequence[Query]) -> list[np.ndarray | None]:
-    """The vector of each query's words, None where it has none."""
+    """Encode each query's words, None where it has none."""
     texts = [query.words for query in queries if query.words]
     rows = iter(searcher.encode_texts(texts) if texts else ())
     return [next(rows) if query.words else None for query in queries]

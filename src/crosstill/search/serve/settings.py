@@ -1,4 +1,4 @@
-"""Every limit of the server, in one place."""
+"""All limits of the server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server allows. Sizes are in bytes, times in seconds.
+    """Limits and defaults of the server. Sizes are in bytes, times in seconds.
 
     Attributes:
         top: results of a search that does not say how many.

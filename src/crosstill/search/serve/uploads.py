@@ -1,4 +1,4 @@
-"""The photo in a request's body, which stays in memory: nothing is written to disk."""
+"""Read the photo in a request's body, in memory: nothing is written to disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIELDS, _FIELD_SIZE = 16, 64 * 1024
 
 @dataclass(frozen=True)
 class Upload:
-    """A body, taken apart.
+    """The parts of a body.
 
     Attributes:
         photo: the photo's bytes; empty where the form was sent without one.

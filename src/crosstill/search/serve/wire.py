@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with what it lacks: an end to its waiting, and to what a request may cost.
+"""uvicorn's HTTP/1.1 protocol with time limits and a bound on what a request may cost.
 
 uvicorn waits for ever for the head of a request, for a slow reader of its answer and for the end
 of a body that no one reads; it cuts a line so suddenly that the answer on it can be lost, and one
@@ -36,7 +36,7 @@ _READ = 256 * 1024  # bytes that asyncio reads in one go, and that may lie here 
 
 
 class Line:
-    """A transport that closes politely: it ends what it says, then lets the other side read.
+    """A transport that closes in order: it sends what is left, then lets the other side read.
 
     It is cut `linger` seconds after all was sent, or when nothing of it was read for `stall`
     seconds. Cut at once, a line on which the other side still sends would lose the answer.
@@ -55,17 +55,17 @@ class Line:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Nothing more will be written."""
+        """Tell whether nothing more will be written."""
         return self._closing or self._transport.is_closing()
 
     def write(self, data: bytes) -> None:
-        """Send this, unless the line is closing."""
+        """Send data, unless the line is closing."""
         if not self.is_closing():
             self._written += len(data)
             self._transport.write(data)
 
     def close(self) -> None:
-        """Send what is left, say that it is all, and cut the line a little later."""
+        """Send what is left and the end of the stream, and cut the line a little later."""
         if not self.is_closing():
             self._closing = True
             with suppress(OSError):  # the other side was faster
@@ -73,7 +73,7 @@ class Line:
             self.watch()
 
     def watch(self) -> None:
-        """From now on, cut the line if nothing moves on it."""
+        """Begin to cut the line if nothing moves on it."""
         if not self._watched:
             self._watched = True
             self._look_later(self._written - self._transport.get_write_buffer_size(), 0.0)
@@ -94,7 +94,7 @@ class Line:
 
 
 class Counted(h11.Connection):
-    """h11's reading of a connection, which counts what a request costs beside its body.
+    """h11's connection, which counts what a request costs beside its body.
 
     Each chunk is an event, whose handling takes longer than its byte; and a chunk may carry an
     extension, which is read and dropped.
@@ -109,12 +109,12 @@ class Counted(h11.Connection):
         self._received = self._body = self._chunks = 0  # of this request
 
     def receive_data(self, data: bytes) -> None:
-        """Take what has come."""
+        """Receive data."""
         self._received += len(data)
         super().receive_data(data)
 
     def next_event(self) -> Any:
-        """The next event of what has come.
+        """Return the next event of the received data.
 
         Raises:
             h11.RemoteProtocolError: it is no HTTP, or `costly`.
@@ -145,7 +145,7 @@ class Room:
         self._idle: dict[Protocol, None] = {}  # in the order in which they became so
 
     def enter(self, newcomer: Protocol) -> bool:
-        """Take a place, which is left in any case; whether there was one."""
+        """Take a place, to be left in any case; return whether there was one."""
         address = newcomer.address
         self._inside[address] += 1
         self.mark(newcomer, idle=True)
@@ -184,17 +184,17 @@ class Protocol(H11Protocol):
 
     @property
     def address(self) -> str:
-        """Of the client."""
+        """Return the client's address."""
         return self.client[0] if self.client else ""
 
     @property
     def idle(self) -> bool:
-        """No request is being answered; the head of one may be on its way."""
+        """Tell whether no request is being answered; the head of one may be on its way."""
         cycle = self.cycle
         return cycle is None or cycle.response_complete or cycle.disconnected
 
     def is_cheap(self) -> bool:
-        """Nothing is lost when the line is cut."""
+        """Tell whether nothing is lost when the line is cut."""
         return self.line.get_write_buffer_size() == 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -212,7 +212,7 @@ class Protocol(H11Protocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of what the connection held."""
+        """Release what the connection held."""
         self.line.cut = True
         self.metrics.connections.dec()
         self.room.leave(self)
@@ -220,7 +220,7 @@ class Protocol(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come, but nothing any more once the answer is that we close."""
+        """Receive data, but none any more once the answer closes the connection."""
         self.metrics.received.inc(len(data))
         if self.line.is_closing():
             self.line.pause_reading()
@@ -230,7 +230,7 @@ class Protocol(H11Protocol):
         self.room.mark(self, self.idle)
 
     def on_response_complete(self) -> None:
-        """Go on with what came behind the request that is answered."""
+        """Go on with data that came behind the request that is answered."""
         super().on_response_complete()
         self.room.mark(self, self.idle)
         if self.idle and self.line.ended:
@@ -243,12 +243,12 @@ class Protocol(H11Protocol):
         return self.line.ended
 
     def pause_writing(self) -> None:
-        """The other side reads slowly; it has to read at all."""
+        """Watch a client that reads slowly: it has to read at all."""
         super().pause_writing()
         self.line.watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, or not worth its cost."""
+        """Answer a request that is no HTTP, or costs too much."""
         if self.counted.costly:
             self._refuse(413, "the body comes in too many small chunks", "small chunks")
             return
@@ -293,6 +293,6 @@ class Protocol(H11Protocol):
 
 
 def protocol(settings: Settings, metrics: Metrics) -> type[Protocol]:
-    """The protocol with these limits, as uvicorn wants it: a class."""
+    """Make the protocol class with these limits for uvicorn."""
     bound = {"settings": settings, "metrics": metrics, "room": Room(settings.connections)}
     return type("BoundProtocol", (Protocol,), bound)
