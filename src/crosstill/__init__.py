@@ -75,8 +75,6 @@ if TYPE_CHECKING:
     from crosstill.models import open as open_model
     from crosstill.recipes import distill
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ablate",
     "balance",
@@ -102,6 +100,8 @@ def __getattr__(name: str) -> Any:
         return import_module("crosstill.recipes").distill
     if name == "open_model":
         return import_module("crosstill.models").open
+    if name == "__version__":
+        return import_module("crosstill.files").VERSION
     if name in __all__:
         return import_module(f"crosstill.{name}")
     raise AttributeError(f"module 'crosstill' has no attribute {name!r}")

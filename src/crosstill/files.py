@@ -30,6 +30,7 @@ from crosstill.errors import CorruptError, CrosstillError, DiskFullError, InputE
 if TYPE_CHECKING:
     import numpy as np
 
+VERSION = "0.1.0"  # of crosstill, as the files that it writes name it
 TEMPORARY = ".writing-"
 MAX_JSON = 1 << 25  # bytes of a record: parsed, it takes up to twenty times as much
 _MAKE_ROOM = "free some and run it again"

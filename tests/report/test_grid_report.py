@@ -16,7 +16,7 @@ from crosstill.cache import build
 from crosstill.errors import InputError
 from crosstill.evaluate.bootstrap import Difference
 from crosstill.evaluate.recall import retrieval
-from crosstill.report import of_grid
+from crosstill.report import pages
 from support import SmallTeacher
 
 WEIGHTS = {"fixed": 1.0, "dwa": 1.25, "dsmd": 40.0}
@@ -79,7 +79,7 @@ def tables(home) -> list[Table]:
 
 @pytest.fixture(scope="module")
 def shown(tables, home) -> Page:
-    return Page(of_grid.save(tables, "Grid: mine", home / "out").read_text())
+    return Page(pages.write_tables(tables, "Grid: mine", home / "out").read_text())
 
 
 def test_every_table_stands_on_the_page_with_its_legend_settings_and_command(tables, shown):
@@ -127,15 +127,15 @@ def test_losses_and_weights_are_shown_for_few_rows(shown):
 
 def test_rows_share_one_axis(tables, monkeypatch):
     limits = []
-    place = of_grid.curves.scale
+    place = pages.curves.scale
 
     def note(axes, low, high, log):
         place(axes, low, high, log)
         limits.append((axes.get_title(loc="left").partition(":")[0], axes.get_ylim()))
 
-    monkeypatch.setattr(of_grid.curves, "scale", note)
-    logs = {r.name: [of_grid._log(r, run) for run in r.runs] for r in tables[0].rows}
-    of_grid._inside(logs, seed=0)
+    monkeypatch.setattr(pages.curves, "scale", note)
+    logs = {r.name: [pages._log(r, run) for run in r.runs] for r in tables[0].rows}
+    pages._losses_and_weights(logs, seed=0)
     assert len(limits) == 12 and len(set(limits)) == 2
     (_, (low, high)) = next(found for found in limits if found[0] == "weights")
     assert low < 1 and high > 240
@@ -145,7 +145,7 @@ def test_a_run_that_is_gone_is_named(tmp_path):
     tables = handmade(tmp_path)
     shutil.rmtree(tables[0].rows[1].runs[1])
     with pytest.raises(InputError, match=r"runs/dwa1: the run of 'dwa' is gone; `crosstill abl"):
-        of_grid.save(tables, "x", tmp_path / "out")
+        pages.write_tables(tables, "x", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -23,7 +23,7 @@ from crosstill.cli import report as verb
 from crosstill.data import scenes as scenery
 from crosstill.errors import ConfigError, CorruptError, DataError, InputError, MismatchError
 from crosstill.evaluate import retrieval, tabular, teacher_recall
-from crosstill.report import events, gather, page, pictures, sheet, space
+from crosstill.report import curves, html_page, pictures, run_results, space
 from crosstill.train import Run, TrainConfig, train
 from crosstill.types import Features
 from support import SETTINGS, SmallTeacher, small_config, small_student
@@ -178,8 +178,8 @@ def test_ten_queries_with_what_both_models_find(home, shown):
     assert len(shown.all("li")) == 10 * 2 * 5
     assert len(right) == shown.text.count("✓") > 0
     # independently: the student's answers from its own embeddings of files
-    seen = gather.run(run.folder, latency=False).seen
-    asked = sheet.queries(cache, split, seen)
+    seen = run_results.read(run.folder, latency=False).features
+    asked = run_results.queries(cache, split, seen)
     texts = [cache.texts[row] for row in split.captions]
     assert [query.caption for query in asked][::9] == [texts[0], texts[-1]]
     for query in asked:
@@ -188,7 +188,7 @@ def test_ten_queries_with_what_both_models_find(home, shown):
             scores = (seen[answer.model].image @ seen[answer.model].text[row]).tolist()
             own = scores[split.owner[row]]
             assert answer.rank == 1 + sum(score > own for score in scores)
-            marks = [found.right for found in answer.found]
+            marks = [photo.right for photo in answer.photos]
             assert marks == [place == answer.rank for place in range(1, 6)]
 
 
@@ -196,7 +196,7 @@ def test_photos_are_small_jpegs(shown):
     photos = [i["src"] for i in shown.all("img") if i["src"].startswith("data:image/jpeg")]
     assert len(photos) == 100
     opened = Image.open(io.BytesIO(base64.b64decode(photos[0].partition(",")[2])))
-    assert max(opened.size) <= sheet.SIDE
+    assert max(opened.size) <= run_results.SIDE
 
 
 def test_settings_versions_cache_and_licences_are_told(home, shown):
@@ -271,15 +271,15 @@ def test_features_of_two_dimensions_are_shown_too():
 
 
 def test_bins_hold_mean_and_extremes():
-    curve = events.Curve([1, 2, 3, 4], [1.0, 3.0, 10.0, 20.0])
-    two = events.bins(curve, 2)
+    curve = curves.Curve([1, 2, 3, 4], [1.0, 3.0, 10.0, 20.0])
+    two = curves.bins(curve, 2)
     assert two.at.tolist() == [1.5, 3.5] and two.mean.tolist() == [2, 15]
     assert two.low.tolist() == [1, 10] and two.high.tolist() == [3, 20]
-    assert events.bins(curve, 9).mean.tolist() == curve.values
+    assert curves.bins(curve, 9).mean.tolist() == curve.values
 
 
 def test_the_mean_of_seeds_goes_as_far_as_the_shortest():
-    found = events.mean([events.Curve([1, 2], [1.0, 2.0]), events.Curve([1], [4.0])])
+    found = curves.mean([curves.Curve([1, 2], [1.0, 2.0]), curves.Curve([1], [4.0])])
     assert (found.at, found.values) == ([1], [2.5])
 
 
@@ -355,8 +355,10 @@ def test_a_teacher_that_is_gone_or_changed_is_said_to_be(home, tmp_path):
 
 
 def test_letters_that_are_no_utf8_do_not_stop_the_page(tmp_path):
-    shown = page.html("photo \udcff", "one", [page.Section("x", [page.Text("a\udcffb")])])
-    made = page.save(tmp_path, shown, {}, ("report.json", {"path": "\udcff"}))
+    shown = html_page.html(
+        "photo \udcff", "one", [html_page.Section("x", [html_page.Text("a\udcffb")])]
+    )
+    made = html_page.save(tmp_path, shown, {}, ("report.json", {"path": "\udcff"}))
     assert "a?b" in made.read_text(encoding="utf-8")
 
 

@@ -161,13 +161,13 @@ def open_cache(folder: Path) -> None:
 
 def open_run(folder: Path) -> None:
     from crosstill import models, recipes
-    from crosstill.report import events
+    from crosstill.report import curves
     from crosstill.train import Run, checkpoint
 
     run = Run(folder)
     recipes.resumed(folder)
     checkpoint.load_latest(folder / "checkpoints")
-    events.read(folder)
+    curves.read(folder)
     models.open(folder, "live")
     _ = run.config, run.metrics, run.untrained
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crosstill import __version__, files, students
+from crosstill import files, students
 from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
@@ -85,7 +85,7 @@ class Provenance:
             teacher=teacher_origin,
             towers=towers,
             command=command,
-            version=__version__,
+            version=files.VERSION,
             fingerprint=files.digest_json(student.identity()),
         )
 

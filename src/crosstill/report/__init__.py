@@ -37,14 +37,14 @@ def write(source: str | Path, out: str | Path | None = None, *, latency: bool = 
     """
     check(source, out)
     from crosstill import ablate
-    from crosstill.report import of_grid, of_run
+    from crosstill.report import pages
 
     folder = Path(source)
     target = Path(out) if out is not None else folder
-    if of_run.is_run(folder):
-        return of_run.write(folder, target, latency)
+    if pages.is_run(folder):
+        return pages.write_run(folder, target, latency)
     if ablate.is_grid(folder):
-        return of_grid.write(folder, target)
+        return pages.write_grid(folder, target)
     raise InputError(
         f"{folder}: neither a run nor a grid; give a folder that `crosstill train` or "
         "`crosstill ablate` made"

@@ -1,23 +1,117 @@
-"""Learning curves as small pictures: a loss, a weight, or a run to each."""
+"""Curves of a run's log (events.jsonl): losses, weights and RSUM, read and drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from crosstill.report import events
-from crosstill.report.events import Bins, Curve
+from crosstill import artefacts
+from crosstill.errors import CorruptError, InputError
 from crosstill.report.pictures import Picture, Theme, picture, scale
+
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+@dataclass
+class Curve:
+    """Values over steps, or over epochs."""
+
+    at: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, at: int, value: float) -> None:
+        self.at.append(int(at))
+        self.values.append(float(value))
+
+
+@dataclass(frozen=True)
+class Events:
+    """Every curve of one run: losses and weights over steps, RSUM on val over epochs."""
+
+    losses: dict[str, Curve]
+    weights: dict[str, Curve]
+    rsum: Curve
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A curve in few points: of each bin of steps its middle, its mean, its extremes."""
+
+    at: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def read(folder: Path) -> Events:
+    """Read the curves of the run in a folder.
+
+    Raises:
+        InputError: it has no events.jsonl.
+        CorruptError: a line of it is no JSON, or not one that crosstill wrote.
+    """
+    path = artefacts.member(folder, "events.jsonl")
+    if not path.is_file():
+        raise InputError(f"{path}: the run's log is gone; restore it, or run it again")
+    events = Events({}, {}, Curve())
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            _add(events, json.loads(line))
+        except _DAMAGED:
+            raise CorruptError(
+                f"{path}, line {number}: not a line of a run's log; restore it from a copy"
+            ) from None
+    return events
+
+
+def _add(events: Events, event: dict[str, Any]) -> None:
+    if event["kind"] == "epoch":
+        events.rsum.add(event["epoch"], event["val"]["rsum"])
+        return
+    for curves, values in ((events.losses, event["losses"]), (events.weights, event["weights"])):
+        for name, value in values.items():
+            curves.setdefault(name, Curve()).add(event["step"], value)
+
+
+def bins(curve: Curve, most: int = 120) -> Bins:
+    """Cut a curve into at most so many bins; of a shorter one every point is its own bin."""
+    count = min(most, len(curve.at))
+    parts = np.array_split(np.asarray(curve.values, dtype=float), count)
+    steps = np.array_split(np.asarray(curve.at, dtype=float), count)
+    return Bins(
+        np.array([part.mean() for part in steps]),
+        np.array([part.mean() for part in parts]),
+        np.array([part.min() for part in parts]),
+        np.array([part.max() for part in parts]),
+    )
+
+
+def mean(curves: Sequence[Curve]) -> Curve:
+    """Average the curves of several seeds, over the epochs that all of them reached."""
+    shared = sorted(set.intersection(*(set(curve.at) for curve in curves)))
+    each = [dict(zip(curve.at, curve.values, strict=True)) for curve in curves]
+    return Curve(shared, [sum(by[at] for by in each) / len(each) for at in shared])
+
+
+def curve_names(curves: Iterable[Mapping[str, Curve]]) -> list[str]:
+    """List the names among several runs' curves, in the order of their first appearance."""
+    return list(dict.fromkeys(name for by_name in curves for name in by_name))
+
 
 WIDE = 20  # weights that span more than this factor get a log axis
 
 
 def over_steps(curves: Mapping[str, Curve], what: str) -> list[Picture]:
-    """A picture for each curve; positive losses on a log axis.
+    """Draw a picture of each curve; positive losses on a log axis.
 
     Args:
         curves: by name of the loss.
@@ -32,7 +126,7 @@ def _one(name: str, curve: Curve, what: str, number: int) -> Picture:
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = _axes(figure, f"{what}: {name}", "step")
-        _line(axes, events.bins(curve), theme.line(number))
+        _line(axes, bins(curve), theme.line(number))
         scale(axes, low, high, log)
 
     alt = (
@@ -52,14 +146,14 @@ def _axes(figure: Figure, title: str, below: str) -> Axes:
 
 
 def _line(axes: Axes, bins: Bins, color: str, dash: str = "-", label: str | None = None) -> None:
-    """The mean of the bins, in the band between their lowest and highest."""
+    """Draw the mean of the bins, in the band between their lowest and highest."""
     dot = "o" if len(bins.at) == 1 else ""
     axes.fill_between(bins.at, bins.low, bins.high, color=color, alpha=0.22, linewidth=0)
     axes.plot(bins.at, bins.mean, color=color, linestyle=dash, marker=dot, label=label)
 
 
 def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
-    """RSUM over epochs, with the teacher's as a line across."""
+    """Draw RSUM over epochs, with the teacher's as a line across."""
     best = max(range(len(curve.at)), key=curve.values.__getitem__)
     values = [*curve.values, *([teacher] if teacher is not None else [])]
 
@@ -80,7 +174,7 @@ def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
 
 
 def _whole(axes: Axes, curve: Curve) -> None:
-    """Room around a single epoch, which would otherwise get ticks at fractions of it."""
+    """Leave room around a single epoch, which would otherwise get ticks at fractions of it."""
     if len(set(curve.at)) == 1:
         axes.set_xlim(curve.at[0] - 0.5, curve.at[0] + 0.5)
         axes.set_xticks([curve.at[0]])
@@ -92,14 +186,14 @@ def _teacher(axes: Axes, rsum: float | None, theme: Theme) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    """Below the axes, where it can hide nothing."""
+    """Put the legend below the axes, where it can hide nothing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=2.6)
 
 
 def of_rows(rows: Mapping[str, Sequence[Curve]], teacher: float | None) -> list[Picture]:
-    """RSUM over epochs, a picture a row of a table: its seeds, its mean, all other means grey."""
-    means = {name: events.mean(seeds) for name, seeds in rows.items()}
+    """Draw RSUM over epochs, a picture a row of a table: seeds, mean, all other means grey."""
+    means = {name: mean(seeds) for name, seeds in rows.items()}
     values = [v for seeds in rows.values() for curve in seeds for v in curve.values]
     values += [teacher] if teacher is not None else []
     within = min(values), max(values)
@@ -136,17 +230,15 @@ def _row(
 def together(
     runs: Mapping[str, Mapping[str, Curve]], what: str, log: bool | None = None
 ) -> list[Picture]:
-    """All losses, or all weights, of a run in one picture, a picture a run, on one y axis.
+    """Draw all losses, or weights, of a run in one picture, a picture a run, on one y axis.
 
     Args:
         runs: row of the table → name of the loss → curve.
         what: "losses" or "weights".
         log: whether the axis is a log one; None lets the values say.
     """
-    names = events.names(runs.values())
-    short = {
-        row: {n: events.bins(c, 60) for n, c in curves.items()} for row, curves in runs.items()
-    }
+    names = curve_names(runs.values())
+    short = {row: {n: bins(c, 60) for n, c in curves.items()} for row, curves in runs.items()}
     low, high = _extent([b for curves in short.values() for b in curves.values()])
     if log is None:
         log = low > 0 and high > WIDE * low
@@ -180,12 +272,12 @@ def _run(
 
 
 def _short(name: str, most: int = 46) -> str:
-    """A title that fits; the table has the whole name."""
+    """Cut a title so that it fits; the table has the whole name."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def bars(rows: Sequence[tuple[str, float, float | None]], teacher: float | None) -> Picture:
-    """RSUM of every row of a table: name, mean, standard deviation; each name above its bar."""
+    """Draw the RSUM of a table's rows: name, mean, standard deviation; each name above its bar."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
@@ -193,10 +285,10 @@ def bars(rows: Sequence[tuple[str, float, float | None]], teacher: float | None)
         for y, (name, rsum, std) in enumerate(rows):
             axes.barh(y, rsum, 0.36, xerr=std, color=theme.line(0), ecolor=theme.ink, capsize=3)
             spread = "" if std is None else f" ± {std:.2f}"
-            said = f"{_short(name, 38)}   {rsum:.2f}{spread}"
+            label = f"{_short(name, 38)}   {rsum:.2f}{spread}"
             # on paper of its own, or lines would cross it
             paper = {"facecolor": theme.page, "edgecolor": "none", "pad": 1}
-            axes.text(0, y - 0.27, said, va="bottom", bbox=paper)
+            axes.text(0, y - 0.27, label, va="bottom", bbox=paper)
         if teacher is not None:
             axes.axvline(teacher, color=theme.ink, linestyle="--", linewidth=1.2, label="teacher")
             _legend(figure)

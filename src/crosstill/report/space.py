@@ -39,14 +39,14 @@ class Space:
     explained: dict[str, float]
 
 
-def fit(seen: Mapping[str, Features], most: int = MOST, seed: int = 0) -> Space:
-    """Three axes for the features of all models; every model shows the same subset of rows."""
+def fit(features: Mapping[str, Features], most: int = MOST, seed: int = 0) -> Space:
+    """Fit three axes to the features of all models; every model shows the same subset of rows."""
     draw = np.random.default_rng(seed)
-    first = next(iter(seen.values()))
+    first = next(iter(features.values()))
     some = [_subset(len(side), most, draw) for side in first]
     points = {
         name: [_rows(side, chosen) for side, chosen in zip(rows, some, strict=True)]
-        for name, rows in seen.items()
+        for name, rows in features.items()
     }
     stacked = np.concatenate([side for sides in points.values() for side in sides])
     count = min(AXES, *stacked.shape)
@@ -73,7 +73,7 @@ def _rows(side: Tensor, chosen: np.ndarray) -> np.ndarray:
 
 
 def _padded(points: np.ndarray) -> np.ndarray:
-    """(n, 3) also of features that have fewer dimensions."""
+    """Return (n, 3) also of features that have fewer dimensions."""
     return np.pad(points, ((0, 0), (0, AXES - points.shape[1])))
 
 
@@ -83,7 +83,7 @@ def _explained(points: list[np.ndarray], flat: list[np.ndarray]) -> float:
 
 
 def pictures(space: Space) -> list[Picture]:
-    """A picture a model."""
+    """Draw a picture of each model's space."""
     return [_picture(space, name) for name in space.images]
 
 
@@ -120,7 +120,7 @@ def _apart(images: np.ndarray, captions: np.ndarray) -> str:
 
 
 def _frame(axes: object, limits: np.ndarray, theme: Theme) -> None:
-    """The same box for every model."""
+    """Draw the same box for every model."""
     for letter, (low, high) in zip("xyz", limits, strict=True):
         room = 0.03 * (high - low) or 0.1
         getattr(axes, f"set_{letter}lim")(low - room, high + room)

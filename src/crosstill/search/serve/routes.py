@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-import crosstill
+from crosstill import files
 from crosstill.errors import ConfigError, CorruptError, ImageError, printable
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
 from crosstill.search.serve import photo_store, search_page, uploads
@@ -109,7 +109,7 @@ def create(searcher: Searcher, settings: Settings) -> App:
 
     app = App(
         title="crosstill",
-        version=crosstill.__version__,
+        version=files.VERSION,
         description="Search a folder of photos by words or by a photo.",
         docs_url=None,  # both load scripts from other hosts
         redoc_url=None,

@@ -1,4 +1,4 @@
-"""The page as plain blocks, and its HTML. Every text is escaped: captions come from anywhere."""
+"""A page as plain blocks, and its HTML. Every text is escaped: captions come from anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jinja2
 
 from crosstill import files
 from crosstill.report.pictures import Picture
-from crosstill.report.sheet import Query
+from crosstill.report.run_results import Query
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Command:
-    """What the user typed."""
+    """The command that the user typed."""
 
     kind: ClassVar[str] = "command"
     text: str
@@ -53,7 +53,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Queries:
-    """Captions and what the models find for them."""
+    """Captions and the photos that the models find for them."""
 
     kind: ClassVar[str] = "queries"
     queries: Sequence[Query]
@@ -71,7 +71,7 @@ class Section:
 
 
 def html(title: str, summary: str, sections: Sequence[Section]) -> str:
-    """The whole page."""
+    """Render the whole page."""
     source = resources("crosstill.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -97,7 +97,7 @@ def save(folder: Path, page: str, texts: Mapping[str, str], figures: tuple[str, 
 
 
 def settings(values: Mapping[str, Any]) -> Sheet:
-    """Settings, one a line, with the dotted names that --set takes."""
+    """List settings, one a line, with the dotted names that --set takes."""
     return Sheet(("setting", "value"), list(_flat(values, "")), numeric=False)
 
 
@@ -106,10 +106,10 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, _said(value)
+            yield prefix + name, _written(value)
 
 
-def _said(value: object) -> str:
+def _written(value: object) -> str:
     if value is None:
         return "none"
     if value == {}:

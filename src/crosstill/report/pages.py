@@ -1,0 +1,238 @@
+"""The pages of reports: of one run, and of a grid with the runs behind its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosstill import ablate
+from crosstill.ablate.results import Row, Table, latex, legend, markdown
+from crosstill.errors import InputError
+from crosstill.evaluate import Evaluation, table, tabular
+from crosstill.evaluate.report import HEADINGS, LATENCY
+from crosstill.files import VERSION
+from crosstill.report import curves, html_page, run_results, space
+from crosstill.report.curves import Curve, Events
+from crosstill.report.html_page import Block, Command, Pictures, Queries, Section, Sheet, Text
+from crosstill.report.run_results import RunResults
+from crosstill.train import folder as runs
+from crosstill.types import Features
+
+ORDER = ("teacher", "student", "untrained")
+FEW = 8  # rows up to which the losses and weights of each are shown
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's folder, and not a model's with a config.json of its own."""
+    return runs.is_run(folder) and (folder / "student").is_dir()
+
+
+def write_run(folder: Path, out: Path, latency: bool) -> Path:
+    """Write the report of a run: see `crosstill.report.write`."""
+    results = run_results.read(folder, latency)
+    shown = space.fit(_as_wide(results.features)) if results.features else None
+    finds = [_finds(results)] if results.features else []  # first, since it may refuse
+    sections = [
+        _recall(results),
+        *_curves(results),
+        *([_space(results, shown)] if shown else []),
+        *finds,
+        _settings(results),
+    ]
+    losses = " + ".join(results.record["settings"]["losses"])
+    title = f"{folder.resolve().name}: {losses}"
+    heads, body = _cells(results)
+    texts = {
+        "table.md": "\n\n".join([table(_rows(results)), results.summary, *results.notes]) + "\n",
+        "table.tex": tabular.latex(results.summary, heads, body),
+    }
+    page = html_page.html(title, results.summary, sections)
+    return html_page.save(out, page, texts, ("report.json", _figures(results, shown)))
+
+
+def _rows(results: RunResults) -> list[Evaluation]:
+    return [results.rows[role] for role in ORDER if role in results.rows]
+
+
+def _cells(results: RunResults) -> tuple[list[str], list[list[str]]]:
+    rows = _rows(results)
+    timed = any(row.efficiency for row in rows)
+    return [*HEADINGS, *(LATENCY if timed else ())], [row.cells(timed) for row in rows]
+
+
+def _recall(results: RunResults) -> Section:
+    heads, body = _cells(results)
+    images, captions = len(results.split.images), len(results.split.captions)
+    legend = (
+        f"Recall in percent on {images:,} images and {captions:,} captions of the split "
+        f"{results.split.name!r}, on which the best epoch was chosen; RSUM is the sum of the six."
+    )
+    if "teacher" in results.rows:
+        legend += " The teacher's row is from the cache."
+    if len(heads) > len(HEADINGS):
+        legend += (
+            " Milliseconds are medians of single items on one thread of this machine, "
+            "measured in turn."
+        )
+    notes = [Text(note) for note in results.notes]
+    return Section("Recall", [Sheet(heads, body), Text(legend), *notes])
+
+
+def _curves(results: RunResults) -> list[Section]:
+    log, teacher = results.log, results.rows.get("teacher")
+    line = teacher.recall.rsum if teacher else None
+    every = results.record["settings"]["log_every"]
+    sections = []
+    if log.rsum.at:
+        shown = [curves.of_val(log.rsum, line, results.split.name)]
+        sections.append(Section("Learning curve", [Pictures(shown)]))
+    if not log.losses:
+        return [*sections, Section("Losses", [Text(f"No step was logged (log_every = {every}).")])]
+    logged = f"One step in {every}" if every > 1 else "Every step"
+    legend = (
+        f"{logged} was logged. Long curves are drawn in at most 120 points: the line is the mean, "
+        "the band goes from the lowest to the highest value. Positive losses: log axis."
+    )
+    losses = Pictures(curves.over_steps(log.losses, "loss"), legend)
+    balance = results.record["settings"]["balance"]["name"]
+    caption = f"What the balancer {balance!r} multiplies each loss with, at the same steps."
+    weights = Pictures(curves.over_steps(log.weights, "weight"), caption)
+    return [*sections, Section("Losses", [losses]), Section("Weights", [weights])]
+
+
+def _as_wide(features: dict[str, Features]) -> dict[str, Features]:
+    """Return the features in the student's own space; a joined teacher may be wider."""
+    width = features["student"].image.shape[1]
+    return {name: rows for name, rows in features.items() if rows.image.shape[1] == width}
+
+
+def _space(results: RunResults, shown: space.Space) -> Section:
+    images, captions = (len(next(iter(side.values()))) for side in (shown.images, shown.captions))
+    fitted = "teacher and student together" if len(shown.images) > 1 else "the student"
+    legend = (
+        f"{images:,} images and {captions:,} captions of {results.split.name!r}, chosen by a fixed "
+        f"seed, on the first three axes of one principal component analysis of {fitted}: axes, "
+        "limits and point of view are the same in all pictures."
+    )
+    return Section("Feature space", [Pictures(space.pictures(shown), legend)])
+
+
+def _finds(results: RunResults) -> Section:
+    queries = run_results.queries(results.cache, results.split, results.features)
+    legend = (
+        f"The first {run_results.TOP} of {len(results.split.images):,} photos for {len(queries)} "
+        "captions spread evenly over the split. The one right photo is framed and bears a check "
+        "mark."
+    )
+    return Section("What they find", [Text(legend), Queries(queries)])
+
+
+def _settings(results: RunResults) -> Section:
+    record, teacher = results.record, results.cache.teacher
+    source = results.cache.header["data"]
+    facts = {
+        "run": results.run.folder.resolve(),
+        "cache": record["cache"]["folder"],
+        "cache digest": record["cache"]["digest"],
+        "data": source["name"],
+        "photos": source["source"].get("root", source["source"]["form"]),
+        "teacher": teacher["name"] or "none",
+        "licence of the teacher": teacher["licence"] or "not said by its model card",
+        **{
+            f"licence of the {part}": licence or "not said by its model card"
+            for part, licence in results.licences.items()
+        },
+        "licence of the photos": "that of their source; keep to it",
+        **{f"version of {name}": version for name, version in record["versions"].items()},
+        "version of crosstill that wrote this page": VERSION,
+    }
+    body = [(name, str(value)) for name, value in facts.items()]
+    typed = (
+        [Command(record["command"])]
+        if record["command"]
+        else [Text("Made from Python, no command.")]
+    )
+    return Section(
+        "How it was made",
+        [*typed, Sheet(("", ""), body, numeric=False), html_page.settings(record["settings"])],
+    )
+
+
+def _figures(results: RunResults, shown: space.Space | None) -> dict[str, Any]:
+    return {
+        "summary": results.summary,
+        "split": results.split.name,
+        **{role: row.to_json() for role, row in results.rows.items()},
+        "variance_shown": shown.explained if shown else {},
+        "notes": results.notes,
+    }
+
+
+def write_grid(folder: Path, out: Path) -> Path:
+    """Write the report of a grid: see `crosstill.report.write`."""
+    return write_tables(ablate.read(folder), f"Grid: {folder.resolve().name}", out)
+
+
+def write_tables(tables: Sequence[Table], title: str, out: Path) -> Path:
+    """Write the report of tables that are already there."""
+    sections = [_table_section(table) for table in tables]
+    runs = len({run for table in tables for row in table.rows for run in row.runs})
+    plural = "s" if len(tables) > 1 else ""
+    summary = f"{len(tables)} table{plural} from {runs} runs, written by crosstill {VERSION}."
+    texts = {
+        "table.md": "\n".join(map(markdown, tables)),
+        "table.tex": "\n".join(map(latex, tables)),
+    }
+    figures = {"tables": [table.to_json() for table in tables]}
+    page = html_page.html(title, summary, sections)
+    return html_page.save(out, page, texts, ("metrics.json", figures))
+
+
+def _table_section(table: Table) -> Section:
+    heads, body = table.cells()
+    teacher = table.teacher.rsum if table.teacher else None
+    logs = {row.name: [_log(row, run) for run in row.runs] for row in table.rows}
+    bars = [(row.name, row.rsum.mean, row.rsum.std) for row in table.rows]
+    rsum = {name: [log.rsum for log in seeds] for name, seeds in logs.items()}
+    beyond = f"The teacher, {table.teacher_name}, is the dashed line." if teacher else ""
+    blocks: list[Block] = [
+        Sheet(heads, body),
+        Text(legend(table)),
+        Pictures([curves.bars(bars, teacher)], f"RSUM on {table.split!r}. {beyond}"),
+        *_epochs(rsum, teacher),
+        *(_losses_and_weights(logs, table.seeds[0]) if len(table.rows) <= FEW else ()),
+        Command(table.command),
+        html_page.settings(table.settings),
+    ]
+    return Section(table.title, blocks)
+
+
+def _epochs(rsum: dict[str, list[Curve]], teacher: float | None) -> list[Block]:
+    """Show RSUM epoch by epoch, if there is more than one."""
+    if not any(len(curve.at) > 1 for seeds in rsum.values() for curve in seeds):
+        return []
+    caption = (
+        "RSUM on the validation split after every epoch: the row's mean over seeds with dots, "
+        "its seeds thin, the other rows' means grey."
+    )
+    return [Pictures(curves.of_rows(rsum, teacher), caption)]
+
+
+def _log(row: Row, run: Path) -> Events:
+    if not run.is_dir():
+        raise InputError(
+            f"{run}: the run of {row.name!r} is gone; `crosstill ablate` makes it again"
+        )
+    return curves.read(run)
+
+
+def _losses_and_weights(logs: dict[str, list[Events]], seed: int) -> list[Block]:
+    """Show losses and weights of the first seed of every row that logged any, on shared axes."""
+    first = {name: seeds[0] for name, seeds in logs.items() if seeds and seeds[0].losses}
+    if not first:
+        return []
+    shared = f"Seed {seed}, means of at most 60 groups of logged steps; one axis for all rows."
+    losses = curves.together({name: log.losses for name, log in first.items()}, "losses")
+    weights = curves.together({name: log.weights for name, log in first.items()}, "weights")
+    return [Pictures(losses, f"Losses. {shared}"), Pictures(weights, f"Weights. {shared}")]

@@ -1,0 +1,314 @@
+"""Results of a run for its report, read and measured: recall, finds, cost; nothing is drawn here.
+
+The finds are the five first photos of each model for ten captions, the right one marked.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from crosstill import images
+from crosstill.cache import Cache, CacheBase, ScoreCache, Split
+from crosstill.errors import CrosstillError, InputError, MismatchError
+from crosstill.evaluate import (
+    CachedSplit,
+    Evaluation,
+    efficiency,
+    teacher_recall,
+)
+from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
+from crosstill.fusion.matcher import Matcher
+from crosstill.models import open as open_model
+from crosstill.report import curves
+from crosstill.students.student import Student
+from crosstill.teachers.base import Teacher
+from crosstill.train import Run, matched
+from crosstill.train import folder as runs
+from crosstill.train.config import parse
+from crosstill.types import Features
+
+QUERIES = 10
+TOP = 5
+SIDE = 112  # pixels of the longer side
+
+
+@dataclass
+class RunResults:
+    """The results of a finished run.
+
+    Attributes:
+        record: the run's config.json.
+        licences: of the student's parts.
+        listed: where a fusion model's recall was measured, in words; "" for embeddings.
+        rows: "teacher" (if there was one), "student" and "untrained", on `split`.
+        features: of "teacher" and "student"; none of a fusion model.
+        notes: what could not be shown, and why.
+    """
+
+    run: Run
+    record: dict[str, Any]
+    cache: CacheBase
+    split: Split
+    log: curves.Events
+    licences: dict[str, str | None]
+    listed: str = ""
+    rows: dict[str, Evaluation] = field(default_factory=dict)
+    features: dict[str, Features] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """The run in one sentence."""
+        student, teacher = self.rows["student"], self.rows.get("teacher")
+        where = f"on the {len(self.split.images):,} images of the split {self.split.name!r}"
+        where = f"among the listed candidates {where}" if self.listed else where
+        if teacher is None:
+            lacking = "teacher's row" if self.cache.teacher["name"] else "teacher"
+            return (
+                f"The student has {student.parameters:,} parameters and an RSUM of "
+                f"{student.recall.rsum:.2f} {where}; there is no {lacking} to compare it with."
+            )
+        share = student.recall.rsum / teacher.recall.rsum if teacher.recall.rsum else 0.0
+        figures = f"{where}: {student.recall.rsum:.2f} against {teacher.recall.rsum:.2f}"
+        if not teacher.parameters:
+            return f"The student has {share:.0%} of the teacher's RSUM {figures}."
+        size = (student.parameters or 0) / teacher.parameters
+        return (
+            f"The student has {size:.0%} of the teacher's parameters and {share:.0%} of its RSUM "
+            f"{figures}."
+        )
+
+
+def read(folder: Path, latency: bool) -> RunResults:
+    """Read a run and measure its student on its validation split.
+
+    Raises:
+        InputError: the run is not finished, or its cache is gone.
+        MismatchError: the cache is not the one that the run learnt from.
+    """
+    opened = Run(folder)
+    record = opened.config
+    if not (folder / "metrics.json").is_file():
+        raise InputError(
+            f"{folder}: the run is not finished; finish it with "
+            f"`crosstill train {record['cache']['folder']} --out {folder} --resume`"
+        )
+    cache = runs.open_cache(folder, record)
+    best = runs.learner(folder / "best")
+    split = cache.split(record["settings"]["val_split"])
+    results = RunResults(opened, record, cache, split, curves.read(folder), _licences(best))
+    if isinstance(best, Matcher):
+        _match(results, best)
+    else:
+        _embed(results, best)
+    _warn(results)
+    if latency and isinstance(best, Student):
+        _latency(results, best)
+    return results
+
+
+def _licences(best: runs.Learner) -> dict[str, str | None]:
+    if isinstance(best, Matcher):
+        return {"student": best.licence}
+    return {f"student's {side} tower": licence for side, licence in best.licences.items()}
+
+
+def _embed(results: RunResults, best: Student) -> None:
+    """Add rows and features of dual encoders, in the whole split."""
+    _teacher(results)
+    frozen = results.record["settings"]["freeze"]
+    results.features["student"], row = _measure(best, results.cache, results.split, frozen)
+    results.rows["student"] = row.renamed(f"student ({best.name})")
+    before = _measure(results.run.untrained, results.cache, results.split, frozen)[1]
+    results.rows["untrained"] = before.renamed("student, untrained")
+
+
+def _match(results: RunResults, best: Matcher) -> None:
+    """Add rows of fusion models, among the candidates that the score cache lists."""
+    assert isinstance(results.cache, ScoreCache)
+    folder = results.run.folder
+    listed = matched.Listed(results.cache, results.split)
+    recall = listed.teacher_recall()
+    if recall is not None:
+        _teacher_row(results, recall)
+    name = f"student ({folder.resolve().name})"
+    results.rows["student"] = _measure_pairs(results, best).renamed(name)
+    before = _measure_pairs(results, runs.learner(folder / "student"))
+    results.rows["untrained"] = before.renamed("student, untrained")
+    results.listed = listed.said
+    parts = {part: f"{count:,}" for part, count in best.parameters_by_part().items()}
+    results.notes += [
+        listed.said,
+        f"Of the student's {parts['total']} parameters {parts['towers']} are in its towers and "
+        f"{parts['fusion']} in its fusion part.",
+        *([f"No teacher's row: {_contents(results.cache)}."] if recall is None else []),
+        "No feature space, finds or milliseconds: a fusion model reads pairs and has no "
+        "embeddings. Recall in the whole split, and seconds: "
+        f"crosstill evaluate {folder} DATA --split {results.split.name} --efficiency",
+    ]
+
+
+def _measure_pairs(results: RunResults, model: runs.Learner) -> Evaluation:
+    """Measure a fusion model's recall among the listed candidates."""
+    assert isinstance(model, Matcher) and isinstance(results.cache, ScoreCache)
+    validation = matched.of_run(
+        model, results.cache, results.split, parse(results.record["settings"])
+    )
+    return Evaluation(model.name, validation.recall(model), model.parameter_count())
+
+
+def _teacher(results: RunResults) -> None:
+    """Add the teacher's row and features, from the cache."""
+    cache, split = results.cache, results.split
+    recall = teacher_recall(cache, split)
+    if not isinstance(cache, Cache) or recall is None:
+        results.notes.append(f"No teacher's row, space or finds: {_contents(cache)}.")
+        return
+    _teacher_row(results, recall)
+    results.features["teacher"] = Features(
+        cache.image_features(split.images), cache.text_features(split.captions)
+    )
+
+
+def _teacher_row(results: RunResults, recall: Retrieval) -> None:
+    teacher = results.cache.teacher
+    name = Path(str(teacher["name"])).name
+    results.rows["teacher"] = Evaluation(f"teacher ({name})", recall, teacher["parameters"])
+
+
+def _contents(cache: CacheBase) -> str:
+    """Describe a cache whose contents give its teacher no row."""
+    if not isinstance(cache, ScoreCache):
+        return f"the cache holds {' and '.join(sorted(cache.modalities)) or 'no'} features"
+    if cache.scores is None:
+        return "the cache holds candidates that no teacher scored"
+    return "the cache holds a fusion teacher's scores of chosen pairs, and no features"
+
+
+def _measure(
+    student: Student, cache: CacheBase, split: Split, frozen: str
+) -> tuple[Features, Evaluation]:
+    """Measure a student's features of the plain photos of a split, and its recall."""
+    encoded = CachedSplit(cache, split, student, frozen)
+    features = encoded.features(student)
+    recall = retrieval(*features, encoded.truth)
+    return features, Evaluation(student.name, recall, student.parameter_count())
+
+
+def _warn(results: RunResults) -> None:
+    images = len(results.split.images)
+    if images <= DEPTHS[-1]:
+        results.notes.append(f"Only {images} images: recall at {DEPTHS[-1]} is 100 for any model.")
+    for row in results.rows.values():
+        if row.recall.warning:
+            results.notes.append(f"{row.name}: {row.recall.warning}.")
+
+
+def _latency(results: RunResults, student: Student) -> None:
+    """Add milliseconds of the student and, where it can still be opened, of its teacher."""
+    models: dict[str, Teacher] = {"student": student}
+    try:
+        if "teacher" in results.rows:
+            models["teacher"] = _open_teacher(results.cache.teacher)
+    except CrosstillError as error:
+        results.notes.append(f"The teacher's latency was not measured: {error}.")
+    for role, cost in efficiency.measure(models).items():
+        results.rows[role] = replace(results.rows[role], efficiency=cost)
+
+
+def _open_teacher(record: dict[str, Any]) -> Teacher:
+    """Open the very model that filled the cache; a report downloads nothing."""
+    source = record["source"]
+    if source is None or not Path(source).is_dir():
+        raise InputError(f"{source or record['name']} is not on this machine")
+    model = open_model(source, "encoder")
+    if model.identity() != record["identity"]:
+        raise MismatchError(f"{source} has changed since it filled the cache")
+    return model
+
+
+@dataclass(frozen=True)
+class FoundPhoto:
+    """One photo in one model's answer."""
+
+    photo: str  # data URI
+    alt: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model finds: its first photos, and where the right one stands."""
+
+    model: str
+    photos: tuple[FoundPhoto, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Query:
+    """A caption and the models' answers to it."""
+
+    caption: str
+    answers: tuple[Answer, ...]
+
+
+def queries(
+    cache: CacheBase, split: Split, features: Mapping[str, Features], count: int = QUERIES
+) -> list[Query]:
+    """Search with captions spread evenly over the split, always the same ones.
+
+    Raises:
+        DataError: a photo is no longer where the cache found it.
+        MismatchError: a photo has changed since.
+    """
+    chosen = np.unique(np.linspace(0, len(split.captions) - 1, count).round().astype(int))
+    thumbnails = _Thumbnails(cache, split)
+    return [_query(int(row), split, features, thumbnails) for row in chosen]
+
+
+def _query(
+    row: int, split: Split, features: Mapping[str, Features], thumbnails: _Thumbnails
+) -> Query:
+    right = int(split.owner[row])
+    answers = []
+    for model, rows in features.items():
+        order = (rows.image @ rows.text[row]).argsort(descending=True, stable=True)
+        rank = int((order == right).nonzero()) + 1
+        first = [thumbnails.photo(place, place == right) for place in order[:TOP].tolist()]
+        answers.append(Answer(model, tuple(first), rank))
+    return Query(thumbnails.cache.texts[int(split.captions[row])], tuple(answers))
+
+
+class _Thumbnails:
+    """Small JPEGs of a split's photos, each decoded once."""
+
+    def __init__(self, cache: CacheBase, split: Split) -> None:
+        self.cache, self.split = cache, split
+        self._made: dict[int, str] = {}
+        owners, first = np.unique(split.owner, return_index=True)
+        self._caption = dict(zip(owners.tolist(), split.captions[first].tolist(), strict=True))
+
+    def photo(self, place: int, right: bool) -> FoundPhoto:
+        """Return the photo at a position of the split, described by its first caption."""
+        if place not in self._made:
+            self._made[place] = _thumbnail(self.cache, int(self.split.images[place]))
+        return FoundPhoto(self._made[place], self.cache.texts[self._caption[place]], right)
+
+
+def _thumbnail(cache: CacheBase, row: int) -> str:
+    pixels = images.decode(cache.photo(row), cache.paths[row])
+    picture = Image.fromarray(torch.Tensor.numpy(pixels))
+    picture.thumbnail((SIDE, SIDE))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
