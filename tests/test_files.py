@@ -88,3 +88,37 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file.*cannot write there"):
         files.writable_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_filled_aside_takes_the_place_of_another_or_leaves_it(
+    tmp_path, monkeypatch, exchanges
+):
+    """Also on disks that cannot exchange two folders in one step."""
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    place, new, old = (tmp_path / name for name in ("place", "new", "old"))
+    for text in ("one", "two"):
+        new.mkdir()  # as a kill leaves it
+        (new / "rubbish").touch()
+        with files.filled_aside(place, new, old) as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / "file").write_text(text)
+        assert (place / "inner" / "file").read_text() == text
+        assert list(tmp_path.iterdir()) == [place] and len(list(place.iterdir())) == 1
+    with pytest.raises(KeyboardInterrupt), files.filled_aside(place, new, old):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [place]
+    assert (place / "inner" / "file").read_text() == "two"
+
+
+def test_files_have_the_permissions_that_the_user_asked_for(tmp_path):
+    """The mask is that of the first write, not of the import."""
+    script = (
+        "import os\n"
+        "from crosstill import files\n"
+        "os.umask(0o027)\n"
+        f"files.write_bytes(files.Path({str(tmp_path)!r}) / 'x', b'')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640

@@ -11,7 +11,7 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
@@ -100,14 +100,30 @@ def member(folder: Path, name: str) -> Path:
     return path
 
 
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files of a folder, by their names: what `check_files` compares."""
+    return {name: files.digest_file(folder / name) for name in names}
+
+
 def check_files(folder: Path, digests: Mapping[Any, str]) -> None:
     """Compare files of a folder with their SHA-256.
 
     Raises:
         CorruptError: one is missing, a link or damaged, or its name leads elsewhere.
     """
+    for problem in problems(folder, digests):
+        raise problem
+
+
+def problems(
+    folder: Path, digests: Mapping[Any, str], remedy: str = files.REMEDY
+) -> Iterator[CorruptError]:
+    """Yield an error for each file that is missing, a link or damaged, or whose name leads out."""
     for name, digest in digests.items():
-        files.check_digest(member(folder, name), digest)
+        try:
+            files.check_digest(member(folder, name), digest, remedy)
+        except CorruptError as error:
+            yield error
 
 
 def array(path: Path, kinds: str, ndim: int, mmap: bool = False) -> np.ndarray:

@@ -10,7 +10,8 @@ share the workers and the budget, one set a process:
 A worker imports numpy and Pillow, is started when it is first needed and ends with its parent.
 Before every photo it asks the kernel to kill it after so many seconds of CPU time and to refuse
 it more than so many bytes (see `rasters.serve`); one that died is replaced at the next photo.
-Threads that decode are made by `in_threads`: then Ctrl-C does not wait for what they decode.
+Whoever decodes many photos does it in threads, `ahead` of their use; there Ctrl-C does not wait
+for what they decode.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -38,6 +42,9 @@ from crosstill.rasters import OVERSIZE, OVERTIME
 
 BUDGET = 4 << 30  # bytes that decoding may take on a machine with plenty
 ORDINARY = 64 << 20  # bytes that are set aside for a photo before its header is read
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+
 PATIENCE = 120.0  # seconds by the clock that a worker may be silent, on however busy a machine
 
 
@@ -85,6 +92,36 @@ def in_threads(count: int = 4) -> Iterator[ThreadPoolExecutor]:
         raise
     finally:
         threads.shutdown()
+
+
+def ahead(
+    load: Callable[[Item], Loaded], items: Iterable[Item], window: int, workers: int = 4
+) -> Iterator[Loaded]:
+    """Yield `load(item)` of all items in their order, loaded by threads before they are asked for.
+
+    Args:
+        load: reads and decodes, in a thread.
+        items: what to load.
+        window: items that are loaded, or being loaded, while the caller works on one.
+        workers: threads.
+    """
+    waiting: deque[Future[Loaded]] = deque()
+    with in_threads(workers) as threads:
+        for item in items:
+            waiting.append(threads.submit(load, item))
+            if len(waiting) > window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def batches(
+    load: Callable[[Item], Loaded], items: Sequence[Item], size: int
+) -> Iterator[list[tuple[Item, Loaded]]]:
+    """Yield items with what is loaded of them, `size` at a time; the next ones are being loaded."""
+    loaded = zip(items, ahead(load, items, size), strict=True)
+    while batch := list(islice(loaded, size)):
+        yield batch
 
 
 def stop() -> None:

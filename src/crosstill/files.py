@@ -8,6 +8,7 @@ is written within `writing`, which turns each library's error of a full disk int
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import glob
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"  # of crosstill, as the files that it writes name it
 TEMPORARY = ".writing-"
+REMEDY = "restore it from a copy, or make it anew"  # of a damaged file
 MAX_JSON = 1 << 25  # bytes of a record: parsed, it takes up to twenty times as much
 _MAKE_ROOM = "free some and run it again"
 _FULL = {
@@ -43,8 +46,6 @@ _FULL = {
 _FULL_TEXTS = {f"(os error {code})": code for code in _FULL} | {
     "database or disk is full": errno.ENOSPC
 }
-_MASK = os.umask(0)  # it can only be read by setting it
-os.umask(_MASK)
 _BEGAN = time.time()
 
 
@@ -188,7 +189,14 @@ def _remove(path: Path) -> None:
 
 def as_others(path: Path) -> None:
     """Give a file the permissions of any new one: safetensors lets only its owner read it."""
-    path.chmod(0o666 & ~_MASK)
+    path.chmod(0o666 & ~_umask())
+
+
+@cache
+def _umask() -> int:
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -233,9 +241,7 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"more than {amount(MAX_JSON)}")
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(
-            f"{path}: not readable JSON ({error}); restore it from a copy, or make it anew"
-        ) from None
+        raise CorruptError(f"{path}: not readable JSON ({error}); {REMEDY}") from None
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
@@ -252,9 +258,7 @@ def read_sealed(path: Path, versions: set[int]) -> dict[str, Any]:
     """
     value = read_json(path)
     if not isinstance(value, dict) or sealed(value) != value:
-        raise CorruptError(
-            f"{path}: its checksum is wrong; restore it from a copy, or make it anew"
-        )
+        raise CorruptError(f"{path}: its checksum is wrong; {REMEDY}")
     if value.get("format") not in list(versions):  # a list: the value may be unhashable
         raise CorruptError(
             f"{path}: format {value.get('format')} is unknown here (known: "
@@ -274,14 +278,12 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_digest(path: Path, expected: str) -> None:
+def check_digest(path: Path, expected: str, remedy: str = REMEDY) -> None:
     """Refuse a file that is missing or whose SHA-256 is not the expected one."""
     if not path.is_file():
-        raise CorruptError(f"{path}: the file is missing; restore it from a copy, or make it anew")
+        raise CorruptError(f"{path}: the file is missing; {remedy}")
     if digest_file(path) != expected:
-        raise CorruptError(
-            f"{path}: its checksum is wrong; restore it from a copy, or make it anew"
-        )
+        raise CorruptError(f"{path}: its checksum is wrong; {remedy}")
 
 
 def writable_folder(path: Path) -> Path:
@@ -397,6 +399,53 @@ def hold(handle: int, folder: Path, wait: bool) -> bool:
             "use a folder on a local disk, or mount the share with locks"
         ) from None
     return True
+
+
+@contextmanager
+def filled_aside(place: Path, new: Path, old: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; when the block ends well, it takes the place of another.
+
+    When the block raises, all is as it was; a kill leaves `new`, and `old` as `swap_in` says.
+
+    Args:
+        place: where the folder is to be.
+        new: where it is filled, in the same folder as `place`.
+        old: see `swap_in`.
+    """
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        for path in (*new.rglob("*"), new):
+            flush(path)
+        swap_in(new, place, old)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def swap_in(new: Path, place: Path, old: Path) -> None:
+    """Put a finished folder in the place of another, which is then where the new one was.
+
+    At every moment the place holds one of the two, whole, where the system can exchange folders.
+    Elsewhere there is nothing for a moment, in which the other is at `old`; it is removed then.
+    """
+    if not place.exists():
+        os.rename(new, place)
+    elif not _exchanged(new, place):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(place, old)
+        os.rename(new, place)
+        shutil.rmtree(old, ignore_errors=True)
+    flush(place.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, where the system can."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    return False
 
 
 def flush(path: Path) -> None:

@@ -7,16 +7,19 @@ pixels are those of `pixels.load`, bit for bit.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from crosstill import pixels
+from crosstill.errors import ImageError
 from crosstill.pixels import FORMATS, MAX_PIXELS, MAX_SIDE, Quarantine
 from crosstill.preprocess import Preprocess
+from crosstill.types import Example
 
 __all__ = [
     "AUGMENTATIONS",
@@ -25,13 +28,17 @@ __all__ = [
     "MAX_SIDE",
     "Preprocess",
     "Quarantine",
+    "Unreadable",
     "View",
     "decode",
     "draw_view",
     "load",
     "normalise",
+    "try_load",
 ]
 
+
+Loaded = TypeVar("Loaded")
 
 AUGMENTATIONS = ("crop", "flip", "colour")
 _COLOUR = (0.75, 1.25)  # of brightness, contrast and saturation; captions name colours, so no hue
@@ -109,6 +116,25 @@ def load(data: bytes, path: str, preprocess: Preprocess, view: View | None = Non
     if preprocess.resize == "crop":
         return torch.from_numpy(pixels.centre(resized.numpy(), preprocess.size))
     return resized
+
+
+class Unreadable(NamedTuple):
+    """An image that could not be loaded, and why."""
+
+    error: ImageError
+    size: int  # of its file in bytes, as far as it could be read
+
+
+def try_load(
+    read: Callable[[Example], bytes], example: Example, load: Callable[[bytes], Loaded]
+) -> Loaded | Unreadable:
+    """Read an image's file and load it; return what is wrong with it instead of raising it."""
+    file = b""
+    try:
+        file = read(example)
+        return load(file)
+    except ImageError as error:
+        return Unreadable(error, len(file))
 
 
 def normalise(values: Tensor, preprocess: Preprocess) -> Tensor:

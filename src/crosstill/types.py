@@ -73,19 +73,10 @@ class Example:
     captions: tuple[str, ...]
     split: str  # "train", "val" or "test"
 
-    @property
-    def caption_ids(self) -> tuple[str, ...]:
-        return tuple(caption_id(self.image_id, text) for text in self.captions)
-
 
 def image_id(data: bytes) -> str:
     """The id of an image: the SHA-256 of its file's bytes, in hexadecimal."""
     return sha256(data).hexdigest()
-
-
-def caption_id(image: str, text: str) -> str:
-    """The id of a caption: its image's id and the SHA-256 of its text (UTF-8)."""
-    return f"{image}-{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def id_key(image: str) -> int:

@@ -171,9 +171,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("commits", [0, 1, 5, 9])
 def test_a_join_that_was_stopped_ends_with_the_same_bytes(two, tmp_path, monkeypatch, commits):
-    monkeypatch.setattr(sys.modules["crosstill.cache.work"], "SHARD_ROWS", 32)
+    monkeypatch.setattr(sys.modules["crosstill.cache.builder"], "SHARD_ROWS", 32)
     whole = contents(join(two, tmp_path / "whole").folder)
-    commit, left = caches.work.journal.Journal.commit, commits
+    commit, left = caches.builder.Journal.commit, commits
 
     def dying(self, *arguments, **options):
         nonlocal left
@@ -183,7 +183,7 @@ def test_a_join_that_was_stopped_ends_with_the_same_bytes(two, tmp_path, monkeyp
         commit(self, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(caches.work.journal.Journal, "commit", dying)
+        patch.setattr(caches.builder.Journal, "commit", dying)
         join(two, tmp_path / "cut")
     left = 1000
     assert contents(join(two, tmp_path / "cut").folder) == whole

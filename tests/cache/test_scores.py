@@ -388,12 +388,13 @@ def test_a_photo_that_went_while_pairs_were_scored_is_one_line(spoilt, tmp_path)
         ({"false": -1}, "false = -1"),
         ({"false": 0, "false_images": 0}, "at least one of them above 0"),
         ({"seed": -3}, "seed = -3"),
-        ({"fales": 3}, "fales"),
     ],
 )
 def test_options_that_cannot_be(thirty, tmp_path, options, match):
     with pytest.raises(ConfigError, match=match):
         build_scores(SmallJudge(), thirty, tmp_path / "c", **options)
+    with pytest.raises(TypeError, match="fales"):
+        build_scores(SmallJudge(), thirty, tmp_path / "c", fales=3)
 
 
 def test_the_wrong_kind_of_teacher(thirty, tmp_path):

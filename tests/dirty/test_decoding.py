@@ -204,3 +204,33 @@ def test_large_photos_together_stay_within_the_budget(tmp_path):
         text=True,
     )
     assert int(done.stdout) < 330_000  # KiB: one photo's pixels, not four
+
+
+def test_items_come_in_order_and_never_too_far_ahead():
+    begun = []
+
+    def load(item):
+        begun.append(item)
+        time.sleep(0.001 * (item % 3))
+        return -item
+
+    for count, loaded in enumerate(decoding.ahead(load, range(40), window=5)):
+        assert loaded == -count and len(begun) <= count + 1 + 5
+    batches = list(decoding.batches(load, list(range(7)), 3))
+    assert batches == [[(i, -i) for i in rows] for rows in ([0, 1, 2], [3, 4, 5], [6])]
+
+
+def test_an_error_comes_where_its_item_would_and_what_waits_is_cancelled():
+    begun = []
+
+    def load(item):
+        begun.append(item)
+        if item == 3:
+            raise ValueError
+        return item
+
+    loaded = []
+    with pytest.raises(ValueError):
+        loaded.extend(decoding.ahead(load, range(1000), window=8))
+    assert loaded == [0, 1, 2]
+    assert len(begun) < 1000

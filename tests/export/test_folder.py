@@ -11,7 +11,6 @@ import pytest
 
 from crosstill import files
 from crosstill.errors import ConfigError, CorruptError, InputError, LockedError
-from crosstill.export import folder
 from crosstill.export.folder import RECORD, aside
 
 
@@ -42,7 +41,7 @@ def test_an_empty_folder_is_taken_and_an_earlier_export_replaced(tmp_path: Path)
 def test_where_the_system_cannot_exchange_two_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_swapped", lambda one, other: False)
+    monkeypatch.setattr("crosstill.files._exchanged", lambda one, other: False)
     test_an_empty_folder_is_taken_and_an_earlier_export_replaced(tmp_path)
 
 

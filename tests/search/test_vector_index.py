@@ -328,7 +328,7 @@ def test_what_faiss_cannot_read_is_named(tmp_path, monkeypatch):
     index = FaissVectors(DIM)
     index.add(np.arange(5), clustered(5))
     index.save(tmp_path)
-    monkeypatch.setattr("crosstill.files.check_digest", lambda path, digest: None)
+    monkeypatch.setattr("crosstill.files.check_digest", lambda *_: None)
     whole = (tmp_path / "vectors.faiss").read_bytes()
     for data in (b"IxZZ" + whole[4:], whole[:-10], whole[:20], b""):
         (tmp_path / "vectors.faiss").write_bytes(data)

@@ -1,4 +1,4 @@
-"""Run a teacher over a dataset once and keep its features, in shards that survive a kill."""
+"""Run a teacher over a dataset once and keep its features in a cache."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import files, images, progress
-from crosstill.cache import format, sources, work
+from crosstill import artefacts, images, progress
+from crosstill.cache import builder, format
+from crosstill.cache.builder import CacheBuilder, ImageSource, ReadOptions
 from crosstill.data import Pairs
-from crosstill.errors import ConfigError, ModelError, unknown
+from crosstill.errors import ConfigError, ImageError, ModelError, unknown
 from crosstill.fusion.matcher import FusionTeacher
-from crosstill.teachers.base import Teacher
+from crosstill.teachers.base import Teacher, embed_by_length
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
 
-_SCALES = ("logit_scale", "logit_bias")  # of a dual encoder's own training, where it has them
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
+_SCALES = ("logit_scale", "logit_bias")  # of a dual encoder's own training, where it has them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(work.Reading):
-    """What decides the stored rows besides the teacher and the data."""
+class BuildOptions(ReadOptions):
+    """What decides the stored features besides the teacher and the data."""
 
     dtype: str = "fp16"
 
@@ -41,8 +42,18 @@ class Options(work.Reading):
             raise ConfigError("augment is empty, so every view would be the photo; name some")
 
 
-def build(
-    teacher: Teacher | FeaturesTeacher | None, pairs: Pairs, folder: str | Path, **options: Any
+def build(  # noqa: PLR0913  (every option of a cache is an argument)
+    teacher: Teacher | FeaturesTeacher | None,
+    pairs: Pairs,
+    folder: str | Path,
+    *,
+    views: int = 1,
+    augment: tuple[str, ...] = images.AUGMENTATIONS,
+    dtype: str = "fp16",
+    seed: int = 0,
+    batch_size: int = 64,
+    strict: bool = False,
+    teacher_licence: str | None = None,
 ) -> format.Cache:
     """Make the cache of `pairs` under `teacher`, or finish it, or find it already there.
 
@@ -51,7 +62,13 @@ def build(
             which is all that a loss without a teacher needs.
         pairs: the dataset, all splits.
         folder: where the cache is, or is to be.
-        options: fields of `Options`.
+        views: of each image; the first is the plain photo.
+        augment: what makes the other views, of `images.AUGMENTATIONS`.
+        dtype: how features are stored, "fp16" or "fp32".
+        seed: of the other views.
+        batch_size: images or captions in one forward pass of the teacher.
+        strict: stop at the first unreadable image.
+        teacher_licence: where the teacher's card does not say.
 
     Raises:
         MismatchError: the folder holds a cache of another teacher, dataset or setting.
@@ -62,25 +79,30 @@ def build(
         ImageError: an image is unreadable and `strict` is set.
         DataError: no image is readable.
     """
-    try:
-        settings = Options(**options)
-    except TypeError as error:
-        raise ConfigError(f"cache: {error}") from None
+    options = BuildOptions(
+        views=views,
+        augment=augment,
+        dtype=dtype,
+        seed=seed,
+        batch_size=batch_size,
+        strict=strict,
+        teacher_licence=teacher_licence,
+    )
     if isinstance(teacher, FusionTeacher):
         raise ModelError(
             f"{teacher.name}: a fusion model scores pairs and has no features; make a score cache"
         )
     if isinstance(teacher, FeaturesTeacher):
         teacher.refuse_unknown([example.path for example in pairs.examples])
-    return _Build(teacher, pairs, folder, settings).make()
+    return _FeatureBuilder(teacher, pairs, folder, options).make()
 
 
-class _Build(work.Work[format.Cache]):
-    """One build of a feature cache."""
+class _FeatureBuilder(CacheBuilder[format.Cache]):
+    """Build a feature cache."""
 
-    opened = format.Cache
+    opens = format.Cache
     kinds = ("image", "text")
-    words: ClassVar = {
+    key_names: ClassVar = {
         "data": "dataset",
         "modalities": "teacher",
         "views": "number of views",
@@ -92,13 +114,13 @@ class _Build(work.Work[format.Cache]):
         teacher: Teacher | FeaturesTeacher | None,
         pairs: Pairs,
         folder: str | Path,
-        options: Options,
+        options: BuildOptions,
     ) -> None:
         self.teacher, self.options = teacher, options
-        about = _describe(teacher)
+        description = _describe(teacher)
         key = {
-            "teacher": about["identity"],
-            "modalities": about["modalities"],
+            "teacher": description["identity"],
+            "modalities": description["modalities"],
             "data": pairs.digest(),
             "views": options.views,
             "seed": options.seed,
@@ -106,16 +128,22 @@ class _Build(work.Work[format.Cache]):
         }
         if options.views > 1:
             key["augment"] = sorted(set(options.augment))
-        super().__init__(pairs, folder, about, key, options)
+        super().__init__(pairs, folder, description, key, options)
 
-    def _source(self) -> sources.Pixels:
-        return sources.source_for(self.teacher)
+    def _source(self) -> ImageSource:
+        if self.teacher is None:
+            return ImageSource()
+        if "image" not in self.teacher.modalities:
+            raise ModelError(f"{self.teacher.name}: a teacher needs image features")
+        if isinstance(self.teacher, FeaturesTeacher):
+            return _VectorSource(self.teacher)
+        return _TeacherSource(self.teacher)
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
         texts = [text for example in readable for text in example.captions]
         self._text_shards(texts)
         rows = {"image": len(readable) * self.options.views, "text": len(texts)}
-        kinds = self.about["modalities"]
+        kinds = self.description["modalities"]
         return {
             "shards": {kind: self.journal.stored(kind) for kind in kinds},
             "rows": {kind: rows[kind] for kind in kinds},
@@ -123,24 +151,23 @@ class _Build(work.Work[format.Cache]):
         }
 
     def _views(self, readable: list[Example]) -> dict[str, str]:
-        """The file that says which views the teacher saw, and its digest."""
+        """Write the file of the teacher's views, if there are several; return its digest."""
         options = self.options
         if options.views == 1:
             return {}
         format.write_views(self.folder, readable, options.views, options.seed, options.augment)
-        return {format.VIEWS: files.digest_file(self.folder / format.VIEWS)}
+        return artefacts.digests(self.folder, [format.VIEWS])
 
     def _text_shards(self, texts: Sequence[str]) -> None:
         if self.teacher is None or "text" not in self.teacher.modalities:
             return
         if not isinstance(self.teacher, FeaturesTeacher):
-            work.tell_truncated(self.teacher, self.teacher.name, texts)
-        size = self.options.batch_size
-        first = len(self.journal.shards["text"]) * work.SHARD_ROWS
+            builder.tell_truncated(self.teacher, self.teacher.name, texts)
+        first = len(self.journal.shards["text"]) * builder.SHARD_ROWS
         with progress.bar("captions", len(texts), first) as bar:
-            for start in range(first, len(texts), work.SHARD_ROWS):
-                chunk = texts[start : start + work.SHARD_ROWS]
-                features = sources.embed_texts(self.teacher, chunk, size, bar)
+            for start in range(first, len(texts), builder.SHARD_ROWS):
+                shard = texts[start : start + builder.SHARD_ROWS]
+                features = _embed_texts(self.teacher, shard, self.options.batch_size, bar)
                 self.journal.commit("text", self._array([features]))
 
     def _array(self, features: list[Tensor]) -> np.ndarray | None:
@@ -149,17 +176,17 @@ class _Build(work.Work[format.Cache]):
         rows = torch.cat(features)
         # a teacher that yields NaN once would poison every loss later, far from its cause
         if not torch.isfinite(rows).all():
-            raise ModelError(f"{self.about['name']}: its features are not finite; check the model")
+            raise ModelError(
+                f"{self.description['name']}: its features are not finite; check the model"
+            )
         return rows.numpy().astype(DTYPES[self.options.dtype])
 
 
 def _describe(teacher: Teacher | FeaturesTeacher | None) -> dict[str, Any]:
+    """Make the header's record of a teacher."""
     if teacher is None:
-        nothing = ("name", "source", "dim", "licence", "parameters", *_SCALES)
-        return dict.fromkeys(nothing) | {
-            "identity": {},
-            "modalities": [],
-        }
+        names = ("name", "source", "dim", "licence", "parameters", *_SCALES)
+        return dict.fromkeys(names) | {"identity": {}, "modalities": []}
     return {
         "name": teacher.name,
         "source": teacher.source,
@@ -170,3 +197,55 @@ def _describe(teacher: Teacher | FeaturesTeacher | None) -> dict[str, Any]:
         "modalities": sorted(teacher.modalities),
         **{name: getattr(teacher, name, None) for name in _SCALES},
     }
+
+
+def _embed_texts(
+    teacher: Teacher | FeaturesTeacher, texts: Sequence[str], size: int, bar: progress.Bar
+) -> Tensor:
+    """Embed texts, `size` in a pass → (T, D).
+
+    Raises:
+        ModelError: a folder of vectors lacks one of the texts.
+    """
+    if not isinstance(teacher, FeaturesTeacher):
+        return embed_by_length(texts, lambda some: teacher.embed_texts(some).cpu(), size, bar)
+    rows, missing = teacher.lookup_texts(texts)
+    if missing:
+        raise ModelError(
+            f"{teacher.folder}: no vector of {len(missing)} captions, {missing[0][:60]!r} among "
+            "them; add them, or take the texts' vectors out to learn from images only"
+        )
+    bar.advance(len(texts))
+    return rows
+
+
+class _TeacherSource(ImageSource):
+    """Image rows from a teacher that reads photos."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__(teacher.preprocess)
+        self._teacher = teacher
+
+    def load(self, file: bytes, example: Example, view: images.View | None) -> Tensor | None:
+        return images.load(file, example.path, self._teacher.preprocess, view)
+
+    def embed(self, loaded: Tensor) -> Tensor:
+        return self._teacher.embed_images(loaded)
+
+
+class _VectorSource(ImageSource):
+    """Image rows from vectors made elsewhere, found by file name."""
+
+    def __init__(self, vectors: FeaturesTeacher) -> None:
+        super().__init__()
+        self._vectors = vectors
+
+    def load(self, file: bytes, example: Example, view: images.View | None) -> Tensor | None:
+        images.decode(file, example.path)
+        rows, missing = self._vectors.lookup_images([example.path])
+        if missing:
+            raise ImageError(example.path, f"no vector in {self._vectors.name}")
+        return rows[0]
+
+    def embed(self, loaded: Tensor) -> Tensor:
+        return loaded

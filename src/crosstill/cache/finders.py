@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, images, progress
-from crosstill.cache import candidates, sources
+from crosstill.cache import candidates
 from crosstill.cache.format import Cache
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, MismatchError, unknown
-from crosstill.teachers.base import Teacher
+from crosstill.teachers.base import Teacher, embed_by_length
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
 
@@ -78,7 +78,7 @@ def rated(
     if isinstance(find, Cache):
         return _cached(find, examples)
     with progress.bar("finder's captions", len(texts)) as bar:
-        text = sources.embed_texts(find, texts, BATCH, bar)
+        text = embed_by_length(texts, lambda some: find.embed_texts(some).cpu(), BATCH, bar)
     return candidates.Rated(_images(find, examples, pairs).numpy(), text.numpy()[names])
 
 
@@ -89,13 +89,10 @@ def _images(find: Teacher, examples: Sequence[Example], pairs: Pairs) -> Tensor:
         return images.load(pairs.read(example), example.path, find.preprocess)
 
     rows = []
-    with (
-        decoding.in_threads() as pool,
-        progress.bar("finder's images", len(examples)) as bar,
-    ):
-        for photos in sources.ahead(examples, BATCH, pool, load):
-            rows.append(find.embed_images(torch.stack(photos)).cpu())
-            bar.advance(len(photos))
+    with progress.bar("finder's images", len(examples)) as bar:
+        for batch in decoding.batches(load, examples, BATCH):
+            rows.append(find.embed_images(torch.stack([photo for _, photo in batch])).cpu())
+            bar.advance(len(batch))
     return torch.cat(rows)
 
 

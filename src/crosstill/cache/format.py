@@ -363,24 +363,6 @@ class Cache(CacheBase):
                 raise CorruptError(f"{self.folder / HEADER}: its {kind} rows do not add up")
 
 
-def write_manifest(folder: Path, examples: Sequence[Any]) -> dict[str, str]:
-    """Write the two Parquet tables of readable images; return file name → SHA-256."""
-    images = pa.table(
-        {
-            "image_id": [example.image_id for example in examples],
-            # bytes, because a file name need not be valid UTF-8
-            "path": [example.path.encode("utf-8", "surrogateescape") for example in examples],
-            "split": [example.split for example in examples],
-        }
-    )
-    owner = [row for row, example in enumerate(examples) for _ in example.captions]
-    texts = [text for example in examples for text in example.captions]
-    captions = pa.table({"image": pa.array(owner, pa.int32()), "text": texts})
-    for name, table in ((IMAGES, images), (CAPTIONS, captions)):
-        files.write_atomic(folder / name, partial(pq.write_table, table))
-    return {name: files.digest_file(folder / name) for name in (IMAGES, CAPTIONS)}
-
-
 def kind_of(folder: str | Path) -> type[CacheBase] | None:
     """Find the class that opens the cache in a folder; None where there is no finished cache."""
     for file, kind in KINDS.items():
@@ -420,7 +402,7 @@ def write_tables(folder: Path, examples: Sequence[Any]) -> dict[str, str]:
     captions = pa.table({"image": pa.array(owner, pa.int32()), "text": texts})
     for name, table in ((IMAGES, images), (CAPTIONS, captions)):
         files.write_atomic(folder / name, partial(pq.write_table, table))
-    return {name: files.digest_file(folder / name) for name in (IMAGES, CAPTIONS)}
+    return artefacts.digests(folder, [IMAGES, CAPTIONS])
 
 
 def write_views(

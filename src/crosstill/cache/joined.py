@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import normalize
 
 from crosstill import files, progress
-from crosstill.cache import format, sources, work
+from crosstill.cache import builder, format
 from crosstill.cache.build import DTYPES
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ImageError, MismatchError
@@ -94,12 +94,12 @@ def join(
     return _Join(opened, chosen, out).make()
 
 
-class _Join(work.Work[format.Cache]):
+class _Join(builder.CacheBuilder[format.Cache]):
     """One joining: what a build does, with other caches' rows in place of a teacher."""
 
-    opened = format.Cache
+    opens = format.Cache
     kinds = ("image", "text")
-    words: ClassVar = {"data": "dataset", "modalities": "teacher", "views": "number of views"}
+    key_names: ClassVar = {"data": "dataset", "modalities": "teacher", "views": "number of views"}
 
     def __init__(
         self, caches: list[format.Cache], weights: Sequence[float], folder: str | Path
@@ -108,18 +108,17 @@ class _Join(work.Work[format.Cache]):
         about = _describe(caches, weights)
         own = {"teacher": about["identity"], "modalities": about["modalities"]}
         own["dtype"] = max((c.header["key"]["dtype"] for c in caches), key=list(DTYPES).index)
-        super().__init__(_pairs(first), folder, about, first.header["key"] | own, work.Reading())
+        super().__init__(
+            _pairs(first), folder, about, first.header["key"] | own, builder.ReadOptions()
+        )
 
-    def _source(self) -> sources.Pixels:
-        return sources.Nothing()  # no photo is looked at
-
-    def _image_shards(self) -> None:
-        for kind in self.about["modalities"]:
+    def _image_shards(self) -> None:  # no photo is read
+        for kind in self.description["modalities"]:
             rows = self.caches[0].header["rows"][kind]
-            first = len(self.journal.shards[kind]) * work.SHARD_ROWS
+            first = len(self.journal.shards[kind]) * builder.SHARD_ROWS
             with progress.bar(f"{kind} rows", rows, first) as bar:
-                for start in range(first, rows, work.SHARD_ROWS):
-                    block = np.arange(start, min(start + work.SHARD_ROWS, rows))
+                for start in range(first, rows, builder.SHARD_ROWS):
+                    block = np.arange(start, min(start + builder.SHARD_ROWS, rows))
                     self.journal.commit(kind, self._rows(kind, block), quarantined=[])
                     bar.advance(len(block))
 
@@ -136,7 +135,7 @@ class _Join(work.Work[format.Cache]):
         return torch.cat(sides, dim=1).numpy().astype(DTYPES[self.key["dtype"]])
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
-        first, kinds = self.caches[0], self.about["modalities"]
+        first, kinds = self.caches[0], self.description["modalities"]
         others = {n: d for n, d in first.header["files"].items() if n not in _OWN_FILES}
         for name in others:
             files.write_atomic(self.folder / name, partial(shutil.copyfile, first.folder / name))

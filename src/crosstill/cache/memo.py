@@ -121,7 +121,7 @@ def _decode(path: Path, cache: CacheBase, split: Split, preprocess: images.Prepr
             pixels = images.load(photo, cache.paths[row], preprocess, cache.view(row, view))
             out[position * cache.views + view] = pixels.numpy()
 
-    with decoding.in_threads() as pool, progress.bar("decoding", count) as bar:
-        for _ in pool.map(fill, range(count)):
+    with progress.bar("decoding", count) as bar:
+        for _ in decoding.ahead(fill, range(count), window=64):
             bar.advance()
     out.flush()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, images, progress
-from crosstill.cache import candidates, finders, scores, sources, work
+from crosstill.cache import builder, candidates, finders, scores
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, DataError, ModelError
 from crosstill.fusion.matcher import FusionTeacher, Matcher, Reader, score_pairs
@@ -49,8 +49,17 @@ class ScoreOptions:
             raise ConfigError(f"seed = {self.seed}: give 0 or more")
 
 
-def build_scores(
-    teacher: FusionTeacher | None, pairs: Pairs, folder: str | Path, **options: Any
+def build_scores(  # noqa: PLR0913  (every option of a cache is an argument)
+    teacher: FusionTeacher | None,
+    pairs: Pairs,
+    folder: str | Path,
+    *,
+    false: int = 63,
+    false_images: int = 7,
+    find: finders.Finder = "random",
+    seed: int = 0,
+    strict: bool = False,
+    teacher_licence: str | None = None,
 ) -> scores.ScoreCache:
     """Make the score cache of `pairs` under `teacher`, or finish it, or find it already there.
 
@@ -59,7 +68,12 @@ def build_scores(
             fusion model itself is trained from.
         pairs: the dataset, all splits.
         folder: where the cache is, or is to be.
-        options: fields of `ScoreOptions`.
+        false: false captions of each image.
+        false_images: false images of each caption.
+        find: "random", "batch", or the model or cache whose highest cosines are taken.
+        seed: of what is drawn.
+        strict: stop at the first unreadable image.
+        teacher_licence: where the teacher's card does not say.
 
     Raises:
         MismatchError: the folder holds a cache of another teacher, dataset or setting, or the
@@ -70,23 +84,27 @@ def build_scores(
         ImageError: an image is unreadable and `strict` is set.
         DataError: no image is readable, or one of the train split has no false candidate.
     """
-    try:
-        settings = ScoreOptions(**options)
-    except TypeError as error:
-        raise ConfigError(f"score cache: {error}") from None
+    options = ScoreOptions(
+        false=false,
+        false_images=false_images,
+        find=find,
+        seed=seed,
+        strict=strict,
+        teacher_licence=teacher_licence,
+    )
     if teacher is not None and not isinstance(teacher, FusionTeacher):
         name = getattr(teacher, "name", type(teacher).__name__)
         raise ModelError(f"{name}: embeds each side alone and scores no pairs; make a plain cache")
-    finders.check(settings.find, pairs)
-    return _ScoreBuild(teacher, pairs, folder, settings).make()
+    finders.check(options.find, pairs)
+    return _ScoreBuild(teacher, pairs, folder, options).make()
 
 
-class _ScoreBuild(work.Work[scores.ScoreCache]):
+class _ScoreBuild(builder.CacheBuilder[scores.ScoreCache]):
     """One build of a score cache."""
 
-    opened = scores.ScoreCache
+    opens = scores.ScoreCache
     kinds = ("image", "pairs", "score")
-    words: ClassVar = {
+    key_names: ClassVar = {
         "data": "dataset",
         "false": "number of false captions",
         "false_images": "number of false images",
@@ -101,29 +119,29 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         options: ScoreOptions,
     ) -> None:
         self.teacher, self.options = teacher, options
-        about = _describe(teacher)
+        description = _describe(teacher)
         key = {
-            "teacher": about["identity"],
+            "teacher": description["identity"],
             "data": pairs.digest(),
             "false": options.false,
             "false_images": options.false_images,
             "find": finders.identity(options.find),
             "seed": options.seed,
         }
-        reading = work.Reading(
+        reading = builder.ReadOptions(
             seed=options.seed, strict=options.strict, teacher_licence=options.teacher_licence
         )
-        super().__init__(pairs, folder, about, key, reading)
+        super().__init__(pairs, folder, description, key, reading)
 
-    def _source(self) -> sources.Pixels:
-        return sources.Nothing(None if self.teacher is None else self.teacher.preprocess)
+    def _source(self) -> builder.ImageSource:
+        return builder.ImageSource(None if self.teacher is None else self.teacher.preprocess)
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
         texts, names = candidates.numbered([t for e in readable for t in e.captions])
         indptr, captions = self._pairs(readable, texts, names)
         if isinstance(self.teacher, Matcher):
             every = [text for example in readable for text in example.captions]
-            work.tell_truncated(self.teacher, self.teacher.name, every)
+            builder.tell_truncated(self.teacher, self.teacher.name, every)
         if self.teacher is not None:
             self._score_shards(readable, texts, indptr, names[captions])
         made = [*self.journal.stored("pairs"), *self.journal.stored("score")]
@@ -203,15 +221,11 @@ class _ScoreBuild(work.Work[scores.ScoreCache]):
         if reader is not None and left:
             for part in _calls(bounds[: first + 1]):  # an earlier process scored these
                 reader.keep(np.unique(names[part]).tolist())
-        with (
-            decoding.in_threads() as pool,
-            progress.bar("pairs", len(names), int(bounds[first])) as bar,
-        ):
-            for shard, photos in enumerate(
-                sources.ahead(left, SHARD_IMAGES, pool, self._photo), start=first
-            ):
+        batches = decoding.batches(self._photo, left, SHARD_IMAGES)
+        with progress.bar("pairs", len(names), int(bounds[first])) as bar:
+            for shard, batch in enumerate(batches, start=first):
                 parts = []
-                score = self._scorer(photos, texts, reader)
+                score = self._scorer([photo for _, photo in batch], texts, reader)
                 for part in _calls(bounds[shard : shard + 2]):
                     parts.append(score(image[part], names[part]))
                     bar.advance(len(parts[-1]))

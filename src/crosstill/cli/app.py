@@ -104,5 +104,5 @@ def main() -> None:
     """Run one verb."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("crosstill").setLevel(logging.INFO)
-    warnings.simplefilter("ignore")  # other libraries' notes to their developers
+    warnings.simplefilter("ignore")  # other libraries' notes to developers; ours are log lines
     app()

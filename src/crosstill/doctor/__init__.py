@@ -23,7 +23,7 @@ from crosstill import data, decoding, images, progress
 from crosstill.data import Pairs
 from crosstill.data.pairs import Copy
 from crosstill.doctor.missing import Diagnosis, diagnose
-from crosstill.errors import DataError, ImageError, MissingError, printable
+from crosstill.errors import DataError, MissingError, printable
 from crosstill.models import open as open_model
 from crosstill.types import Example
 
@@ -271,18 +271,14 @@ def _truncated(captions: list[str], model: str | None) -> dict[str, Any]:
 def _undecodable(pairs: Pairs) -> list[dict[str, Any]]:
     quarantine = images.Quarantine()
 
-    def check(example: Example) -> tuple[ImageError, int] | None:
-        content = b""
-        try:
-            content = pairs.read(example)
-            images.decode(content, example.path)
-        except ImageError as error:
-            return error, len(content)
-        return None
+    def check(example: Example) -> images.Unreadable | None:
+        def decode(file: bytes) -> None:
+            images.decode(file, example.path)  # pixels of all images would fill the memory
 
-    examples = pairs.examples
-    with decoding.in_threads() as pool, progress.bar("images", len(examples)) as bar:
-        for problem in pool.map(check, examples):
+        return images.try_load(pairs.read, example, decode)
+
+    with progress.bar("images", len(pairs.examples)) as bar:
+        for problem in decoding.ahead(check, pairs.examples, window=64):
             bar.advance()
             if problem is not None:
                 quarantine.add(*problem)

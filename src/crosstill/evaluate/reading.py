@@ -16,24 +16,18 @@ from crosstill.types import Example
 
 BATCH = 128  # rows per pass; no gradient is kept, so memory is small
 
-Loaded = Tensor | tuple[ImageError, int]  # pixels, or what is wrong and the file's size in bytes
+Loaded = Tensor | images.Unreadable  # pixels uint8 (3, H, W), or what is wrong
 
 
 def photos(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[tuple[Example, Loaded]]]:
     """Every example with its uint8 pixels (3, H, W), `BATCH` at a time, in order."""
 
     def load(example: Example) -> Loaded:
-        data = b""
-        try:
-            data = pairs.read(example)
-            return images.load(data, example.path, preprocess)
-        except ImageError as error:
-            return error, len(data)
+        return images.try_load(
+            pairs.read, example, lambda file: images.load(file, example.path, preprocess)
+        )
 
-    with decoding.in_threads() as pool:
-        for start in range(0, len(pairs.examples), BATCH):
-            chunk = pairs.examples[start : start + BATCH]
-            yield list(zip(chunk, pool.map(load, chunk), strict=True))
+    return decoding.batches(load, pairs.examples, BATCH)
 
 
 def sound(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[Tensor]]:
@@ -43,9 +37,9 @@ def sound(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[Tensor]]:
         ImageError: an image has become unreadable since.
     """
     for chunk in photos(pairs, preprocess):
-        bad = [loaded[0] for _, loaded in chunk if not isinstance(loaded, Tensor)]
-        if bad:
-            raise bad[0]
+        for _, loaded in chunk:
+            if isinstance(loaded, images.Unreadable):
+                raise loaded.error
         yield [loaded for _, loaded in chunk if isinstance(loaded, Tensor)]
 
 

@@ -6,21 +6,18 @@ else; whoever exports to the same place next sweeps it away.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import ConfigError, LockedError
 
 RECORD = "export.json"  # what the folder holds; only a folder with one is ever replaced
 _FORMAT = 1
-_EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
-_HERE = -100  # AT_FDCWD
 
 
 @contextmanager
@@ -47,7 +44,8 @@ def aside(folder: Path, needed: int | None = None) -> Iterator[Path]:
         yield new
         _seal(new)
         check_place(folder)  # much may have happened meanwhile
-        _exchange(new, folder)
+        old = new.with_name(f"{files.TEMPORARY}{os.getpid()}-old-{folder.name}")
+        files.swap_in(new, folder, old)
 
 
 def check_place(folder: Path) -> None:
@@ -117,30 +115,10 @@ def _seal(folder: Path) -> None:
     paths = sorted(_all_files(folder))
     for path in paths:
         files.as_others(path)
-    digests = {path.relative_to(folder).as_posix(): files.digest_file(path) for path in paths}
+    digests = artefacts.digests(folder, [path.relative_to(folder).as_posix() for path in paths])
     files.write_json(folder / RECORD, files.sealed({"format": _FORMAT, "files": digests}))
     for path in [*paths, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         files.flush(path)
-
-
-def _exchange(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`; what was there is then where `new` was."""
-    if not folder.exists():
-        os.rename(new, folder)
-    elif not _swapped(new, folder):  # no such call here: two steps, a moment apart
-        old = new.with_name(f"{files.TEMPORARY}{os.getpid()}-old-{folder.name}")
-        os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    files.flush(folder.parent)
-
-
-def _swapped(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step, where the system can."""
-    with suppress(OSError, AttributeError):
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-        return call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
-    return False
 
 
 def _all_files(folder: Path) -> Iterator[Path]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from crosstill import artefacts, files
 from crosstill import bundle as bundles
-from crosstill import files
 from crosstill.bundle import runtime
 from crosstill.errors import ConfigError, ExportError
 from crosstill.evaluate.encode import Embedded
@@ -254,6 +254,6 @@ def _record(student: Student, folder: Path, facts: Facts, precision: str) -> Non
             "data": facts.data.licence,
             **{f"{side} tower": tower.licence for side, tower in facts.towers.items()},
         },
-        "files": {name: files.digest_file(folder / name) for name in names},
+        "files": artefacts.digests(folder, names),
     }
     files.write_json(folder / bundles.RECORD, files.sealed(record))

@@ -274,10 +274,13 @@ class Reader:
         texts: all texts.
         room: bytes of states to keep, those of the first texts that are asked for; what does not
             fit is read again when it is asked for.
+        size: texts in one pass of the model.
     """
 
-    def __init__(self, model: Matcher, texts: Sequence[str], room: int = 2**31) -> None:
-        self.model, self._texts, self._room = model, texts, room
+    def __init__(
+        self, model: Matcher, texts: Sequence[str], room: int = 2**31, size: int = PAIRS
+    ) -> None:
+        self.model, self._texts, self._room, self._size = model, texts, room, size
         self._kept: dict[int, Tensor] = {}
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -299,7 +302,7 @@ class Reader:
     def _passes(self, rows: Sequence[int]) -> list[list[int]]:
         """Split the rows that are not kept into passes of texts of similar length."""
         new = [row for row in rows if row not in self._kept]
-        chunks = by_length((len(self._texts[row]) for row in new), PAIRS)
+        chunks = by_length((len(self._texts[row]) for row in new), self._size)
         return [[new[place] for place in chunk] for chunk in chunks]
 
     def _read(self, rows: list[int]) -> dict[int, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from statistics import median
@@ -23,9 +23,8 @@ from crosstill.evaluate.recall import from_scores
 from crosstill.evaluate.report import Evaluation, Row, Timed
 from crosstill.evaluate.truth import Truth, of_texts
 from crosstill.formats import by_length
-from crosstill.fusion.matcher import GPU_PAIRS, PAIRS, Matcher, joined
+from crosstill.fusion.matcher import GPU_PAIRS, PAIRS, Matcher, Reader, joined
 from crosstill.images import Quarantine
-from crosstill.types import States
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def score(model: Matcher, pairs: Pairs, wanted: Tensor | None = None) -> Scored:
     wanted = torch.ones(scores.shape, dtype=torch.bool) if wanted is None else wanted
     passes = int(wanted.sum())
     towers, matching = Stopwatch(), Stopwatch()
-    reader = _Reader(model, texts, towers)
+    reader, chunks = Reader(model, texts, KEPT, BATCH), by_length(map(len, texts), BATCH)
     step = PASSES * (PAIRS if model.device.type == "cpu" else GPU_PAIRS)
     first = 0
     with progress.bar("pairs", passes) as bar:
@@ -99,7 +98,10 @@ def score(model: Matcher, pairs: Pairs, wanted: Tensor | None = None) -> Scored:
             first = rows.stop
             with towers.running():
                 seen = model.image_states(pixels)
-            for columns, read in reader.blocks():
+            for chunk in chunks:
+                columns = torch.tensor(chunk)
+                with towers.running():
+                    read = reader.states(chunk)
                 # text by text, so that pairs of one length follow each other
                 asked = wanted[rows, columns].T.nonzero().flip(1)
                 for some in asked.split(step):
@@ -116,32 +118,6 @@ def score(model: Matcher, pairs: Pairs, wanted: Tensor | None = None) -> Scored:
         towers=towers.seconds,
         matching=matching.seconds,
     )
-
-
-class _Reader:
-    """States of all captions, again for every block of images; kept as far as `KEPT` goes."""
-
-    def __init__(self, model: Matcher, texts: Sequence[str], watch: Stopwatch) -> None:
-        self._model, self._texts, self._watch = model, texts, watch
-        self._chunks = by_length(map(len, texts), BATCH)
-        self._kept: dict[int, States] = {}
-        self._bytes = 0
-
-    def blocks(self) -> Iterator[tuple[Tensor, States]]:
-        """Rows of some captions of similar length, and their states."""
-        for place, rows in enumerate(self._chunks):
-            yield torch.tensor(rows), self._states(place, [self._texts[row] for row in rows])
-
-    def _states(self, place: int, texts: list[str]) -> States:
-        if place in self._kept:
-            return self._kept[place]
-        with self._watch.running():
-            states = self._model.text_states(texts)
-        size = states.hidden.nbytes + states.mask.nbytes
-        if self._bytes + size <= KEPT:
-            self._bytes += size
-            self._kept[place] = states
-        return states
 
 
 class PairMeasure:

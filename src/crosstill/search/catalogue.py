@@ -21,6 +21,7 @@ from crosstill import artefacts
 from crosstill.errors import CorruptError, RunError
 
 NAME = "photos.sqlite"
+REMEDY = "run `crosstill index` again, which mends it"  # of damage
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS photos (
@@ -216,7 +217,7 @@ def guarded(path: Path) -> Iterator[None]:
 
 def damaged(path: Path, reason: str) -> CorruptError:
     """Make the error for a damaged part of an index."""
-    return CorruptError(f"{path}: {reason}; run `crosstill index` again, which mends it")
+    return CorruptError(f"{path}: {reason}; {REMEDY}")
 
 
 def _put(db: sqlite3.Connection, rows: dict[str, Row], old: dict[str, Row]) -> list:

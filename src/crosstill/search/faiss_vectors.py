@@ -155,7 +155,7 @@ class FaissVectors:
             "format": FORMAT,
             "kind": self.kind,
             "dim": self.dim,
-            "files": {name: files.digest_file(folder / name) for name in (INDEX, IDS)},
+            "files": artefacts.digests(folder, [INDEX, IDS]),
         }
         files.write_json(folder / RECORD, files.sealed(record))
         return list(NAMES)

@@ -26,7 +26,7 @@ from crosstill import artefacts, files
 from crosstill.bundle import Bundle
 from crosstill.errors import ConfigError, CorruptError, CrosstillError, DataError
 from crosstill.search import catalogue, faiss_vectors, vector_index
-from crosstill.search.catalogue import damaged
+from crosstill.search.catalogue import REMEDY, damaged
 from crosstill.search.milvus_vectors import LITE
 from crosstill.search.vector_index import VectorIndex
 
@@ -137,35 +137,15 @@ def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
                 f"{place}: the vectors of this index were there and are gone; put them back, or "
                 "run `crosstill index` with --milvus NEW.db, which encodes nothing again"
             )
-    for name, digest in pointer.files.items():
-        path = folder_of(index, pointer.generation) / name
-        try:
-            artefacts.member(path.parent, name)
-        except CorruptError as error:
-            yield error
-            continue
-        if not path.is_file():
-            yield damaged(path, "the file is missing")
-        elif files.digest_file(path) != digest:
-            yield damaged(path, "its checksum is wrong")
+    yield from artefacts.problems(folder_of(index, pointer.generation), pointer.files, REMEDY)
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """Give a folder to write into, which is flushed and moved to its place when the block ends."""
-    aside = target.with_name(f"{files.TEMPORARY}{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            files.flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    files.flush(target.parent)
+    new, old = (target.with_name(f"{files.TEMPORARY}{n}{target.name}") for n in ("", "old-"))
+    with files.filled_aside(target, new, old):
+        yield new
 
 
 def switch(index: Path, pointer: Pointer) -> None:
@@ -250,7 +230,7 @@ def milvus_token(uri: str, named: str | None = None) -> str | None:
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder."""
-    return {path.name: files.digest_file(path) for path in sorted(folder.iterdir())}
+    return artefacts.digests(folder, sorted(path.name for path in folder.iterdir()))
 
 
 def _all(index: Path) -> list[tuple[int, Path]]:

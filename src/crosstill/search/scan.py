@@ -10,9 +10,8 @@ import hashlib
 import os
 import stat
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -241,14 +240,7 @@ def ahead(
     read: Callable[[str, Stamp], Read], photos: Mapping[str, Stamp], workers: int
 ) -> Iterator[Read]:
     """Yield all photos in their order, each read ahead by one of the workers."""
-    waiting: deque[Future[Read]] = deque()
-    with decoding.in_threads(workers) as pool:
-        for item in photos.items():
-            waiting.append(pool.submit(read, *item))
-            if len(waiting) >= AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return decoding.ahead(lambda photo: read(*photo), photos.items(), AHEAD * workers, workers)
 
 
 def grouped(reads: Iterator[Read], size: int) -> Iterator[list[Read]]:

@@ -104,7 +104,7 @@ class Beit3(TwoTowers):
             "format": _FORMAT,
             "name": self.name,
             "shape": self.network.shape.to_json(),
-            "files": {name: files.digest_file(folder / name) for name in (WEIGHTS, PIECES)},
+            "files": artefacts.digests(folder, [WEIGHTS, PIECES]),
         }
         files.write_json(folder / RECORD, files.sealed(record))
 

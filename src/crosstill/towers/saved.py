@@ -50,7 +50,7 @@ def write(
     with files.writing(folder, size):
         files.write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path), size)
         names = [WEIGHTS, *_write_tokenizer(folder, tokenizer)]
-        digests = {name: files.digest_file(folder / name) for name in names}
+        digests = artefacts.digests(folder, names)
         sealed = files.sealed({**record, "format": _FORMAT, "files": digests})
         files.write_json(folder / name, sealed)
 

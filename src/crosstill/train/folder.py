@@ -253,18 +253,14 @@ def settings_of(record: Mapping[str, Any], order: Sequence[str] = ()) -> TrainCo
 
 def save_best(folder: Path, student: Learner, metrics: dict[str, Any]) -> None:
     """Put a new best student in place of the old; a kill leaves one of the two, whole."""
-    new, old = folder / "best.new", folder / "best.old"
-    shutil.rmtree(new, ignore_errors=True)
-    student.save(new)
-    if (folder / "best").exists():
-        (folder / "best").rename(old)
-    new.rename(folder / "best")
-    shutil.rmtree(old, ignore_errors=True)
+    places = (folder / name for name in ("best", "best.new", "best.old"))
+    with files.filled_aside(*places) as new:
+        student.save(new)
     files.write_json(folder / "best.json", metrics)
 
 
 def _finish_swap(folder: Path) -> None:
-    """Bring back the best student of a run that was killed between the two renames."""
+    """Bring back the best student of a run that was killed between the steps of a swap-in."""
     if not (folder / "best").exists() and (folder / "best.old").exists():
         (folder / "best.old").rename(folder / "best")
     for name in ("best.new", "best.old"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import images
+from crosstill import decoding, images
 from crosstill.cache import PixelStore, ScoreCache, Split, memo, pixels
 from crosstill.formats import by_length
 from crosstill.fusion.matcher import Matcher
@@ -50,11 +49,10 @@ class Photos:
 
     def __init__(self, cache: ScoreCache, split: Split, preprocess: images.Preprocess) -> None:
         self._cache, self._split, self._preprocess = cache, split, preprocess
-        self._pool = ThreadPoolExecutor(max_workers=4)
 
     def take(self, positions: np.ndarray) -> list[Tensor]:
         """uint8 (3, H, W) of images at `positions` of the split."""
-        return list(self._pool.map(self._load, positions.tolist()))
+        return list(decoding.ahead(self._load, positions.tolist(), window=len(positions)))
 
     def _load(self, position: int) -> Tensor:
         row = int(self._split.images[position])
