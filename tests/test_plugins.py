@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from crosstill import balance, data, export, objectives, teachers
+from crosstill import balance, data, export, objectives
+from crosstill import teachers as families
 from crosstill.data import scenes
 from crosstill.errors import ConfigError
 from crosstill.search import vector_index
 from support import small_student
+from teachers import fusion_models
 from teachers.family_models import SIMPLE, save
 from verbs import TOML, crosstill, refusal
 
@@ -27,7 +30,7 @@ GROUPS = tomllib.loads(re.search(r"```toml\n(.*?)```", PAGE.read_text(), re.S)[1
 KINDS = [
     objectives.LOSSES,
     balance.BALANCERS,
-    teachers.FAMILIES,
+    families.FAMILIES,
     data.FORMATS,
     data.SOURCES,
     export.FORMS,
@@ -141,6 +144,18 @@ def test_another_distribution_works_from_the_command_line(site, tmp_path):
         assert parts == pytest.approx([sum(losses.values()) / 2] * 2, rel=1e-4)
 
 
+def test_a_fusion_family_opens_as_a_model_that_reads_pairs(installed, tmp_path):
+    fusion_models.save("blip", tmp_path / "blip")
+    shutil.copytree(tmp_path / "blip", tmp_path / "matching")
+    config = json.loads((tmp_path / "blip/config.json").read_text())
+    config["architectures"] = ["MatchingForImageTextRetrieval"]
+    (tmp_path / "matching/config.json").write_text(json.dumps(config))
+    known, model = (families.load(tmp_path / name) for name in ("blip", "matching"))
+    assert model.kind == "matcher"
+    assert type(model).__module__ == "mine.matching"
+    assert model.identity()["weights"] == known.identity()["weights"]
+
+
 def test_a_line_that_is_no_pair_is_refused_by_its_place(installed, tmp_path):
     (tmp_path / "album.pairs").write_text("a.png a dog\n")
     line = refusal("cache", "none", tmp_path / "album.pairs", "--out", tmp_path / "cache")
@@ -233,16 +248,20 @@ def test_our_own_names_cannot_be_taken_over(tmp_path, monkeypatch):
 
 
 def test_names_cost_no_import(tmp_path):
-    """Listing every kind's names imports no part, no torch and no optional library."""
+    """Listing names imports no part, no torch and no optional library."""
     program = """
 import sys
-from crosstill import plugins
-from crosstill.search import vector_index
-kind = plugins.Kind("crosstill.export", "form", {"onnx": "crosstill.export.bundling:export"})
-print(kind.names(), vector_index.INDEXES.names())
+from crosstill.export import FORMS
+print("pydantic" in sys.modules, FORMS.names())
+from crosstill.search.vector_index import INDEXES
+print(INDEXES.names())
 print(sorted({"torch", "transformers", "faiss", "pymilvus"} & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["['onnx'] ['faiss', 'milvus']", "[]"]
+    assert done.stdout.splitlines() == [
+        "False ['onnx', 'sentence-transformers', 'transformers']",
+        "['faiss', 'milvus']",
+        "[]",
+    ]

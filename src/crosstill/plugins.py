@@ -13,12 +13,12 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from crosstill.errors import ConfigError, did_you_mean, unknown
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Part = TypeVar("Part")
 
@@ -46,7 +46,7 @@ class Kind:
 
     def in_order(self) -> list[str]:
         """Return the names of all parts, ours in the order of their table before others'."""
-        others = sorted(point.name for point in entry_points(group=self.group))
+        others = sorted(point.name for point in self._others())
         return list(dict.fromkeys([*self._own(), *others]))
 
     def check(self, name: str) -> None:
@@ -69,7 +69,7 @@ class Kind:
             part = import_module(module)
             return getattr(part, attribute) if attribute else part
         self.check(name)
-        points = list(entry_points(group=self.group, name=name))
+        points = [point for point in self._others() if point.name == name]
         if len(points) > 1:
             offering = " and ".join(sorted(_distribution(point) for point in points))
             raise ConfigError(
@@ -108,6 +108,12 @@ class Kind:
         modules = pkgutil.iter_modules(import_module(self.group).__path__)
         names = (module.name for module in modules if not module.ispkg)
         return {name: f"{self.group}.{name}" for name in names if name not in self.shared}
+
+    def _others(self) -> list[EntryPoint]:
+        # here, as `crosstill --help` should not wait for it, nor for pydantic below
+        from importlib.metadata import entry_points
+
+        return list(entry_points(group=self.group))
 
 
 def _distribution(point: EntryPoint) -> str:
@@ -166,6 +172,8 @@ def _hint(option: str, allowed: Mapping[str, inspect.Parameter]) -> str:
 def _check_type(what: str, parameter: inspect.Parameter, value: object) -> None:
     if parameter.annotation is parameter.empty:
         return
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         TypeAdapter(parameter.annotation).validate_python(value, strict=True)
     except ValidationError as error:
