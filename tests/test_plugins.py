@@ -209,6 +209,8 @@ BROKEN = {
     "empty": ("empty", "empty defines 0 subclasses of crosstill.objectives.base.Objective"),
     "double": ("double", "double defines 2 subclasses"),
     "function": ("empty:function", "function defines 0 subclasses"),
+    "number": ("empty:NUMBER", "5 defines 0 subclasses"),
+    "a.dot": ("double:One", "its name has a dot"),
 }
 DOUBLE = """
 from crosstill.objectives import Objective
@@ -222,7 +224,7 @@ def test_a_broken_part_is_one_clear_line(tmp_path, monkeypatch, name):
     points = {name: target for name, (target, _) in BROKEN.items()}
     install(tmp_path, {"crosstill.objectives": points}, "other")
     (tmp_path / "raising.py").write_text("raise RuntimeError('half written')\n")
-    (tmp_path / "empty.py").write_text("def function(): pass\n")
+    (tmp_path / "empty.py").write_text("NUMBER = 5\ndef function(): pass\n")
     (tmp_path / "double.py").write_text(DOUBLE)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=f"loss '{name}'.*{BROKEN[name][1]}") as caught:

@@ -88,16 +88,22 @@ class Kind:
         """Import the class of that name: the part itself, or the only `base` its module defines.
 
         Raises:
-            ConfigError: as `find`, or there is not exactly one such class.
+            ConfigError: as `find`, or there is not exactly one such class, or its name has a dot,
+                which keys of settings and of saved states are split at.
         """
         part = self.find(name)
-        values = [part] if isinstance(part, type) else vars(part).values()
+        if "." in name:
+            raise ConfigError(
+                f"{self.noun} {name!r}: its name has a dot; its maker has to rename it"
+            )
+        place = getattr(part, "__name__", repr(part))
+        values = [part] if isinstance(part, type) else getattr(part, "__dict__", {}).values()
         classes = [value for value in values if isinstance(value, type) and issubclass(value, base)]
         if not isinstance(part, type):  # imported classes are another module's
-            classes = [value for value in classes if value.__module__ == part.__name__]
+            classes = [value for value in classes if value.__module__ == place]
         if len(classes) != 1:
             raise ConfigError(
-                f"{self.noun} {name!r}: {part.__name__} defines {len(classes)} subclasses of "
+                f"{self.noun} {name!r}: {place} defines {len(classes)} subclasses of "
                 f"{base.__module__}.{base.__name__}; define one"
             )
         return classes[0]
