@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         search,
         students,
         teachers,
+        train,
     )
     from crosstill.models import open as open_model
     from crosstill.recipes import distill
@@ -92,6 +93,7 @@ __all__ = [
     "search",
     "students",
     "teachers",
+    "train",
 ]
 
 

@@ -24,12 +24,23 @@ from typing import Any
 
 from crosstill import plugins
 from crosstill.data import karpathy, scenes
-from crosstill.data.collection import Listing, collect
-from crosstill.data.fileset import locate, read_photo_folder
+from crosstill.data.collection import Entry, Folder, Listing, collect
+from crosstill.data.fileset import FileSet, locate, read_photo_folder
 from crosstill.data.pairs import SPLITS, HashedReader, Pairs, read_licence
 from crosstill.errors import DataError
 
-__all__ = ["FORMATS", "SOURCES", "SPLITS", "Pairs", "open", "reader"]
+__all__ = [
+    "FORMATS",
+    "SOURCES",
+    "SPLITS",
+    "Entry",
+    "FileSet",
+    "Folder",
+    "Listing",
+    "Pairs",
+    "open",
+    "reader",
+]
 
 # The reader of every kind of file by its ending, a function of (fileset, images)
 _FORMATS = {

@@ -22,6 +22,8 @@ from crosstill.train import Learner, Run, TrainConfig, train, work
 from crosstill.train import folder as runs
 from crosstill.train.distributed import leads
 
+__all__ = ["RECIPES", "choose", "config", "distill", "resumed"]
+
 Losses = Mapping[str, Mapping[str, Any]]
 
 

@@ -1,0 +1,90 @@
+"""The public names: those listed here, importable from one level, and all that README and docs use.
+
+A name that is added, renamed or taken away is a change for users: it goes into this list and into
+the changelog.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import crosstill
+
+ROOT = Path(__file__).parent.parent
+EXPORTED = {
+    "": "ablate balance bundle cache data distill evaluate export fusion objectives open_model "
+    "recipes report search students teachers train",
+    "ablate": "TABLES Table fill is_grid latex markdown read run",
+    "balance": "BALANCERS Balancer build known",
+    "cache": "Cache CacheBase PixelStore ScoreCache Split build build_scores is_cache join memo "
+    "open pixels",
+    "data": "FORMATS SOURCES SPLITS Entry FileSet Folder Listing Pairs open reader",
+    "evaluate": "CachedSplit Embedded Evaluation embed evaluating frozen_images frozen_texts "
+    "open_model pool_images pool_texts retrieval table teacher_recall",
+    "export": "FORMS MAX_LOSS Exported Form Options onnx run sentence_transformers transformers",
+    "fusion": "Matcher Reranked Scored build rerank score_matrix",
+    "objectives": "LOSSES Input ListInput Objective build known",
+    "recipes": "RECIPES choose config distill resumed",
+    "report": "write",
+    "search": "MAX_TOP Built Hit Photo Searcher Verdict build combine verify",
+    "students": "build fuse load load_config shorten",
+    "teachers": "FAMILIES load",
+    "train": "Learner Run TrainConfig train",
+}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("package", EXPORTED)
+def test_the_list_is_complete_and_importable(package):
+    module = importlib.import_module(f"crosstill.{package}".rstrip("."))
+    assert sorted(module.__all__) == sorted(EXPORTED[package].split())
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'crosstill' has no attribute 'distil'"):
+        crosstill.distil  # noqa: B018
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_the_pages_import_and_call_is_there(block):
+    """Names resolve from `ct` and from imports, and calls use keywords that the functions have."""
+    tree = ast.parse(block)
+    known: dict[str, object] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name == "crosstill":
+                    known[alias.asname or alias.name] = crosstill
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("crosstill"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                place = f"{node.module}.{alias.name}"
+                found = getattr(module, alias.name, None) or importlib.import_module(place)
+                known[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (function := resolved(node.func, known)) is not None:
+            parameters = inspect.signature(function).parameters
+            free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+            for keyword in node.keywords:
+                assert free or keyword.arg in parameters, ast.unparse(node)
+
+
+def resolved(node: ast.expr, known: dict[str, object]) -> object | None:
+    """The object of a dotted name that begins with an import; None of any other expression."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = resolved(node.value, known)
+        return None if owner is None else getattr(owner, node.attr)
+    return None
