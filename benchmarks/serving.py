@@ -110,27 +110,27 @@ def _prepare(place: Path, real: Path | None, count: int) -> tuple[Bundle, np.nda
     """An index of so many vectors at `place`/index, whose photos are no more than names."""
     if real is None:
         real = _small_index(place)
-    base = index_folder.read(real)
+    base = index_folder.read_pointer(real)
     held = index_folder.open_vectors(real, base)
     vectors = repeated(unit(held.vectors(held.ids())), count)
     bundle = Bundle.open(real / base.bundle)
     index, number = place / "index", 1
     index.mkdir()
-    with index_folder.written_aside(index_folder.folder_of(index, number)) as aside:
+    with index_folder.written_aside(index_folder.generation_folder(index, number)) as aside:
         shas = (hashlib.sha256(str(i).encode()).digest() for i in range(count))
         rows = {f"{i:07}.jpg": Row(sha, 1, 1, caption(i % 5000)) for i, sha in enumerate(shas)}
         change = catalogue.write(aside / catalogue.NAME, None, rows)
         flat = FaissVectors(bundle.dim)
         flat.add(np.array([photo for photo, _ in change.added]), vectors)
         flat.save(aside)
-        digests = index_folder.digests(aside)
+        digests = index_folder.digest_files(aside)
     index_folder.switch(
         index,
         index_folder.Pointer(
             generation=number,
             previous=None,
             identity=bundle.identity,
-            bundle=index_folder.keep_bundle(index, bundle),
+            bundle=index_folder.copy_bundle(index, bundle),
             dim=bundle.dim,
             kind="flat",
             folder=str(place),

@@ -186,7 +186,7 @@ class Trials:
             return after
         problems = verify(self.index).problems
         assert not problems, f"trial {seed}: {problems}"
-        pointer = index_folder.read(self.index)
+        pointer = index_folder.read_pointer(self.index)
         self.bundle = next(b for b in self.bundles if b.name == pointer.identity["weights"])
         opened = Searcher.open(self.index)
         vectors = {fakes.sha(n): fakes.row(n) for n in range(SEEDS)}
@@ -204,9 +204,9 @@ class Trials:
         assert reader.find(vector[None], 1)[0][0].id == some and len(reader) == len(
             {*before.values()}
         )
-        other = reader.bundle.identity != index_folder.read(self.index).identity
+        other = reader.bundle.identity != index_folder.read_pointer(self.index).identity
         if reader.refresh() or not other:
-            assert reader.generation == index_folder.read(self.index).generation
+            assert reader.generation == index_folder.read_pointer(self.index).generation
 
     def finished(self, seed: int) -> None:
         """A build that was let through leaves exactly what is on the disk, and no litter."""

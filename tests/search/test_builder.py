@@ -860,16 +860,16 @@ def test_vectors_may_live_in_milvus(index, lite, monkeypatch):
     monkeypatch.setenv("MILVUS_TOKEN", "user:secret")
     index.put(**{f"n{i}": i for i in range(30)})
     index.build(milvus=lite)
-    pointer = index_folder.read(index.out)
+    pointer = index_folder.read_pointer(index.out)
     assert pointer.kind == "milvus" and pointer.milvus["uri"] == "../vectors.db"
     assert list(pointer.files) == ["photos.sqlite"]
     assert not any(b"secret" in data for data in index.files().values())
     index.put(n0=100, new=101)
     (index.root / "n1.ppm").unlink()
     assert index.counts() == {"unchanged": 28, "changed": 1, "new": 1, "deleted": 1, "encoded": 2}
-    assert index_folder.read(index.out).milvus == pointer.milvus
+    assert index_folder.read_pointer(index.out).milvus == pointer.milvus
     index.whole(**{f"n{i}": i for i in range(2, 30)}, n0=100, new=101)
-    held = index_folder.open_vectors(index.out, index_folder.read(index.out))
+    held = index_folder.open_vectors(index.out, index_folder.read_pointer(index.out))
     assert len(held) == 30, "what has gone is removed"
     # one without a photo, as a killed build leaves it, is never found; one that is lost is mended
     held.add(np.array([999]), row(2)[None])
@@ -889,12 +889,12 @@ def test_an_index_moves_to_milvus(index, lite):
     index.build()
     (index.root / "b.ppm").unlink()
     assert index.counts(milvus=lite) == {"unchanged": 1, "deleted": 1}
-    assert index_folder.read(index.out).kind == "milvus"
+    assert index_folder.read_pointer(index.out).kind == "milvus"
     index.whole(a=1)
-    first = index_folder.read(index.out).milvus
+    first = index_folder.read_pointer(index.out).milvus
     assert index.counts() == {"unchanged": 1}
     assert index.counts(rebuild=True) == {"new": 1, "encoded": 1}
-    again = index_folder.read(index.out).milvus
+    again = index_folder.read_pointer(index.out).milvus
     assert again["uri"] == first["uri"] and again["collection"] != first["collection"]
     index.whole(a=1)
 

@@ -244,15 +244,15 @@ def test_queries_run_on_while_generations_change(place, opened):
 
 def test_an_index_that_switches_while_it_is_opened(place, monkeypatch):
     """Twice, so that the generation that the pointer named is deleted under the reader."""
-    real, seeds = index_folder.check, iter((100, 101))
+    real, seeds = index_folder.check_generation, iter((100, 101))
 
     def slow(index, pointer):
-        monkeypatch.setattr(index_folder, "check", real)
+        monkeypatch.setattr(index_folder, "check_generation", real)
         for seed in seeds:
             again(place, new=seed)
         return real(index, pointer)
 
-    monkeypatch.setattr(index_folder, "check", slow)
+    monkeypatch.setattr(index_folder, "check_generation", slow)
     opened = Searcher.open(place / "index")
     assert opened.generation == 3 and opened.photo(sha(101)) is not None
 

@@ -41,14 +41,19 @@ def reseal(place: Path, **changes: object) -> None:
 
 
 def digests(place: Path) -> dict[str, str]:
-    folder = index_folder.folder_of(place / "index", index_folder.read(place / "index").generation)
-    return index_folder.digests(folder)
+    folder = index_folder.generation_folder(
+        place / "index", index_folder.read_pointer(place / "index").generation
+    )
+    return index_folder.digest_files(folder)
 
 
 def test_a_whole_index(place):
     found = check(place)
     assert (found.photos, found.problems, found.outdated) == (3, [], [])
-    args = [str(place / "index" / index_folder.read(place / "index").bundle), str(place / "photos")]
+    args = [
+        str(place / "index" / index_folder.read_pointer(place / "index").bundle),
+        str(place / "photos"),
+    ]
     assert found.mend == f"crosstill index {args[0]} {args[1]} --out {place / 'index'}"
 
 
@@ -89,8 +94,8 @@ def test_names_are_escaped(place):
 def test_vectors_that_do_not_fit_the_catalogue(place):
     """As a bug would leave them: every seal is whole, and yet they disagree."""
     index = place / "index"
-    pointer = index_folder.read(index)
-    folder = index_folder.folder_of(index, pointer.generation)
+    pointer = index_folder.read_pointer(index)
+    folder = index_folder.generation_folder(index, pointer.generation)
     held = index_folder.open_vectors(index, pointer)
     held.remove(np.array([1]))
     held.add(np.array([77, 78]), np.stack([row(7), row(8)]))
@@ -181,8 +186,8 @@ def test_what_cannot_be_checked(place, tmp_path):
 def test_every_flipped_bit_is_noticed(place):
     """One at a time, at places spread over all files that readers depend on."""
     index, draw = place / "index", np.random.default_rng(0)
-    pointer: Pointer = index_folder.read(index)
-    folder = index_folder.folder_of(index, pointer.generation)
+    pointer: Pointer = index_folder.read_pointer(index)
+    folder = index_folder.generation_folder(index, pointer.generation)
     for path in [*folder.iterdir(), *(index / pointer.bundle).iterdir(), index / "index.json"]:
         whole = path.read_bytes()
         for _ in range(3):

@@ -143,7 +143,7 @@ def build(  # noqa: PLR0913  # its options are its arguments
     if not root.is_dir():
         raise DataError(f"{photos_folder}: no such folder; give a folder of photos")
     index = _place(Path(out))
-    begun = (index / index_folder.WORK).is_file()
+    begun = (index / index_folder.MEMORY).is_file()
     with files.locked(index):
         try:
             return _Build(bundle, root, index, options).run()
@@ -176,12 +176,12 @@ class _Build:
         # While an index is remade from nothing, the old one is worth more than a part of the new.
         self.gradual = pointer is None or base is not None
         after = f" after {pointer.generation}" if pointer and options.rebuild else ""
-        self.work = Memory(index / index_folder.WORK, bundle.fingerprint + after, root)
-        self.publisher = IndexWriter(index, bundle, root, base, self.work)
-        self.publisher.threads = options.threads
-        self.publisher.named = options.named
+        self.memory = Memory(index / index_folder.MEMORY, bundle.fingerprint + after, root)
+        self.writer = IndexWriter(index, bundle, root, base, self.memory)
+        self.writer.threads = options.threads
+        self.writer.named = options.named
         if uri:
-            self.publisher.move_to(uri, used.get("collection"))
+            self.writer.move_to(uri, used.get("collection"))
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -192,12 +192,12 @@ class _Build:
         try:
             return self._run()
         finally:
-            self.publisher.close()
-            self.work.close()
+            self.writer.close()
+            self.memory.close()
 
     def _run(self) -> Built:
-        before = self.publisher.rows
-        self.publisher.remember()
+        before = self.writer.rows
+        self.writer.restore_vectors()
         scan = walk(self.root, skip=self.index)
         if not scan.photos:
             raise no_photos(self.root, scan)
@@ -207,9 +207,9 @@ class _Build:
         if not rows:
             where = self.index / QUARANTINE
             raise DataError(f"{self.root}: none of its photos can be read; {where} says why")
-        if self.publisher.differs(rows):
-            self.publisher.publish(rows)
-        self.publisher.agree()
+        if self.writer.differs(rows):
+            self.writer.publish(rows)
+        self.writer.sync_milvus()
         self._warn_of_emptied(scan, before, rows)
         self._tidy(scan, rows)
         return self._report(before, rows, unreadable)
@@ -220,7 +220,7 @@ class _Build:
         if not (self.index / index_folder.POINTER).is_file():
             return None
         try:
-            pointer = index_folder.read(self.index)
+            pointer = index_folder.read_pointer(self.index)
         except CorruptError as error:
             log.warning("%s; now it is made anew", str(error).partition(";")[0])
             return None
@@ -237,7 +237,7 @@ class _Build:
         if pointer is None or self.options.rebuild:
             return None
         try:
-            index_folder.check(self.index, pointer)
+            index_folder.check_generation(self.index, pointer)
         except CorruptError as error:
             log.warning("%s; now it is made anew", str(error).partition(";")[0])
             return None
@@ -249,11 +249,11 @@ class _Build:
         """Read the files that may have changed, and encode the contents that are new."""
         todo = {name: s for name, s in scan.photos.items() if not self._settled(name, s)}
         if todo:
-            new = max(0, len(scan.photos) - len(self.work.shas))  # the others have only moved
-            self.publisher.announce(len(scan.photos), min(len(todo), new))
-        known = self.work.known.values()
+            new = max(0, len(scan.photos) - len(self.memory.shas))  # the others have only moved
+            self.writer.check_space(len(scan.photos), min(len(todo), new))
+        known = self.memory.known.values()
         refused = {k.sha: k.reason for k in known if k.sha is not None and k.reason}
-        reader = Reader(self.root, self.bundle.preprocess, self.work.shas, refused)
+        reader = Reader(self.root, self.bundle.preprocess, self.memory.shas, refused)
         workers = self.options.workers or max(2, min(8, len(os.sched_getaffinity(0))))
         waiting: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
         # A thread of its own, so that the encoder never waits for the disk or for a publication.
@@ -272,14 +272,14 @@ class _Build:
                     self._keep(shas, vectors)
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C waits for one batch, not for all
-        self.work.commit()
+        self.memory.commit()
 
     def _settled(self, name: str, stamp: Stamp) -> bool:
         """Tell whether a file need not be read."""
-        known = self.work.known.get(name)
+        known = self.memory.known.get(name)
         if known is None or known.sha is None or not known.still(stamp):
             return False
-        return not self.options.strict if known.reason else known.sha in self.work.shas
+        return not self.options.strict if known.reason else known.sha in self.memory.shas
 
     def _note(self, reads: list[Read]) -> dict[bytes, np.ndarray]:
         """Remember read files; return the pixels of new contents by SHA-256."""
@@ -287,7 +287,7 @@ class _Build:
         for read in reads:
             if self.options.strict and read.known.reason:
                 raise ImageError(read.name, read.known.reason)
-            self.work.note(read.name, read.known)
+            self.memory.note(read.name, read.known)
             sha = read.known.sha
             if read.pixels is not None and sha is not None and sha not in self.taken:
                 fresh[sha] = read.pixels
@@ -301,7 +301,7 @@ class _Build:
         rows = future.result()
         if not np.isfinite(rows).all():
             raise ModelError(f"{self.bundle.folder}: its vectors are not finite; export it anew")
-        self.work.keep(shas, rows)
+        self.memory.keep(shas, rows)
         self.encoded += len(shas)
 
     def _publish_some(self, scan: Scan) -> None:
@@ -312,16 +312,16 @@ class _Build:
         """
         if self.gradual and self.encoded >= self.due:
             self.due = 2 * self.encoded
-            self.publisher.publish(self._rows(scan) | self.publisher.rows)
+            self.writer.publish(self._rows(scan) | self.writer.rows)
 
     def _rows(self, scan: Scan) -> dict[str, Row]:
         """Return the files whose present content is known and has a vector."""
         rows = {}
         for name, stamp in scan.photos.items():
-            known = self.work.known.get(name)
+            known = self.memory.known.get(name)
             if known is None or known.sha is None or known.reason or known.stamp != stamp:
                 continue
-            if known.sha in self.work.shas:
+            if known.sha in self.memory.shas:
                 rows[name] = Row(known.sha, stamp.size, stamp.mtime_ns, known.caption)
         return rows
 
@@ -332,7 +332,7 @@ class _Build:
             for path, why in scan.problems.items()
         ]
         for name, stamp in scan.photos.items():
-            if reason := self.work.known[name].reason:
+            if reason := self.memory.known[name].reason:
                 bad.append(quarantine_row(name, reason, stamp.size))
         data = "".join(json.dumps(row) + "\n" for row in bad).encode()
         path = self.index / QUARANTINE
@@ -342,11 +342,11 @@ class _Build:
 
     def _tidy(self, scan: Scan, rows: Mapping[str, Row]) -> None:
         """Forget files that are gone; turn the memory of a rebuild into an ordinary one."""
-        kept = scan.photos.keys() | _under(self.work.known, scan.closed).keys()
+        kept = scan.photos.keys() | _under(self.memory.known, scan.closed).keys()
         used = {row.sha for row in rows.values()}
-        self.work.forget(self.work.known.keys() - kept, self.work.shas - used)
-        if self.work.get("key") != self.bundle.fingerprint:
-            self.work.put("key", self.bundle.fingerprint)
+        self.memory.forget(self.memory.known.keys() - kept, self.memory.shas - used)
+        if self.memory.get("key") != self.bundle.fingerprint:
+            self.memory.put("key", self.bundle.fingerprint)
 
     # --- what is said of it ---
 
@@ -372,7 +372,7 @@ class _Build:
         gone = Counter(before[name].sha for name in before.keys() - rows.keys())
         come = Counter(rows[name].sha for name in rows.keys() - before.keys())
         moved = (gone & come).total()
-        base = self.publisher.base
+        base = self.writer.base
         return Built(
             generation=base.generation if base else 0,
             photos=base.photos if base else 0,
@@ -391,7 +391,7 @@ def _place(out: Path) -> Path:
     """Make the folder of an index; refuse one that holds something else."""
     index = files.writable_folder(out).resolve()
     names = {path.name for path in index.iterdir() if not path.name.startswith(".")}
-    if names and not names & {index_folder.POINTER, index_folder.WORK}:
+    if names and not names & {index_folder.POINTER, index_folder.MEMORY}:
         raise ConfigError(f"{out} holds {min(names)} and no index; give another --out")
     return index
 

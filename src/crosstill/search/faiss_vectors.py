@@ -115,7 +115,7 @@ class FaissVectors:
         ids, vectors = checked_rows(ids, vectors, self.dim)
         if not len(ids):
             return
-        places = self._places(ids)
+        places = self._positions(ids)
         with self._limited():
             if not self._index.is_trained:
                 self._index.train(_range(vectors))
@@ -125,7 +125,7 @@ class FaissVectors:
         self._settle()
 
     def remove(self, ids: np.ndarray) -> None:
-        places = self._places(checked_ids(ids))
+        places = self._positions(checked_ids(ids))
         self._ids[places[places >= 0]] = NO_ROW
         self._settle()
 
@@ -135,7 +135,7 @@ class FaissVectors:
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         ids = checked_ids(ids)
-        places = self._places(ids)
+        places = self._positions(ids)
         if (places < 0).any():
             raise KeyError(int(ids[places < 0][0]))
         if not len(places):
@@ -185,7 +185,7 @@ class FaissVectors:
     def _selection(self) -> Any:
         return self._faiss.SearchParameters(sel=self._selector) if self._selector else None
 
-    def _places(self, ids: np.ndarray) -> np.ndarray:
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
         """Return the position of each id, -1 where it is not in the index."""
         if not len(self._sorted):
             return np.full(len(ids), -1)
@@ -215,11 +215,11 @@ class FaissVectors:
                 self._index.remove_ids(self._faiss.IDSelectorNot(self._selector))
             else:
                 log.info("building the graph of %d vectors anew", len(live))
-                self._index = self._anew(live)
+                self._index = self._rebuilt_graph(live)
         self._ids = self._ids[live]
         self._settle()
 
-    def _anew(self, places: np.ndarray) -> Any:
+    def _rebuilt_graph(self, places: np.ndarray) -> Any:
         """Build a graph of the rows at these positions; their codes stay as they are."""
         index = self._empty()
         codec = self._faiss.downcast_index(self._index.storage).sq

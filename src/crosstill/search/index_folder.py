@@ -31,14 +31,14 @@ from crosstill.search.milvus_vectors import LITE
 from crosstill.search.vector_index import VectorIndex
 
 POINTER = "index.json"
-WORK = "work.sqlite"
+MEMORY = "work.sqlite"
 FORMAT = 1
 Kind = Literal["flat", "hnsw", "milvus"]
 Opened = TypeVar("Opened")
 _FILES = (catalogue.NAME, *faiss_vectors.NAMES)  # and no others
 
 
-def _ours(place: dict[str, str]) -> dict[str, str]:
+def _check_place(place: dict[str, str]) -> dict[str, str]:
     """Check where in Milvus the vectors are: a collection that `IndexWriter.move_to` has named."""
     if set(place) != {"uri", "collection"} or not vector_index.is_server(place["uri"]):
         raise ValueError("no Milvus")
@@ -77,10 +77,12 @@ class Pointer(artefacts.Record):
     photos: int = Field(ge=0)
     files: dict[Literal[_FILES], artefacts.Sha256]  # type: ignore[valid-type]
     quantiles: list[float] | None = None
-    milvus: Annotated[dict[Literal["uri", "collection"], str], AfterValidator(_ours)] | None = None
+    milvus: (
+        Annotated[dict[Literal["uri", "collection"], str], AfterValidator(_check_place)] | None
+    ) = None
 
 
-def read(index: Path) -> Pointer:
+def read_pointer(index: Path) -> Pointer:
     """Read which generation of an index counts now.
 
     Raises:
@@ -96,18 +98,18 @@ def read(index: Path) -> Pointer:
         raise damaged(path, str(error).partition(": ")[2].partition(";")[0]) from None
 
 
-def settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
+def open_settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
     """Open the generation that counts, again from the start where a build switched meanwhile."""
     while True:
-        pointer = read(index)
+        pointer = read_pointer(index)
         try:
             return action(pointer)
         except (CrosstillError, OSError):
-            if read(index) == pointer:
+            if read_pointer(index) == pointer:
                 raise
 
 
-def folder_of(index: Path, generation: int) -> Path:
+def generation_folder(index: Path, generation: int) -> Path:
     """Return the folder of a generation's files."""
     return index / f"g-{generation:06d}"
 
@@ -117,19 +119,19 @@ def next_number(index: Path) -> int:
     return max((number for number, _ in _all(index)), default=0) + 1
 
 
-def check(index: Path, pointer: Pointer) -> None:
+def check_generation(index: Path, pointer: Pointer) -> None:
     """Compare every file of the generation with its SHA-256.
 
     Raises:
         CorruptError: one differs or is missing; it is named.
     """
-    for problem in problems(index, pointer):
+    for problem in find_damage(index, pointer):
         raise problem
 
 
-def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
+def find_damage(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
     """Yield an error for each file of the generation that differs, is missing or is a link."""
-    artefacts.member(index, folder_of(index, pointer.generation).name)
+    artefacts.member(index, generation_folder(index, pointer.generation).name)
     if pointer.milvus:
         place = milvus_place(index, pointer.milvus["uri"])
         if place.endswith(LITE) and not Path(place).exists():
@@ -137,7 +139,8 @@ def problems(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
                 f"{place}: the vectors of this index were there and are gone; put them back, or "
                 "run `crosstill index` with --milvus NEW.db, which encodes nothing again"
             )
-    yield from artefacts.problems(folder_of(index, pointer.generation), pointer.files, REMEDY)
+    folder = generation_folder(index, pointer.generation)
+    yield from artefacts.problems(folder, pointer.files, REMEDY)
 
 
 @contextmanager
@@ -167,7 +170,7 @@ def clean(index: Path, pointer: Pointer | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_bundle(index: Path, bundle: Bundle) -> str:
+def copy_bundle(index: Path, bundle: Bundle) -> str:
     """Copy the bundle into the index, unless a sound copy is there; return the copy's name."""
     target = index / f"bundle-{bundle.fingerprint[:12]}"
     with suppress(CrosstillError):
@@ -194,7 +197,7 @@ def open_vectors(
         ConfigError: the secret of Milvus would go to a server that the user has not named.
     """
     if pointer.milvus is None:
-        folder = folder_of(index, pointer.generation)
+        folder = generation_folder(index, pointer.generation)
         return vector_index.open_vectors(folder, pointer.dim, threads)
     uri, collection = milvus_place(index, pointer.milvus["uri"]), pointer.milvus["collection"]
     token = milvus_token(uri, named)
@@ -228,7 +231,7 @@ def milvus_token(uri: str, named: str | None = None) -> str | None:
     return token
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digest_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder."""
     return artefacts.digests(folder, sorted(path.name for path in folder.iterdir()))
 
@@ -241,7 +244,7 @@ def _all(index: Path) -> list[tuple[int, Path]]:
 def _absent(index: Path) -> str:
     if not index.is_dir():
         return f"{index}: no such index; make one with `crosstill index BUNDLE FOLDER --out INDEX`"
-    if (index / WORK).is_file():
+    if (index / MEMORY).is_file():
         return (
             f"{index}: the index was begun, but none of its photos is published yet; "
             "run `crosstill index` again, it goes on where it was"

@@ -38,7 +38,7 @@ class IndexWriter:
         bundle: that makes the vectors.
         root: where the photos are.
         base: the generation to start from; None starts anew.
-        work: where the vectors of all contents are.
+        memory: of the builder, which has the vectors of all contents.
 
     Attributes:
         base: the last generation.
@@ -51,15 +51,21 @@ class IndexWriter:
     """
 
     def __init__(
-        self, index: Path, bundle: Bundle, root: Path, base: Pointer | None, work: Memory
+        self, index: Path, bundle: Bundle, root: Path, base: Pointer | None, memory: Memory
     ) -> None:
-        self.index, self.bundle, self.root, self.base, self.work = index, bundle, root, base, work
+        self.index, self.bundle, self.root, self.base, self.memory = (
+            index,
+            bundle,
+            root,
+            base,
+            memory,
+        )
         self.rows: dict[str, Row] = {}
         self.numbers: dict[bytes, int] = {}
         self.milvus = base.milvus if base else None
         self.threads = 1
         self.named: str | None = None
-        self.copy = index_folder.keep_bundle(index, bundle)
+        self.copy = index_folder.copy_bundle(index, bundle)
         self._vectors: VectorIndex | None = None
         self._kind: Kind = "flat"
         if base:
@@ -77,17 +83,17 @@ class IndexWriter:
         place = index_folder.milvus_place(self.index, milvus_uri(uri))
         if self.milvus and index_folder.milvus_place(self.index, self.milvus["uri"]) == place:
             return
-        name = self.work.get("collection")
+        name = self.memory.get("collection")
         if name is None or name == used:
             name = f"crosstill_{uuid.uuid4().hex[:16]}"
-            self.work.put("collection", name)
+            self.memory.put("collection", name)
         if used:
             log.info("the collection %s in Milvus is left to those who still read it", used)
         beside = place.endswith(LITE) and Path(place).is_relative_to(self.index.parent)
         kept = os.path.relpath(place, self.index) if beside else place  # both may be moved then
         self.milvus = {"uri": kept, "collection": name}
 
-    def announce(self, photos: int, unread: int) -> None:
+    def check_space(self, photos: int, unread: int) -> None:
         """Log the memory of a large index, and refuse one that the disk cannot hold.
 
         Args:
@@ -107,7 +113,7 @@ class IndexWriter:
         if need > shutil.disk_usage(self.index).free:
             raise files.disk_full(self.index, errno.ENOSPC, need)
 
-    def remember(self) -> None:
+    def restore_vectors(self) -> None:
         """Restore vectors that the memory has lost from the last generation."""
         if self.base and self.base.folder != str(self.root):
             log.warning(
@@ -116,16 +122,16 @@ class IndexWriter:
                 self.base.folder,
                 self.root,
             )
-        lost = [(sha, n) for sha, n in self.numbers.items() if sha not in self.work.shas]
+        lost = [(sha, n) for sha, n in self.numbers.items() if sha not in self.memory.shas]
         if not lost or self.base is None:
             return
-        stored = self._of_base(self.base)
+        stored = self._base_vectors(self.base)
         ids = set(stored.ids().tolist())
         lost = [(sha, number) for sha, number in lost if number in ids]
         for start in range(0, len(lost), CHUNK):
             shas, numbers = zip(*lost[start : start + CHUNK], strict=True)
             rows = stored.vectors(np.array(numbers))
-            self.work.keep(shas, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+            self.memory.keep(shas, rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
     def differs(self, rows: dict[str, Row]) -> bool:
         """Tell whether files, folder or place of the vectors differ from the last generation's."""
@@ -142,12 +148,12 @@ class IndexWriter:
         """
         number = index_folder.next_number(self.index)
         before = self._catalogue(self.base) if self.base else None
-        target = index_folder.folder_of(self.index, number)
+        target = index_folder.generation_folder(self.index, number)
         with files.writing(self.index, whole=True), index_folder.written_aside(target) as aside:
             change = catalogue.write(aside / catalogue.NAME, before, rows)
-            stored = self._filled(change)
+            stored = self._next_vectors(change)
             stored.save(aside)
-            digests = index_folder.digests(aside)
+            digests = index_folder.digest_files(aside)
         self.base = Pointer(
             generation=number,
             previous=self.base.generation if self.base else None,
@@ -164,11 +170,11 @@ class IndexWriter:
         index_folder.switch(self.index, self.base)
         self.rows = rows
 
-    def agree(self) -> None:
+    def sync_milvus(self) -> None:
         """Add to Milvus and remove from it until it holds exactly the published photos."""
         if self.milvus is None or self.base is None:
             return
-        stored = self._of_base(self.base)
+        stored = self._base_vectors(self.base)
         ids, wanted = set(stored.ids().tolist()), set(self.numbers.values())
         self._add(stored, ((n, sha) for sha, n in self.numbers.items() if n not in ids))
         stored.remove(np.array(sorted(ids - wanted), np.int64))
@@ -177,30 +183,30 @@ class IndexWriter:
         if self._vectors is not None:
             self._vectors.close()
 
-    def _filled(self, change: Change) -> VectorIndex:
+    def _next_vectors(self, change: Change) -> VectorIndex:
         """Build the vectors of the next generation; in Milvus, old ones stay until the switch."""
         gone = set(change.removed)
         self.numbers = {sha: n for sha, n in self.numbers.items() if n not in gone}
         self.numbers |= {sha: number for number, sha in change.added}
         kind: Kind = "milvus" if self.milvus else vector_index.kind_for(len(self.numbers))
         if self.base and (self.base.kind, self.base.milvus) == (kind, self.milvus):
-            stored = self._of_base(self.base)
+            stored = self._base_vectors(self.base)
             if not self.milvus:
                 stored.remove(np.array(change.removed, np.int64))
             self._add(stored, change.added)
             return stored
         self.close()
-        self._vectors, self._kind = self._empty(kind), kind
-        self._add(self._vectors, self._mixed(kind))
+        self._vectors, self._kind = self._empty_vectors(kind), kind
+        self._add(self._vectors, self._in_order(kind))
         return self._vectors
 
-    def _of_base(self, base: Pointer) -> VectorIndex:
+    def _base_vectors(self, base: Pointer) -> VectorIndex:
         if self._vectors is None:
             self._vectors = index_folder.open_vectors(self.index, base, self.threads, self.named)
             self._kind = base.kind
         return self._vectors
 
-    def _empty(self, kind: Kind) -> VectorIndex:
+    def _empty_vectors(self, kind: Kind) -> VectorIndex:
         if self.milvus is None:
             return FaissVectors(self.bundle.dim, kind, self.threads)
         uri = index_folder.milvus_place(self.index, self.milvus["uri"])
@@ -208,7 +214,7 @@ class IndexWriter:
         token = index_folder.milvus_token(uri, self.named)
         return vector_index.open_vectors(uri, self.bundle.dim, self.threads, name, token)
 
-    def _mixed(self, kind: str) -> list[tuple[int, bytes]]:
+    def _in_order(self, kind: str) -> list[tuple[int, bytes]]:
         """List all photos; for a graph in random order, since it takes its range from the first."""
         every = [(number, sha) for sha, number in self.numbers.items()]
         if kind != "hnsw":
@@ -219,10 +225,10 @@ class IndexWriter:
         photos = list(photos)
         for start in range(0, len(photos), CHUNK):
             numbers, shas = zip(*photos[start : start + CHUNK], strict=True)
-            stored.add(np.array(numbers), self.work.vectors(shas))
+            stored.add(np.array(numbers), self.memory.vectors(shas))
 
     def _catalogue(self, base: Pointer) -> Path:
-        return index_folder.folder_of(self.index, base.generation) / catalogue.NAME
+        return index_folder.generation_folder(self.index, base.generation) / catalogue.NAME
 
 
 def milvus_uri(uri: str) -> str:

@@ -133,7 +133,9 @@ def walk(root: Path, skip: Path | None = None) -> Scan:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 scan.closed.append(folder)
             continue
-        waiting += [name for name in _sort(scan, root, folder, entries) if root / name != skip]
+        waiting += [
+            name for name in _sort_entries(scan, root, folder, entries) if root / name != skip
+        ]
     scan.photos = dict(sorted(scan.photos.items()))
     return scan
 
@@ -249,7 +251,9 @@ def grouped(reads: Iterator[Read], size: int) -> Iterator[list[Read]]:
         yield group
 
 
-def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) -> Iterator[str]:
+def _sort_entries(
+    scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]
+) -> Iterator[str]:
     """Note the photos among the entries of a folder; give the folders to enter."""
     texts = {e.name: e for e in entries if formats.ending(e.name) == ".txt"}
     for entry in entries:
@@ -262,7 +266,7 @@ def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) 
         known = unsupported or formats.ending(entry.name) in formats.PHOTOS
         if not link_to_folder and not known:
             continue
-        status = "a link to a folder, not entered" if link_to_folder else _look(root, entry)
+        status = "a link to a folder, not entered" if link_to_folder else _status(root, entry)
         if isinstance(status, str):
             scan.problems[name] = status
             continue
@@ -270,7 +274,7 @@ def _sort(scan: Scan, root: Path, folder: str, entries: list[os.DirEntry[str]]) 
             scan.problems[name], scan.sizes[name] = unsupported, status.st_size
             continue
         caption = next(filter(None, map(texts.get, formats.sidecars(entry.name))), None)
-        text = _look(root, caption) if caption else None
+        text = _status(root, caption) if caption else None
         scan.photos[name] = Stamp.of(status, text if isinstance(text, os.stat_result) else None)
 
 
@@ -281,7 +285,7 @@ def _is_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
         return False
 
 
-def _look(root: Path, entry: os.DirEntry[str]) -> os.stat_result | str:
+def _status(root: Path, entry: os.DirEntry[str]) -> os.stat_result | str:
     """Return the status of an ordinary file, or why the entry is none."""
     try:
         if entry.is_symlink():

@@ -103,7 +103,7 @@ class Searcher:
             check_same(pointer.identity, used.identity, what)
             return used, _open(index, pointer, threads)
 
-        return cls(index, *index_folder.settled(index, both), threads)
+        return cls(index, *index_folder.open_settled(index, both), threads)
 
     def __len__(self) -> int:
         return len(self._opened.photos)
@@ -191,9 +191,9 @@ class Searcher:
         """
         with self._refreshing:
             try:
-                if index_folder.read(self.index) == self._opened.pointer:
+                if index_folder.read_pointer(self.index) == self._opened.pointer:
                     return False
-                self._opened = index_folder.settled(self.index, self._newer)
+                self._opened = index_folder.open_settled(self.index, self._newer)
                 return True
             except (CrosstillError, OSError) as error:
                 if str(error) != self._last_error:
@@ -232,8 +232,8 @@ def combine(*vectors: np.ndarray) -> np.ndarray:
 def _open(
     index: Path, pointer: Pointer, threads: int, before: _Generation | None = None
 ) -> _Generation:
-    index_folder.check(index, pointer)
-    photos = Catalogue(index_folder.folder_of(index, pointer.generation) / catalogue.NAME)
+    index_folder.check_generation(index, pointer)
+    photos = Catalogue(index_folder.generation_folder(index, pointer.generation) / catalogue.NAME)
     if before and pointer.milvus and before.pointer.milvus == pointer.milvus:
         return _Generation(pointer, photos, before.vectors)
     return _Generation(pointer, photos, index_folder.open_vectors(index, pointer, threads))

@@ -58,17 +58,17 @@ def verify(index: Path) -> Verdict:
         LockedError: it is being built.
     """
     try:
-        pointer = index_folder.read(index)
+        pointer = index_folder.read_pointer(index)
     except CorruptError as error:
         return Verdict(0, [str(error)], _mend(index, None))
     with files.locked(index):
-        damaged_files = [str(error) for error in index_folder.problems(index, pointer)]
+        damaged_files = [str(error) for error in index_folder.find_damage(index, pointer)]
         checks = (_bundle,) if damaged_files else (_bundle, _contents)
         memory = _problem(_memory, index, pointer)
         lines = [*damaged_files, *(_problem(check, index, pointer) for check in checks), memory]
         problems = [line for line in lines if line]
         verdict = Verdict(pointer.photos, problems, _mend(index, pointer))
-        path = index / index_folder.WORK
+        path = index / index_folder.MEMORY
         known = {} if memory or not path.is_file() else builder_memory.read_files(path)
         return _compared(verdict, index, pointer, known)
 
@@ -88,7 +88,7 @@ def _bundle(index: Path, pointer: Pointer) -> None:
 
 def _contents(index: Path, pointer: Pointer) -> None:
     """Check catalogue and vectors, each by itself and against the other."""
-    folder = index_folder.folder_of(index, pointer.generation)
+    folder = index_folder.generation_folder(index, pointer.generation)
     with (
         closing(Catalogue(folder / catalogue.NAME)) as photos,
         closing(index_folder.open_vectors(index, pointer)) as vectors,
@@ -115,7 +115,7 @@ def _lengths(folder: Path, vectors: VectorIndex, numbers: np.ndarray) -> None:
 
 
 def _memory(index: Path, pointer: Pointer) -> None:
-    path = index / index_folder.WORK
+    path = index / index_folder.MEMORY
     if path.is_file():
         builder_memory.check(path)
 
@@ -125,7 +125,7 @@ def _compared(
 ) -> Verdict:
     """Add to a verdict the files that are gone or have changed."""
     root = Path(pointer.folder)
-    folder = index_folder.folder_of(index, pointer.generation)
+    folder = index_folder.generation_folder(index, pointer.generation)
     try:
         with closing(Catalogue(folder / catalogue.NAME)) as photos:
             rows = photos.rows()
