@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from crosstill import balance, data, export, objectives
 from crosstill import teachers as families
 from crosstill.data import scenes
-from crosstill.errors import ConfigError
+from crosstill.errors import ConfigError, DataError
 from crosstill.search import vector_index
+from crosstill.types import Example, image_id
 from support import small_student
 from teachers import fusion_models
 from teachers.family_models import SIMPLE, save
@@ -166,6 +167,24 @@ def test_other_endings_are_refused_with_all_that_are_known(installed, tmp_path):
     (tmp_path / "album.xyz").write_text("")
     line = refusal("cache", "none", tmp_path / "album.xyz", "--out", tmp_path / "cache")
     assert ".tar.zst, .pairs file, a folder, or scenes" in line
+
+
+REVERSED = """
+def reader(record):
+    return lambda example: record["bytes"].encode()[::-1]
+"""
+
+
+def test_images_of_another_distributions_source_are_read_again_from_its_record(
+    tmp_path, monkeypatch
+):
+    install(tmp_path, {"crosstill.data.sources": {"reversed": "turned:reader"}}, "other")
+    (tmp_path / "turned.py").write_text(REVERSED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    example = Example(image_id(b"abc"), "a.png", (), "train")
+    assert data.reader({"form": "reversed", "bytes": "cba"})(example) == b"abc"
+    with pytest.raises(DataError, match="form 'other' cannot be read; upgrade crosstill"):
+        data.reader({"form": "other"})
 
 
 def test_an_export_form_writes_and_is_named_in_refusals(installed, cached, tmp_path):
