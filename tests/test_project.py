@@ -1,11 +1,14 @@
 """What holds for the project as a whole."""
 
 import ast
+import doctest
 import importlib
 import importlib.util
 import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import crosstill
 
@@ -62,3 +65,12 @@ def test_nothing_is_pickled():
                 loads = (node.value.id, node.attr) == ("torch", "load")
                 # the one place where a user may ask for a pickled checkpoint, read restricted
                 assert not loads or path == ROOT / "src/crosstill/teachers/checkpoints.py", path
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if ">>> " in path.read_text()], ids=lambda path: path.stem
+)
+def test_examples_in_docstrings_are_true(path):
+    name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed

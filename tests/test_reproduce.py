@@ -10,7 +10,7 @@ import typer
 from crosstill import recipes
 from crosstill.ablate.tables import TABLES
 from crosstill.cli.app import app
-from crosstill.evaluate.protocols import PROTOCOLS
+from crosstill.evaluate.recall import PROTOCOLS
 from crosstill.students.presets import PRESETS
 
 PAGE = (Path(__file__).parent.parent / "docs/reproduce.md").read_text()

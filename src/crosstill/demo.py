@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from crosstill import cache, data, export, images, recipes, search, students
 from crosstill.data import Pairs, scenes
 from crosstill.evaluate import Embedded, embed
-from crosstill.evaluate.report import judge, table
+from crosstill.evaluate.evaluation import judge, table
 from crosstill.search import Searcher
 from crosstill.students.student import Student
 from crosstill.train import Run, folder

@@ -63,7 +63,7 @@ def test_a_frozen_towers_rows_are_those_of_the_tower(cached, monkeypatch):
     assert torch.equal(images, evaluate.pool_images(student, store))
     tokens = student.tokenize([cached.texts[row] for row in split.captions])
     assert torch.equal(texts, evaluate.pool_texts(student, tokens))
-    monkeypatch.setattr("crosstill.evaluate.encode.pool_images", None)
+    monkeypatch.setattr("crosstill.evaluate.embedding.pool_images", None)
     assert torch.equal(evaluate.frozen_images(student, cached, split), images)
     other = small_student(cached)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from crosstill import data
 from crosstill.data import scenes
 from crosstill.errors import ConfigError, DataError
-from crosstill.evaluate import coco
+from crosstill.evaluate import extended
 from crosstill.evaluate.extended import Extended, Queries, opened, place, rank, read
 from crosstill.types import Example
 from support import small_config
@@ -225,7 +225,7 @@ def test_the_table_of_cxc_counts_a_rating_of_three(tmp_path):
     ],
 )
 def test_the_id_in_a_file_name(path, number):
-    assert coco.image_id(path) == number
+    assert extended.image_id(path) == number
 
 
 def test_captions_are_found_by_their_letters():
@@ -233,7 +233,7 @@ def test_captions_are_found_by_their_letters():
     example = Example(
         "x", "COCO_val2014_000000000007.jpg", ("a cat", "A dog\truns", "new", "A dog runs"), "test"
     )
-    found = coco.rows(known, [Example("y", "0.png", ("A cat",), "test"), example])
+    found = extended.locate(known, [Example("y", "0.png", ("A cat",), "test"), example])
     assert found.images == {7: 1}
     assert found.captions == {3: 1, 1: 2, 2: 4}
 
@@ -243,7 +243,7 @@ def test_both_layouts_give_the_same_ids(tmp_path):
     own = {"images": [], "annotations": [{"image_id": 5, "caption": "one", "id": 9}]}
     for name, value in (("k.json", karpathy), ("c.json", own)):
         (tmp_path / name).write_text(json.dumps(value))
-        assert coco.read_captions(tmp_path / name) == {5: [("one", 9)]}
+        assert extended.read_captions(tmp_path / name) == {5: [("one", 9)]}
 
 
 @pytest.mark.parametrize(

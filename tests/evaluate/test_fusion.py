@@ -8,7 +8,7 @@ import torch
 
 from crosstill import data, images, students
 from crosstill.errors import DataError, ImageError, ModelError
-from crosstill.evaluate import embed, reading
+from crosstill.evaluate import embed, embedding
 from crosstill.fusion import measure
 from crosstill.fusion.measure import Scored, score_matrix
 from crosstill.models import open as open_model
@@ -57,7 +57,7 @@ def test_true_models_in_blocks_equal_one_pair_at_a_time(family, tmp_path, monkey
     else:
         save(family, tmp_path, texts_of(pairs))
     model = open_model(tmp_path, "matcher")
-    monkeypatch.setattr(reading, "BATCH", 3)
+    monkeypatch.setattr(embedding, "BATCH", 3)
     monkeypatch.setattr(measure, "PASSES", 1)
     found = score_matrix(model, pairs)
     assert found.scores.shape == (4, 20) and found.scores.std() > 1e-3
@@ -65,7 +65,7 @@ def test_true_models_in_blocks_equal_one_pair_at_a_time(family, tmp_path, monkey
 
 
 def small_blocks(monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(reading, "BATCH", rows)
+    monkeypatch.setattr(embedding, "BATCH", rows)
     monkeypatch.setattr(measure, "BATCH", rows)
 
 

@@ -3,8 +3,7 @@ import torch
 from torch.nn.functional import normalize
 
 from crosstill.errors import ConfigError, DataError
-from crosstill.evaluate.protocols import PROTOCOLS, folds, run
-from crosstill.evaluate.recall import retrieval
+from crosstill.evaluate.recall import PROTOCOLS, by_protocol, folds, retrieval
 
 
 def case(images: int):
@@ -47,14 +46,14 @@ def test_perfect_features_give_600_in_folds():
 
 def test_folds_need_exactly_their_images():
     with pytest.raises(DataError, match="5 folds of 1000 images need 5000 images, not 60"):
-        run("coco-1k-5fold", *case(60))
+        by_protocol("coco-1k-5fold", *case(60))
 
 
 def test_full_is_plain_retrieval():
-    assert run("full", *case(60)) == retrieval(*case(60))
+    assert by_protocol("full", *case(60)) == retrieval(*case(60))
 
 
 def test_unknown_protocol_names_the_likely_one():
     assert set(PROTOCOLS) == {"full", "karpathy", "coco-1k-5fold"}
     with pytest.raises(ConfigError, match="did you mean 'coco-1k-5fold'"):
-        run("coco-1k-fold", *case(60))
+        by_protocol("coco-1k-fold", *case(60))

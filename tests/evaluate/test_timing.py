@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from crosstill.evaluate import compare, efficiency, reading
-from crosstill.evaluate.efficiency import Cost, Stopwatch, compared, figure
+from crosstill.evaluate import compare, cost, embedding
+from crosstill.evaluate.cost import Cost, Stopwatch, compared, figure
 from crosstill.fusion import measure, rerank
 from evaluate.judges import SmallJudge, pictures
 from support import SmallTeacher
@@ -25,7 +25,7 @@ def pairs():
 def clock(monkeypatch):
     """A list whose sum is the time."""
     spent = [0.0]
-    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: sum(spent))
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: sum(spent))
     return spent
 
 
@@ -117,7 +117,7 @@ def test_one_slow_round_does_not_count(pairs, clock):
 def test_models_take_turns(pairs, clock, monkeypatch):
     monkeypatch.setattr(compare, "WARM_UP", 8)
     monkeypatch.setattr(measure, "LOOKED", 8)
-    monkeypatch.setattr(reading, "BATCH", 8)
+    monkeypatch.setattr(embedding, "BATCH", 8)
     log = []
     compare.whole_set({"a": Finder(clock, log), "b": Judge(clock, log)}, pairs, 100)
     looks = [who for who in log if who.endswith("looks")]

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from crosstill import data
 from crosstill.cache import build
 from crosstill.evaluate import CachedSplit, embed, recall, retrieval, teacher_recall
-from crosstill.evaluate.protocols import folds, run
-from crosstill.evaluate.recall import chances, from_scores
+from crosstill.evaluate.recall import by_protocol, chances, folds, from_scores
 from crosstill.evaluate.truth import Truth, of_texts
 from crosstill.fusion.measure import score_matrix
 from crosstill.fusion.reranking import rerank
@@ -165,9 +164,12 @@ def test_folds_count_what_is_shared_inside_them():
 
 def test_the_protocol_of_the_field_counts_own_images_alone():
     image, text, owner, truth = case()
-    assert run("karpathy", image, text, truth) == recall.retrieval(image, text, owner)
-    assert run("full", image, text, truth) == recall.retrieval(image, text, truth)
-    assert run("full", image, text, truth).rsum > run("karpathy", image, text, truth).rsum
+    assert by_protocol("karpathy", image, text, truth) == recall.retrieval(image, text, owner)
+    assert by_protocol("full", image, text, truth) == recall.retrieval(image, text, truth)
+    assert (
+        by_protocol("full", image, text, truth).rsum
+        > by_protocol("karpathy", image, text, truth).rsum
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Recall as the field measures it, and what a model costs."""
 
-from crosstill.evaluate.encode import (
+from crosstill.evaluate.embedding import (
     CachedSplit,
     Embedded,
     embed,
@@ -11,7 +11,7 @@ from crosstill.evaluate.encode import (
     pool_texts,
     teacher_recall,
 )
-from crosstill.evaluate.report import Evaluation, retrieval, table
+from crosstill.evaluate.evaluation import Evaluation, retrieval, table
 from crosstill.models import open as open_model
 
 __all__ = [

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from crosstill import students
+from crosstill import plugins, students
 from crosstill.cache import Cache, Split
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CrosstillError, InputError
-from crosstill.evaluate import efficiency as cost
-from crosstill.evaluate import extended, protocols
-from crosstill.evaluate.efficiency import Cost, Stopwatch, one_thread
-from crosstill.evaluate.encode import Embedded, embed
+from crosstill.evaluate import cost, extended
+from crosstill.evaluate.cost import Cost, Stopwatch, one_thread
+from crosstill.evaluate.embedding import BATCH, Embedded, captions, embed, readable, sound
+from crosstill.evaluate.evaluation import Evaluation, Row, judge, remarks, table
 from crosstill.evaluate.extended import Placed
-from crosstill.evaluate.reading import BATCH, captions, readable, sound
-from crosstill.evaluate.report import Evaluation, Row, judge, remarks, table
+from crosstill.evaluate.recall import WHOLE, by_protocol, check_protocol
 from crosstill.evaluate.runs import CONFIG, read_record
 from crosstill.evaluate.truth import of_texts
 from crosstill.formats import by_length
@@ -45,7 +43,7 @@ class Options:
     """What to measure, and how.
 
     Attributes:
-        protocol: see `protocols.run`; fusion models take those of a whole split.
+        protocol: see `recall.by_protocol`; fusion models take those of a whole split.
         efficiency: also measure what the models cost, on one thread.
         strict: raise at the first image that cannot be read.
         beside: other models to measure on the same images.
@@ -119,16 +117,16 @@ class EmbeddingMeasure:
 
 
 # by a model's kind; models that read pairs are an annex, so their measure is found by name only
-MEASURES = {
+_MEASURES = {
     "encoder": "crosstill.evaluate.compare:EmbeddingMeasure",
     "matcher": "crosstill.fusion.measure:PairMeasure",
 }
+MEASURES = plugins.Kind("crosstill.measures", "kind of model", _MEASURES)
 
 
 def measure_of(model: Model) -> Measure:
     """Return how models of this kind are measured."""
-    module, _, name = MEASURES[model.kind].partition(":")
-    measure: Measure = getattr(import_module(module), name)()
+    measure: Measure = MEASURES.find(model.kind)()
     return measure
 
 
@@ -240,8 +238,8 @@ def _check_sample(options: Options) -> None:
 
 def _check(pairwise: bool, options: Options) -> None:
     """Refuse options that do not fit the models, before anything is computed."""
-    protocols.check(options.protocol)
-    if pairwise and options.protocol not in protocols.WHOLE:
+    check_protocol(options.protocol)
+    if pairwise and options.protocol not in WHOLE:
         raise ConfigError(
             f"protocol {options.protocol!r} is for embeddings; with a fusion model use 'full' on "
             "a dataset of that size"
@@ -326,7 +324,7 @@ def _teacher(
     name = Path(str(cache.teacher["name"])).name
     return Evaluation(
         f"teacher ({name})",
-        protocols.run(protocol, image, text, of_texts(owner[order], texts)),
+        by_protocol(protocol, image, text, of_texts(owner[order], texts)),
         cache.teacher["parameters"],
         extended=tuple(truth.of_features(image, text) for truth in placed),
     )

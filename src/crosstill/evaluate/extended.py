@@ -9,16 +9,22 @@ where a place holds a wrong one. Tied candidates count by their expectation over
     eccv_image_to_caption.json, eccv_caption_to_image.json    as the eccv_caption package has them;
     cxc_image_to_caption.json, cxc_caption_to_image.json      either of the two is enough to name
     sits_test.csv                                             as CxC was released
+
+These files speak COCO's own ids. An image's id is the number that its file is named by, as in
+COCO_val2014_000000391895.jpg. A caption's id stands beside its text in COCO's
+`captions_val2014.json` (`annotations[].id`) and in Karpathy's `dataset_coco.json`
+(`sentences[].sentid`, the same numbers).
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +33,6 @@ from torch import Tensor
 from crosstill.data.karpathy import parse
 from crosstill.data.pairs import read_text
 from crosstill.errors import ConfigError, DataError
-from crosstill.evaluate import coco
 from crosstill.evaluate.recall import DEPTHS, Rivals, chance
 from crosstill.evaluate.tabular import aligned
 from crosstill.types import Example
@@ -38,6 +43,7 @@ SIDES = ("image_to_caption", "caption_to_image")
 
 Ids = Mapping[int, frozenset[int]]  # a query → all that is true of it
 Scores = Callable[[Tensor], Tensor]  # rows of queries → their scores of all candidates
+Captions = Mapping[int, Sequence[tuple[str, int]]]  # image id → its captions, text and id
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def read(path: Path) -> Extended:
     return Extended(path.stem.replace(side, "").strip("_-") or path.stem, images, captions)
 
 
-def place(truth: Extended, known: coco.Captions, examples: Sequence[Example]) -> Placed:
+def place(truth: Extended, known: Captions, examples: Sequence[Example]) -> Placed:
     """Find a ground truth in a split.
 
     Args:
@@ -140,7 +146,7 @@ def place(truth: Extended, known: coco.Captions, examples: Sequence[Example]) ->
     Raises:
         DataError: not one image or not one caption of the truth is there.
     """
-    rows = coco.rows(known, examples)
+    rows = locate(known, examples)
     images = _queries(truth.images, rows.images, rows.captions)
     captions = _queries(truth.captions, rows.captions, rows.images)
     texts = sum(len(example.captions) for example in examples)
@@ -178,7 +184,7 @@ def opened(
             "--truth speaks COCO's ids of captions; give --annotations captions_val2014.json "
             "(or dataset_coco.json)"
         )
-    truths, known = [read(path) for path in paths], coco.read_captions(annotations)
+    truths, known = [read(path) for path in paths], read_captions(annotations)
     return lambda examples: tuple(place(truth, known, examples) for truth in truths)
 
 
@@ -264,7 +270,7 @@ def _read_table(path: Path) -> Extended:
     for number, line in enumerate(lines, start=2):
         try:
             caption, rating = int(line["caption"].split(":")[-1]), float(line["agg_score"])
-            image = coco.image_id(line["image"])
+            image = image_id(line["image"])
         except (KeyError, TypeError, ValueError, AttributeError):
             image = None
         if image is None:
@@ -280,3 +286,76 @@ def _read_table(path: Path) -> Extended:
     return Extended(
         path.stem, *({k: frozenset(v) for k, v in d.items()} for d in (images, captions))
     )
+
+
+class SplitRows(NamedTuple):
+    """Rows of a split's images and captions by COCO's id."""
+
+    images: dict[int, int]
+    captions: dict[int, int]
+
+
+def read_captions(path: Path) -> Captions:
+    """Read the captions of a COCO or a Karpathy JSON.
+
+    Raises:
+        DataError: it cannot be read, or has neither layout.
+    """
+    value = parse(path)
+    try:
+        return _collect(_coco(value) if "annotations" in value else _karpathy(value))
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{path}: no ids of COCO's captions in it; give captions_val2014.json or "
+            "dataset_coco.json after --annotations"
+        ) from None
+
+
+def locate(known: Captions, examples: Sequence[Example]) -> SplitRows:
+    """Find the ids of a split's images by file name and of its captions by text.
+
+    Only letters and digits of a text are compared, so that cleaning does not matter.
+    """
+    rows, row = SplitRows({}, {}), 0
+    for position, example in enumerate(examples):
+        number = image_id(example.path)
+        left = defaultdict(list)
+        for text, caption in known.get(number, ()) if number is not None else ():
+            left[_plain(text)].append(caption)
+        if number is not None:
+            rows.images[number] = position
+        for text in example.captions:
+            same = left[_plain(text)]
+            if same:
+                rows.captions[same.pop(0)] = row
+            row += 1
+    return rows
+
+
+def image_id(name: str) -> int | None:
+    """Read the number of twelve digits that ends a COCO file's name; None of any other file."""
+    digits = re.search(r"(?<!\d)\d{12}$", PurePath(name).stem)
+    return int(digits[0]) if digits else None
+
+
+def _coco(value: Mapping[str, Any]) -> Iterable[tuple[int, str, int]]:
+    return [(a["image_id"], a["caption"], a["id"]) for a in value["annotations"]]
+
+
+def _karpathy(value: Mapping[str, Any]) -> Iterable[tuple[int, str, int]]:
+    return [
+        (image["cocoid"], sentence["raw"], sentence["sentid"])
+        for image in value["images"]
+        for sentence in image["sentences"]
+    ]
+
+
+def _collect(captions: Iterable[tuple[int, str, int]]) -> Captions:
+    found: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
+    for image, text, number in captions:
+        found[int(image)].append((text.strip(), int(number)))
+    return found
+
+
+def _plain(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))

@@ -1,4 +1,4 @@
-"""Recall@K of image-text retrieval, as pure functions.
+"""Recall@K of image-text retrieval, as pure functions, and the protocols that papers report.
 
 A query counts at K when one of its true partners is among the K best-scored candidates: for an
 image any of its captions, for a caption its image, and where a `Truth` says that several images
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosstill.errors import DataError
+from crosstill.errors import DataError, unknown
 from crosstill.evaluate.truth import Truth, checked
 
 DEPTHS = (1, 5, 10)
@@ -114,7 +114,23 @@ class Rivals(NamedTuple):
 
 
 def retrieval(image: Tensor, text: Tensor, truth: Truth | Tensor) -> Retrieval:
-    """Recall of features, by dot product.
+    """Measure the recall of features, by dot product.
+
+    Two images with two captions each. Rows of the scores are images, columns captions. Image 0
+    finds its caption 0 first (0.9). Image 1 finds caption 1 first (0.8), which is image 0's, and
+    its own caption 2 second (0.6): at 1 one of two images is right, at 5 both. Captions 0, 2 and 3
+    find their image first, caption 1 finds the other one: at 1 three of four are right.
+
+    >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> text = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.6], [0.4, 0.5]])
+    >>> image @ text.T
+    tensor([[0.9000, 0.2000, 0.3000, 0.4000],
+            [0.1000, 0.8000, 0.6000, 0.5000]])
+    >>> result = retrieval(image, text, torch.tensor([0, 0, 1, 1]))
+    >>> result.i2t.fair, result.t2i.fair
+    (Percent(r1=50.0, r5=100.0, r10=100.0), Percent(r1=75.0, r5=100.0, r10=100.0))
+    >>> result.rsum
+    525.0
 
     Args:
         image: (I, D) features of the images.
@@ -131,7 +147,7 @@ def retrieval(image: Tensor, text: Tensor, truth: Truth | Tensor) -> Retrieval:
 
 
 def chances(image: Tensor, text: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Tensor]:
-    """Each query's chance, 0 to 1, to find a true partner among 1, 5 and 10.
+    """Compute each query's chance, 0 to 1, to find a true partner among 1, 5 and 10.
 
     Args and errors are those of `retrieval`, whose recalls are 100 times the means of these.
 
@@ -143,7 +159,7 @@ def chances(image: Tensor, text: Tensor, truth: Truth | Tensor) -> tuple[Tensor,
 
 
 def from_scores(scores: Tensor, truth: Truth | Tensor) -> Retrieval:
-    """Recall of a score matrix, such as a fusion model's.
+    """Measure the recall of a score matrix, such as a fusion model's.
 
     Args:
         scores: (I, T), higher is better.
@@ -157,13 +173,13 @@ def from_scores(scores: Tensor, truth: Truth | Tensor) -> Retrieval:
 
 
 def chances_of_scores(scores: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Tensor]:
-    """As `chances`, of a score matrix; args and errors are those of `from_scores`."""
+    """Compute `chances` of a score matrix; args and errors are those of `from_scores`."""
     scores, truth = _checked_scores(scores, truth)
     return _chances(scores.__getitem__, truth, len(scores))
 
 
 def mean(results: Sequence[Retrieval]) -> Retrieval:
-    """The average of several retrievals; images and captions are their sums."""
+    """Average several retrievals; images and captions are their sums."""
 
     def average(parts: list[Percent]) -> Percent:
         return Percent(*(sum(values) / len(parts) for values in zip(*parts, strict=True)))
@@ -182,6 +198,79 @@ def mean(results: Sequence[Retrieval]) -> Retrieval:
         captions=sum(r.captions for r in results),
         shared=sum(r.shared for r in results),
     )
+
+
+def folds(
+    image: Tensor, text: Tensor, truth: Truth | Tensor, *, size: int = 1000, count: int = 5
+) -> Retrieval:
+    """Average recall over folds of consecutive images, each with all of its captions.
+
+    Args:
+        image: (count * size, D) features in the dataset's order.
+        text: (T, D) features of the captions.
+        truth: as `crosstill.evaluate.recall.retrieval` takes it; inside a fold only what is
+            inside it counts.
+        size: images in a fold.
+        count: number of folds.
+
+    Raises:
+        DataError: there are not count * size images.
+    """
+    if len(image) != size * count:
+        raise DataError(
+            f"{count} folds of {size} images need {size * count} images, not {len(image)}; "
+            "use the protocol 'full'"
+        )
+    results, truth = [], checked(truth, len(image), len(text))
+    for start in range(0, len(image), size):
+        inside, true = truth.part(start, start + size)
+        results.append(retrieval(image[start : start + size], text[inside], true))
+    return mean(results)
+
+
+WHOLE = ("full", "karpathy")  # all images compete, so that a score matrix will do
+PROTOCOLS: dict[str, Callable[[Tensor, Tensor, Truth | Tensor], Retrieval]] = {
+    "full": retrieval,
+    "karpathy": retrieval,
+    "coco-1k-5fold": folds,
+}
+
+
+def by_protocol(name: str, image: Tensor, text: Tensor, truth: Truth | Tensor) -> Retrieval:
+    """Measure recall by a protocol that papers report.
+
+    "full": all images compete, and a caption that several of them share is true of each;
+    "karpathy": the same, but a caption is true only of the image it was written for;
+    "coco-1k-5fold": as "full" in five folds of COCO's 5,000 test images.
+
+    Args:
+        name: a key of `PROTOCOLS`.
+        image: (I, D) features of the images, in the dataset's order.
+        text: (T, D) features of the captions.
+        truth: as `crosstill.evaluate.recall.retrieval` takes it.
+
+    Raises:
+        ConfigError: no such protocol.
+        DataError: the features do not fit together or do not fit the protocol.
+    """
+    check_protocol(name)
+    truth = protocol_truth(name, checked(truth, len(image), len(text)))
+    return PROTOCOLS[name](image, text, truth)
+
+
+def protocol_truth(name: str, truth: Truth) -> Truth:
+    """Return what a protocol counts as true."""
+    return truth.plain() if name == "karpathy" else truth
+
+
+def check_protocol(name: str) -> None:
+    """Refuse a protocol that does not exist.
+
+    Raises:
+        ConfigError: no such protocol.
+    """
+    if name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
 
 
 Scores = Callable[[slice], Tensor]  # some images' rows of the score matrix
@@ -264,7 +353,7 @@ def _percent(chances: Iterable[Tensor]) -> Percent:
 
 
 def chance(rivals: Rivals, depth: int) -> Tensor:
-    """How likely each query has a true partner among its first `depth`, in random order.
+    """Compute how likely each query has a true partner among its first `depth`, in random order.
 
     Of the level + true tied candidates, k = depth - better are placed, one after the other;
     what this adds up to is 1 - C(level, k) / C(level + true, k).
@@ -278,14 +367,14 @@ def chance(rivals: Rivals, depth: int) -> Tensor:
 
 
 def _checked(image: Tensor, text: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Tensor, Truth]:
-    """Features in float32 and the truth beside them, after what is wrong has been refused."""
+    """Convert features to float32, with their truth, after what is wrong has been refused."""
     image, text = image.detach().float(), text.detach().float()
     _check_features(image, text)
     return image, text, checked(truth, len(image), len(text)).to(image.device)
 
 
 def _checked_scores(scores: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Truth]:
-    """Scores in float32 and the truth beside them, after what is wrong has been refused."""
+    """Convert scores to float32, with their truth, after what is wrong has been refused."""
     if scores.ndim != 2:
         raise DataError(f"scores must be images by captions, not {tuple(scores.shape)}")
     if scores.isnan().any():

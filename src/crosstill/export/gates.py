@@ -23,8 +23,8 @@ from crosstill import images
 from crosstill.data import Pairs
 from crosstill.errors import ExportError
 from crosstill.evaluate import embed
-from crosstill.evaluate.encode import Embedded
-from crosstill.evaluate.report import Evaluation, judge
+from crosstill.evaluate.embedding import Embedded
+from crosstill.evaluate.evaluation import Evaluation, judge
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
 

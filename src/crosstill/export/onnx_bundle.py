@@ -20,7 +20,7 @@ from crosstill import artefacts, files
 from crosstill import bundle as bundles
 from crosstill.bundle import runtime
 from crosstill.errors import ConfigError, ExportError
-from crosstill.evaluate.encode import Embedded
+from crosstill.evaluate.embedding import Embedded
 from crosstill.export import gates
 from crosstill.export.base import Form, Options
 from crosstill.export.card import Facts, Rounding

@@ -11,9 +11,9 @@ from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
 from crosstill.evaluate import embed
-from crosstill.evaluate.encode import teacher_recall
+from crosstill.evaluate.embedding import teacher_recall
+from crosstill.evaluate.evaluation import judge, six
 from crosstill.evaluate.recall import Retrieval
-from crosstill.evaluate.report import judge, six
 from crosstill.export.card import Facts, Origin, Score
 from crosstill.models import open as open_model
 from crosstill.models import split_width

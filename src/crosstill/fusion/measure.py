@@ -14,13 +14,12 @@ from torch import Tensor
 
 from crosstill import progress
 from crosstill.data import Pairs
-from crosstill.evaluate import protocols
 from crosstill.evaluate.compare import Options, Work
-from crosstill.evaluate.efficiency import Cost, Stopwatch, one_thread
+from crosstill.evaluate.cost import Cost, Stopwatch, one_thread
+from crosstill.evaluate.embedding import BATCH, captions, readable, sound
+from crosstill.evaluate.evaluation import Evaluation, Row, Timed
 from crosstill.evaluate.extended import Placed
-from crosstill.evaluate.reading import BATCH, captions, readable, sound
-from crosstill.evaluate.recall import from_scores
-from crosstill.evaluate.report import Evaluation, Row, Timed
+from crosstill.evaluate.recall import from_scores, protocol_truth
 from crosstill.evaluate.truth import Truth, of_texts
 from crosstill.formats import by_length
 from crosstill.fusion.matcher import GPU_PAIRS, PAIRS, Matcher, Reader, joined
@@ -140,7 +139,7 @@ class PairMeasure:
         seconds = scored.towers + scored.matching
         return Evaluation(
             name,
-            from_scores(scored.scores, protocols.counted(options.protocol, scored.truth)),
+            from_scores(scored.scores, protocol_truth(options.protocol, scored.truth)),
             model.parameter_count(),
             cost=Cost(scored.passes, seconds) if options.efficiency else None,
             extended=tuple(truth.of_scores(scored.scores) for truth in placed),

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError
-from crosstill.evaluate.efficiency import Stopwatch, figure, one_thread
-from crosstill.evaluate.encode import embed
-from crosstill.evaluate.reading import captions, readable
+from crosstill.evaluate.cost import Stopwatch, figure, one_thread
+from crosstill.evaluate.embedding import captions, embed, readable
+from crosstill.evaluate.evaluation import HEADINGS, Evaluation, remarks, six
 from crosstill.evaluate.recall import Retrieval, from_scores
-from crosstill.evaluate.report import HEADINGS, Evaluation, remarks, six
 from crosstill.evaluate.tabular import aligned
 from crosstill.evaluate.truth import Truth
 from crosstill.fusion import measure

@@ -10,7 +10,7 @@ from crosstill import ablate
 from crosstill.ablate.results import Row, Table, latex, legend, markdown
 from crosstill.errors import InputError
 from crosstill.evaluate import Evaluation, table, tabular
-from crosstill.evaluate.report import HEADINGS, LATENCY
+from crosstill.evaluate.evaluation import HEADINGS, LATENCY
 from crosstill.files import VERSION
 from crosstill.report import curves, html_page, run_results, space
 from crosstill.report.curves import Curve, Events

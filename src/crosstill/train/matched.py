@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosstill.cache import ScoreCache, Split
 from crosstill.evaluate.bootstrap import Answers
-from crosstill.evaluate.encode import cached_truth
+from crosstill.evaluate.embedding import cached_truth
 from crosstill.evaluate.recall import DEPTHS, Retrieval, chances_of_scores, from_scores
 from crosstill.fusion.matcher import Matcher
 from crosstill.teachers.base import evaluating

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from crosstill.data import Pairs
-from crosstill.evaluate import protocols
-from crosstill.evaluate.efficiency import Cost, Efficiency
-from crosstill.evaluate.encode import Embedded, embed
+from crosstill.evaluate.cost import Cost, Efficiency
+from crosstill.evaluate.embedding import Embedded, embed
 from crosstill.evaluate.extended import Judged, Placed
-from crosstill.evaluate.recall import DEPTHS, Retrieval
+from crosstill.evaluate.recall import DEPTHS, Retrieval, by_protocol
 from crosstill.evaluate.tabular import aligned
 from crosstill.images import Quarantine
 from crosstill.teachers.base import Teacher
@@ -118,7 +117,7 @@ def judge(
     model: Teacher, rows: Embedded, protocol: str = "full", placed: Sequence[Placed] = ()
 ) -> Evaluation:
     """The evaluation of embeddings that are already there, against further truths if any."""
-    found = protocols.run(protocol, rows.image, rows.text, rows.truth)
+    found = by_protocol(protocol, rows.image, rows.text, rows.truth)
     extended = tuple(truth.of_features(rows.image, rows.text) for truth in placed)
     return Evaluation(model.name, found, model.parameter_count(), extended=extended)
 

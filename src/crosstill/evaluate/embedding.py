@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill import images, progress
+from crosstill import decoding, images, progress
 from crosstill.cache import Cache, CacheBase, PixelStore, Split, memo, pixels
 from crosstill.data import Pairs
-from crosstill.errors import DataError, ModelError
+from crosstill.errors import DataError, ImageError, ModelError
 from crosstill.evaluate import truth as truths
-from crosstill.evaluate.efficiency import Stopwatch
-from crosstill.evaluate.reading import BATCH, captions, photos, quarantined
+from crosstill.evaluate.cost import Stopwatch
 from crosstill.evaluate.recall import Retrieval, retrieval
 from crosstill.evaluate.truth import Truth
+from crosstill.images import Preprocess, Quarantine
 from crosstill.students.student import Student
 from crosstill.teachers.base import (
     Teacher,
@@ -28,6 +28,10 @@ from crosstill.teachers.base import (
 )
 from crosstill.types import Example, Features
 
+BATCH = 128  # rows per pass; no gradient is kept, so memory is small
+
+Loaded = Tensor | images.Unreadable  # pixels uint8 (3, H, W), or what is wrong
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -37,7 +41,7 @@ class Embedded:
     text: Tensor  # (T, D) unit rows
     truth: Truth  # which rows belong together
     image_ids: list[str]
-    quarantine: images.Quarantine
+    quarantine: Quarantine
 
     @property
     def owner(self) -> Tensor:
@@ -82,7 +86,7 @@ def _check_embeds(model: Teacher) -> None:
 
 
 def _embed_images(
-    model: Teacher, pairs: Pairs, quarantine: images.Quarantine, watch: Stopwatch
+    model: Teacher, pairs: Pairs, quarantine: Quarantine, watch: Stopwatch
 ) -> tuple[list[Example], Tensor]:
     kept: list[Example] = []
     rows: list[Tensor] = []
@@ -102,7 +106,7 @@ def _embed_images(
 
 
 def embed_texts(model: Teacher, texts: Sequence[str]) -> Tensor:
-    """Unit rows (T, D); captions of one length share a pass, so that little is padding."""
+    """Embed captions: unit rows (T, D); those of one length share a pass, without padding."""
     if not texts:
         return torch.empty(0, model.dim)
     with progress.bar("captions", len(texts)) as bar:
@@ -135,11 +139,11 @@ class CachedSplit:
             self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
 
     def recall(self, student: Student) -> Retrieval:
-        """The student's recall on the plain photos of the split."""
+        """Measure the student's recall on the plain photos of the split."""
         return retrieval(*self.features(student), self.truth)
 
     def features(self, student: Student) -> Features:
-        """The student's unit rows (I, D) and (T, D) of the split."""
+        """Embed the split with the student: unit rows (I, D) and (T, D)."""
         with evaluating(student):
             images, texts = self._images, self._texts
             images = pool_images(student, self._photos) if images is None else images
@@ -149,12 +153,12 @@ class CachedSplit:
             return Features(image.cpu(), text.cpu())
 
     def teacher_recall(self) -> Retrieval | None:
-        """The teacher's recall on the same rows; None if it left only one side."""
+        """Measure the teacher's recall on the same rows; None if the cache has only one side."""
         return teacher_recall(self._cache, self._split)
 
 
 def teacher_recall(cache: CacheBase, split: Split) -> Retrieval | None:
-    """The recall of the features that a cache holds of a split."""
+    """Measure the recall of a cache's features of a split; None if it has only one side."""
     if not isinstance(cache, Cache) or not {"image", "text"} <= cache.modalities:
         return None
     image, text = cache.image_features(split.images), cache.text_features(split.captions)
@@ -162,13 +166,13 @@ def teacher_recall(cache: CacheBase, split: Split) -> Retrieval | None:
 
 
 def cached_truth(cache: CacheBase, split: Split) -> Truth:
-    """Which images and captions of a split of a cache belong together."""
+    """Return which images and captions of a split of a cache belong together."""
     texts = [cache.texts[row] for row in split.captions]
     return truths.of_texts(torch.from_numpy(split.owner), texts)
 
 
 def frozen_images(student: Student, cache: CacheBase, split: Split, views: int = 1) -> Tensor:
-    """`pool_images` of a tower that will not change: computed once for all runs with it."""
+    """Compute `pool_images` of a frozen tower, once for all runs with it."""
     name = f"pooled-{student.tower_digest('image')[:16]}-{views}-{split.name}"
     return memo.memoised_tensor(
         cache,
@@ -178,14 +182,14 @@ def frozen_images(student: Student, cache: CacheBase, split: Split, views: int =
 
 
 def frozen_texts(student: Student, cache: CacheBase, split: Split) -> Tensor:
-    """`pool_texts` of a tower that will not change: computed once for all runs with it."""
+    """Compute `pool_texts` of a frozen tower, once for all runs with it."""
     texts = [cache.texts[row] for row in split.captions]
     name = f"pooled-{student.tower_digest('text')[:16]}-{split.name}"
     return memo.memoised_tensor(cache, name, lambda: pool_texts(student, student.tokenize(texts)))
 
 
 def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:
-    """Pooled image states (I * views, W) of a whole split, image by image, view by view."""
+    """Pool a whole split's images (I * views, W), image by image, view by view."""
     rows = np.arange(len(store) * views)
     out = []
     with evaluating(student), progress.bar("encoding images", len(rows)) as bar:
@@ -198,7 +202,7 @@ def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:
 
 
 def pool_texts(student: Student, tokens: Sequence[list[int]]) -> Tensor:
-    """Pooled text states (T, W) of tokenized captions, in their order."""
+    """Pool tokenized captions (T, W), in their order."""
     with evaluating(student), progress.bar("encoding captions", len(tokens)) as bar:
 
         def pool(rows: list[int]) -> Tensor:
@@ -208,3 +212,69 @@ def pool_texts(student: Student, tokens: Sequence[list[int]]) -> Tensor:
             return pooled
 
         return encode_by_length(map(len, tokens), pool, BATCH)
+
+
+def photos(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[tuple[Example, Loaded]]]:
+    """Decode every example to uint8 pixels (3, H, W), `BATCH` at a time, in order."""
+
+    def load(example: Example) -> Loaded:
+        return images.try_load(
+            pairs.read, example, lambda file: images.load(file, example.path, preprocess)
+        )
+
+    return decoding.batches(load, pairs.examples, BATCH)
+
+
+def sound(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[Tensor]]:
+    """Decode images that were found `readable` before, `BATCH` at a time.
+
+    Raises:
+        ImageError: an image has become unreadable since.
+    """
+    for chunk in photos(pairs, preprocess):
+        for _, loaded in chunk:
+            if isinstance(loaded, images.Unreadable):
+                raise loaded.error
+        yield [loaded for _, loaded in chunk if isinstance(loaded, Tensor)]
+
+
+def readable(pairs: Pairs, preprocesses: Iterable[Preprocess], strict: bool = False) -> Pairs:
+    """Keep the images that all of several models can read; quarantine the others.
+
+    Raises:
+        DataError: no image is readable.
+        ImageError: an image is unreadable and `strict` is set.
+    """
+    quarantine, listed = quarantined(pairs, strict), len(pairs.examples)
+    for preprocess in dict.fromkeys(preprocesses):
+        kept = []
+        with progress.bar("checking images", len(pairs.examples)) as bar:
+            for chunk in photos(pairs, preprocess):
+                for example, loaded in chunk:
+                    if isinstance(loaded, Tensor):
+                        kept.append(example)
+                    else:
+                        quarantine.add(*loaded)
+                bar.advance(len(chunk))
+        pairs = replace(pairs, examples=tuple(kept))
+    if not pairs.examples:
+        raise DataError(f"{pairs.name}: all {listed} images are unreadable")
+    return replace(pairs, quarantine=quarantine)
+
+
+def quarantined(pairs: Pairs, strict: bool) -> Quarantine:
+    """Make a quarantine that begins with what the dataset could not use.
+
+    Raises:
+        ImageError: there is such an image and `strict` is set.
+    """
+    quarantine = Quarantine(strict=strict)
+    for row in pairs.quarantine.rows:
+        quarantine.add(ImageError(row["path"], row["reason"]), row["bytes"])
+    return quarantine
+
+
+def captions(examples: Iterable[Example]) -> tuple[list[str], Tensor]:
+    """List all captions, and the row of the image that each describes: T texts, (T,) int64."""
+    rows = [(row, text) for row, example in enumerate(examples) for text in example.captions]
+    return [text for _, text in rows], torch.tensor([row for row, _ in rows], dtype=torch.int64)
