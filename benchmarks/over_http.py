@@ -26,7 +26,7 @@ from crosstill import data, evaluate
 from crosstill.data import Pairs
 from crosstill.evaluate.recall import DEPTHS
 from crosstill.search import builder
-from crosstill.teachers.bundle import BundleModel
+from crosstill.teachers.exported import BundleModel
 
 CLIENTS = 4
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from crosstill import students
 from crosstill.export.base import Options
-from crosstill.export.folder import aside
+from crosstill.export.export_folder import aside
 from crosstill.export.gates import Parity
 from crosstill.export.library_folders import LibraryFolder
 from crosstill.export.provenance import Provenance

@@ -86,17 +86,17 @@ def run(
     FORMS.check(form)
     place, chosen = Path(out), Options(**options)
     # torch and transformers take seconds to import
-    from crosstill.export import folder, provenance
+    from crosstill.export import export_folder, provenance
     from crosstill.export.card import card
 
     writer = FORMS.find_class(form, Form)()
     if chosen.int8 and not writer.int8:
         raise ConfigError(f"--int8: {form} has no 8-bit form; use --to onnx")
-    folder.check_place(place)
+    export_folder.check_place(place)
     known = provenance.find(source, chosen.pairs, chosen.split if chosen.pairs else "")
     facts = known.facts(chosen.command, chosen.teacher_licence, chosen.data_licence)
     writer.require(known, chosen)
-    with folder.aside(place, 4 * known.student.parameter_count()) as new:
+    with export_folder.aside(place, 4 * known.student.parameter_count()) as new:
         facts, lines = writer.write(known, new, facts, chosen)
         (new / "README.md").write_text(card(facts, writer), encoding="utf-8")
     return Exported(place, (*known.notes, *lines))

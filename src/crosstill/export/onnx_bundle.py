@@ -27,7 +27,7 @@ from crosstill.export.card import Facts, Rounding
 from crosstill.export.provenance import Provenance
 from crosstill.progress import quiet
 from crosstill.students.student import Student
-from crosstill.teachers.bundle import BundleModel
+from crosstill.teachers.exported import BundleModel
 
 CAPTIONS = 1000  # that a bundle keeps at most, to calibrate a threshold on
 BATCH = 4096  # the greatest batch that the graphs promise to take

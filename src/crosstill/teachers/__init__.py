@@ -18,7 +18,7 @@ __all__ = ["FAMILIES", "load"]
 # found by name only. A folder that none of them holds is opened as a Hugging Face dual encoder,
 # which says what it lacks.
 _FAMILIES = {
-    "bundle": "crosstill.teachers.bundle",
+    "bundle": "crosstill.teachers.exported",
     "beit3": "crosstill.teachers.beit3",
     "open_clip": "crosstill.teachers.open_clip",
     "vectors": "crosstill.teachers.features",

@@ -11,7 +11,7 @@ import pytest
 
 from crosstill import files
 from crosstill.errors import ConfigError, CorruptError, InputError, LockedError
-from crosstill.export.folder import RECORD, aside
+from crosstill.export.export_folder import RECORD, aside
 
 
 def _write(place: Path, text: str, name: str = "model.bin") -> None:
@@ -103,7 +103,7 @@ def test_names_that_are_patterns(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from crosstill.export.folder import aside
+from crosstill.export.export_folder import aside
 with aside(Path(sys.argv[1])) as new:
     (new / "half").touch()
     print("writing", flush=True)

@@ -1,4 +1,4 @@
-"""A bundle as a frozen model: evaluated, timed and cached from like any other."""
+"""Exported bundles as frozen models: evaluated, timed and cached from like any other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crosstill.teachers.base import Kind, unit
 
 
 def holds(folder: Path) -> bool:
-    """Whether a bundle was exported there."""
+    """Tell whether a folder holds a bundle."""
     return (folder / bundles.RECORD).is_file()
 
 

@@ -1,4 +1,4 @@
-"""A folder that is made aside and takes its place whole, or not at all.
+"""Fill the folder of an export aside and move it to its place whole, or not at all.
 
 What is written lies beside its place under a temporary name. A kill leaves that name and nothing
 else; whoever exports to the same place next sweeps it away.
@@ -71,7 +71,7 @@ def check_place(folder: Path) -> None:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[Path]:
-    """The folder aside, held while the block runs, and gone when it ends."""
+    """Make the folder aside, lock it while the block runs, and remove it afterwards."""
     new = folder.with_name(f"{files.TEMPORARY}{os.getpid()}-{folder.name}")
     # The parent is held for a moment, so that nobody takes the new folder for a leftover.
     with _holding(folder.parent, folder, wait=True):
