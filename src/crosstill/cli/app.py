@@ -48,7 +48,7 @@ GOES_ON = {
 
 
 def _goes_on(verb: str, options: dict[str, Any]) -> str:
-    """How to go on after an interruption."""
+    """Return how to go on after an interruption."""
     if verb == "train":
         begun = (options["out"] / "config.json").is_file()
         return (
@@ -58,7 +58,7 @@ def _goes_on(verb: str, options: dict[str, Any]) -> str:
 
 
 def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with every expected error as one line: exit codes 1, 2 and 130."""
+    """Run the verb with every expected error as one line: exit codes 1, 2 and 130."""
 
     @functools.wraps(verb)
     def run(**options: Any) -> None:

@@ -117,13 +117,12 @@ def command(
 
 
 def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> CacheBase:
-    """The cache that suits the teacher; options of the other kind are refused."""
+    """Build the cache that suits the teacher; refuse options of the other kind."""
     from crosstill import cache
-    from crosstill.fusion.matcher import FusionTeacher
     from crosstill.models import open as open_model
 
     model: Any = None if teacher == "none" else open_model(teacher)
-    scores = isinstance(model, FusionTeacher) or (model is None and bool({*SCORES} & {*given}))
+    scores = bool({*SCORES} & {*given}) if model is None else model.kind == "matcher"
     wrong = [name for name in (FEATURES if scores else SCORES) if name in given]
     if wrong:
         option = "--" + wrong[0].replace("_", "-")
@@ -138,7 +137,7 @@ def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> CacheB
 
 
 def _finder(find: str | None) -> Any:
-    """What the option names: a way to draw, an opened cache of features, or a model."""
+    """Open what the option names: a way to draw, a cache of features, or a model."""
     from crosstill import cache
     from crosstill.cache.candidates import FINDERS
     from crosstill.models import open as open_model

@@ -35,22 +35,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 
 def say(text: str) -> None:
-    """A result, on stdout."""
+    """Print a result, on stdout."""
     _print(_harmless(text))
 
 
 def note(text: str) -> None:
-    """Anything that is not a result, on stderr."""
+    """Print anything that is not a result, on stderr."""
     typer.echo(_harmless(text), err=True)
 
 
 def _harmless(text: str) -> str:
-    """The text as it is; names and captions in it may hold what a terminal would obey."""
-    return _UNSAFE.sub(lambda found: printable(found[0]), text)
+    """Escape what a terminal would obey, as names and captions in the text may hold it."""
+    return _UNSAFE.sub(lambda match: printable(match[0]), text)
 
 
 def dump(value: Any) -> None:
-    """A result as JSON, on stdout."""
+    """Print a result as JSON, on stdout."""
     _print(json.dumps(value, indent=1))
 
 

@@ -82,7 +82,7 @@ def _threshold(searcher: Searcher, given: str | None) -> float | None:
 
 
 def _vector(searcher: Searcher, query: str | None, image: Path | None) -> np.ndarray:
-    """The query as one unit vector (D,)."""
+    """Encode the query as one unit vector (D,)."""
     from crosstill.search import combine
     from crosstill.search.scan import read_photo
 

@@ -41,9 +41,9 @@ def run(out: Path, count: int = COUNT) -> str:
     captions = cache.build(None, pairs, out / "captions")
     teacher = _train(out / "teacher", "tiny-teacher", captions, "info_nce", TEACHER).best
     log.info("3/5  the teacher reads every scene once")
-    told = cache.build(teacher, pairs, out / "cache")
+    features = cache.build(teacher, pairs, out / "cache")
     log.info("4/5  a student learns from what the teacher said (DSMD)")
-    student = _train(out / "student", "tiny", told, "dsmd", STUDENT)
+    student = _train(out / "student", "tiny", features, "dsmd", STUDENT)
     held_out = pairs.split("test")
     report = _report(out, held_out, teacher, student)
     log.info("5/5  the student is exported, and answers queries without torch")
@@ -60,22 +60,21 @@ def _train(
     out: Path, preset: str, source: cache.Cache, recipe: str, changes: tuple[str, ...]
 ) -> Run:
     resume = folder.is_run(out)
-    student = None
-    if not resume:
-        student = students.build(preset, dim=source.dim or DIM, captions=source.captions("train"))
-    return recipes.distill(student, source, recipe, out=out, changes=changes, resume=resume)
+    student = students.load_config(preset).model_copy(update={"dim": source.dim or DIM})
+    learner = None if resume else student
+    return recipes.distill(learner, source, recipe, out=out, changes=changes, resume=resume)
 
 
 def _report(out: Path, held_out: Pairs, teacher: Student, run: Run) -> list[str]:
     student, untrained = run.best, run.untrained
-    seen = embed(student, held_out)
+    embedded = embed(student, held_out)
     rows = [
         ("teacher", judge(teacher, embed(teacher, held_out))),
-        ("student", judge(student, seen)),
+        ("student", judge(student, embedded)),
         ("student, untrained", judge(untrained, embed(untrained, held_out))),
     ]
     named = [row.renamed(name) for name, row in rows]
-    sheet(held_out, seen, out / "found.png")
+    sheet(held_out, embedded, out / "found.png")
     big, small = named[0], named[1]
     assert big.parameters and small.parameters
     return [
@@ -101,9 +100,9 @@ def _search(out: Path, held_out: Pairs) -> list[str]:
             place.write_bytes(held_out.read(example))
     search.build(out / "bundle", photos, out / "index")
     searcher = Searcher.open(out / "index")
-    asked = [e.captions[0] for e in held_out.examples[:: len(held_out) // QUERIES][:QUERIES]]
+    queries = [e.captions[0] for e in held_out.examples[:: len(held_out) // QUERIES][:QUERIES]]
     lines = [f"Exported to {out / 'bundle'}; {len(searcher)} held-out scenes in {out / 'index'}:"]
-    for text, hits in zip(asked, searcher.find(searcher.encode_texts(asked), 3), strict=True):
+    for text, hits in zip(queries, searcher.find(searcher.encode_texts(queries), 3), strict=True):
         lines.append(f'  "{text}"')
         lines += [f"    {hit.score:.3f}  {photos / hit.path}" for hit in hits]
     searcher.close()
@@ -123,23 +122,23 @@ def _next() -> list[str]:
     ]
 
 
-def sheet(pairs: Pairs, seen: Embedded, path: Path, queries: int = 5, top: int = 5) -> None:
+def sheet(pairs: Pairs, embedded: Embedded, path: Path, queries: int = 5, top: int = 5) -> None:
     """Draw a picture: a row a caption, the images found for it, the right one framed."""
     cell, head, gap = 128, 24, 4
     canvas = Image.new("RGB", (top * (cell + gap) + gap, queries * (cell + head + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     by_id = {example.image_id: example for example in pairs.examples}
-    texts = [text for key in seen.image_ids for text in by_id[key].captions]
+    texts = [text for key in embedded.image_ids for text in by_id[key].captions]
     for line, row in enumerate(torch.linspace(0, len(texts) - 1, queries).long().tolist()):
         y = line * (cell + head + gap)
         size = min(14, 1.9 * canvas.width / len(texts[row]))
         draw.text((gap, y + gap), texts[row], fill="black", font_size=size)
-        order = (seen.image @ seen.text[row]).argsort(descending=True)[:top].tolist()
-        for column, found in enumerate(order):
+        order = (embedded.image @ embedded.text[row]).argsort(descending=True)[:top].tolist()
+        for column, place in enumerate(order):
             x = gap + column * (cell + gap)
-            tile = _picture(pairs, by_id[seen.image_ids[found]]).resize((cell, cell))
+            tile = _picture(pairs, by_id[embedded.image_ids[place]]).resize((cell, cell))
             canvas.paste(tile, (x, y + head))
-            if found == seen.owner[row]:
+            if place == embedded.owner[row]:
                 frame = (x - gap, y + head - gap, x + cell + gap - 1, y + head + cell + gap - 1)
                 draw.rectangle(frame, outline="limegreen", width=gap)
     canvas.save(path)
