@@ -14,8 +14,9 @@ from crosstill import cache as caches
 from crosstill.ablate import grid, plan
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate.recall import chances, chances_of_scores, from_scores
-from crosstill.train import Run, lists, matched
-from crosstill.train.states import Sides
+from crosstill.fusion import lists, validation
+from crosstill.fusion.states import Sides
+from crosstill.train import Run
 from support import FAST
 from verbs import crosstill, refusal
 
@@ -72,7 +73,7 @@ def test_two_by_two_with_half_of_the_teacher(done, scored):
 def test_the_table_says_where_recall_was_measured(done, scored):
     table, out = done
     val = scored.split("val")
-    listed = matched.Listed(scored, val)
+    listed = validation.Listed(scored, val)
     assert table.teacher.rsum == pytest.approx(listed.teacher_recall().rsum)
     assert table.teacher.rsum == Run(table.rows[0].runs[0]).metrics["teacher"]["rsum"]
     assert listed.said in table.note and "not the whole split" in (out / "dcd.md").read_text()
@@ -85,7 +86,7 @@ def test_the_table_says_where_recall_was_measured(done, scored):
 
 def test_the_teachers_own_answers_are_its_recall(scored):
     teacher, val = teachers.load(scored.teacher["source"]), scored.split("val")
-    seen = matched.MatchedSplit(scored, val, Sides(teacher, scored, val, keep=False))
+    seen = validation.MatchedSplit(scored, val, Sides(teacher, scored, val, keep=False))
     answers = seen.answers(teacher)
     assert answers.rsum == pytest.approx(seen.recall(teacher).rsum)
     assert answers.rsum == pytest.approx(seen.teacher_recall().rsum)

@@ -13,8 +13,8 @@ from crosstill import data, images
 from crosstill.cache import build
 from crosstill.data import scenes as scenery
 from crosstill.train import TrainConfig
+from crosstill.train.batches import Stream
 from crosstill.train.distributed import Group
-from crosstill.train.stream import Stream
 from support import SETTINGS, SmallTeacher, same, small_student
 
 EPOCHS = 3

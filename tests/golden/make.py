@@ -15,17 +15,16 @@ import tarfile
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "train")]
+sys.path.insert(0, str(TESTS))
 
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-from listed import SHAPE, meter_config, parameters  # noqa: E402
-
 from crosstill import data, students, teachers  # noqa: E402
 from crosstill.cache import build, build_scores, join  # noqa: E402
 from crosstill.data import scenes  # noqa: E402
+from fusion.listed import SHAPE, meter_config, parameters  # noqa: E402
 from support import SmallTeacher, small_student  # noqa: E402
 from verbs import TOML, crosstill  # noqa: E402
 

@@ -1,15 +1,13 @@
-"""Losses around losses: one for each teacher, one for each width."""
+"""Losses around losses: one loss for each width."""
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from crosstill import objectives
-from crosstill.objectives.wrappers import PerTeacher, PerWidth, TeacherMap, cut
+from crosstill.objectives.wrappers import PerWidth, cut
 from crosstill.students import matryoshka
 from crosstill.types import Features
-
-DIM, WIDE = 12, 24
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -17,33 +15,19 @@ def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
     return normalize(torch.randn(count, width, generator=generator), dim=1)
 
 
-def wrapped(loss: objectives.Objective) -> dict[str, objectives.Objective]:
-    """A loss inside each wrapper."""
-    return {
-        "teacher": PerTeacher(loss, TeacherMap(slice(0, 4), seed=0, unit=True), share=0.25),
-        "width": PerWidth(loss, {}, torch.eye(4), unit=True),
-    }
-
-
-@pytest.mark.parametrize("kind", ["teacher", "width"])
 @pytest.mark.parametrize("name", objectives.known())
-def test_a_wrapper_declares_all_that_its_loss_declares(name, kind):
+def test_a_wrapper_declares_all_that_its_loss_declares(name):
     loss = objectives.build(name, dim=4, keys=torch.arange(3))
-    loss.share = 0.5
-    outer = wrapped(loss)[kind]
+    outer = PerWidth(loss, {}, torch.eye(4), unit=True)
     declared = {key: getattr(loss, key) for key in objectives.Objective.__annotations__}
-    assert declared.keys() == {"needs", "reads", "lists", "share"}
-    # no wrapper can rank: scores of lists have no rows to map or cut
-    changed = {"lists": None, "share": 0.125 if kind == "teacher" else 0.5}
-    assert {key: getattr(outer, key) for key in declared} == {**declared, **changed}
+    assert declared.keys() == {"needs", "reads", "lists"}
+    # it cannot rank: scores of lists have no rows to cut
+    assert {key: getattr(outer, key) for key in declared} == {**declared, "lists": None}
 
 
 def test_state_is_kept_under_these_names():
     loss = objectives.build("contrastive", dim=4, queue_size=3)
-    outer = wrapped(loss)["teacher"]
-    outer.target.reset(2)
     queue = [f"queue.{name}" for name in ("entries", "ids", "pointer")]
-    assert list(outer.state_dict()) == [*(f"loss.{key}" for key in queue), "target.weight"]
     parts = {2: objectives.build("contrastive", dim=2, queue_size=3)}
     inner = [*(f"whole.{key}" for key in queue), *(f"parts.2.{key}" for key in queue)]
     assert list(PerWidth(loss, parts, torch.eye(4), unit=True).state_dict()) == inner
@@ -75,33 +59,3 @@ def test_a_nested_loss_is_the_mean_over_widths() -> None:
         alone.update(cuts[1], ids)
         parts.append(alone(*cuts, ids))
     torch.testing.assert_close(loss(student, teacher, ids), torch.stack(parts).mean())
-
-
-def test_a_map_begins_with_the_cosines_of_the_student():
-    target = TeacherMap(slice(3, 3 + WIDE), seed=0, unit=True)
-    target.reset(DIM)
-    rows = normalize(torch.randn(5, DIM), dim=1)
-    image, text = target.project(Features(rows, rows.flip(0)))
-    assert image.shape == (5, WIDE)
-    torch.testing.assert_close(image @ text.T, rows @ rows.flip(0).T)
-    before = target.weight.clone()
-    target.reset(DIM)
-    assert torch.equal(before, target.weight)
-
-
-def test_a_map_settles_at_the_nearest_one_that_turns():
-    target = TeacherMap(slice(0, WIDE), seed=0, unit=True)
-    target.reset(DIM)
-    noise = torch.randn(WIDE, DIM, generator=torch.Generator().manual_seed(1))
-    moved = target.map.detach() + 0.02 * noise
-    target.assign(moved)
-    for _ in range(3):
-        target.reorthogonalise()
-    u, _, v = torch.linalg.svd(moved, full_matrices=False)
-    torch.testing.assert_close(target.map.detach(), u @ v, atol=1e-5, rtol=0)
-
-
-def test_a_side_that_no_teacher_has_stays_empty():
-    target = TeacherMap(slice(2, 4), seed=0, unit=True)
-    rows = target.own_rows(Features(torch.tensor([[1.0, 1.0, 0.0, 5.0]]), torch.empty(0)))
-    assert rows.image.tolist() == [[0.0, 1.0]] and rows.text.shape == (0,)

@@ -13,8 +13,9 @@ from crosstill import cache as caches
 from crosstill import data, files, report, students
 from crosstill.cache import ScoreCache
 from crosstill.errors import InputError, MismatchError
-from crosstill.train import Run, TrainConfig, matched, train
-from crosstill.train.states import Sides
+from crosstill.fusion import validation
+from crosstill.fusion.states import Sides
+from crosstill.train import Run, TrainConfig, train
 from support import small_config
 
 SETTINGS = {
@@ -97,7 +98,7 @@ def test_a_fusion_model_is_shown_without_embeddings(home):
 
 def test_it_says_that_recall_is_among_candidates_and_so_do_its_tables(home):
     run, cache = home / "fused", ScoreCache(home / "scores")
-    said = matched.Listed(cache, cache.split("val")).said
+    said = validation.Listed(cache, cache.split("val")).said
     assert said in shown(run).text and said in (run / "table.md").read_text()
     assert said in figures(run)["notes"]
     assert "of its RSUM among the listed candidates on the 6 images" in figures(run)["summary"]
@@ -107,7 +108,7 @@ def test_the_untrained_student_is_the_one_before_training(home):
     cache = ScoreCache(home / "scores")
     val, half = cache.split("val"), students.fuse("half", teacher=cache.teacher["source"])
     half.freeze_towers()
-    recall = matched.MatchedSplit(cache, val, Sides(half, cache, val)).recall(half)
+    recall = validation.MatchedSplit(cache, val, Sides(half, cache, val)).recall(half)
     assert figures(home / "fused")["untrained"]["rsum"] == pytest.approx(recall.rsum)
 
 

@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ from torch.nn.functional import normalize
 from crosstill import data, evaluate, export, files, students
 from crosstill.bundle import Bundle
 from crosstill.cache import Cache, build
-from crosstill.errors import ConfigError, MismatchError
+from crosstill.errors import ConfigError
 from crosstill.objectives.wrappers import cut
 from crosstill.recipes import distill
 from crosstill.students import matryoshka
@@ -105,21 +104,21 @@ def test_the_losses_are_as_many_as_without(run) -> None:
 
 
 def test_a_run_may_be_cut_short_and_resumed(run, cached: Cache, tmp_path: Path, monkeypatch):
-    from crosstill.train.step import Step
+    from crosstill.train.task import PairTask
 
-    whole = Step.__call__
+    whole = PairTask.backward
     taken: list[int] = []
 
-    def dies(self: Step, batch: object, lr: float):
+    def dies(self: PairTask, batch: object):
         taken.append(1)
         if len(taken) == 3:
             raise KeyboardInterrupt
-        return whole(self, batch, lr)
+        return whole(self, batch)
 
     changes = (*FAST, "save_every=1")
     calm = distill(nested(cached), cached, "dsmd", out=tmp_path / "calm", changes=changes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Step, "__call__", dies)
+        patch.setattr(PairTask, "backward", dies)
         distill(nested(cached), cached, "dsmd", out=tmp_path / "cut", changes=changes)
     again = distill(None, cached, "dsmd", out=tmp_path / "cut", changes=changes, resume=True)
     assert same(calm.best.state_dict(), again.best.state_dict())
@@ -197,16 +196,3 @@ def test_widths_wider_than_the_teacher(cached: Cache) -> None:
 def test_a_width_that_is_the_dim_changes_nothing(cached: Cache) -> None:
     config = StudentConfig.model_validate(small_config().model_dump() | {"widths": [4, 16]})
     assert students.build(config, 16, cached.texts).widths == (4, 16)
-
-
-def test_several_targets_have_no_common_widths(cached: Cache, tmp_path: Path) -> None:
-    from crosstill.cache import joined
-
-    again = shutil.copytree(cached.folder, tmp_path / "again")
-    both = joined.join([cached, again], tmp_path / "both")
-    changes = (*FAST, "targets=each")
-    student = students.build(
-        small_config().model_copy(update={"widths": WIDTHS, "dim": 16}), None, both.texts
-    )
-    with pytest.raises(MismatchError, match="widths of small: .* leave widths out"):
-        distill(student, both, "clip_kd", out=tmp_path / "run", changes=FAST[:-1] + changes[-1:])

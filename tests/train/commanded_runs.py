@@ -35,10 +35,10 @@ import torch
 torch.set_num_threads(1)
 
 from crosstill.cli import main as crosstill  # noqa: E402
-from crosstill.evaluate import CachedSplit  # noqa: E402
-from crosstill.train.matched import MatchedSplit  # noqa: E402
-from crosstill.train.step import Step  # noqa: E402
+from crosstill.fusion.task import ListTask  # noqa: E402
+from crosstill.train.task import PairTask  # noqa: E402
 
+TASKS = (PairTask, ListTask)
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
 
 
@@ -88,11 +88,10 @@ def arm(death: dict[str, Any], out: str) -> None:
     elif "after" in death:
         threading.Timer(death["after"], die).start()
     elif "validate" in death:
-        splits = (CachedSplit, MatchedSplit)
-        watch_calls("recall", splits, lambda n: die() if n == death["validate"] else None)
+        watch_calls("validate", TASKS, lambda n: die() if n == death["validate"] else None)
     else:
         number = getattr(signal, death.get("signal", "SIGKILL"))
-        watch_calls("__call__", [Step], lambda n: die(number) if n == death["step"] else None)
+        watch_calls("backward", TASKS, lambda n: die(number) if n == death["step"] else None)
 
 
 def in_child(words: Sequence[str], prepare: Callable[[], None], log: Path) -> int:

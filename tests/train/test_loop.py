@@ -24,7 +24,7 @@ from crosstill.objectives import feature
 from crosstill.train import checkpoint, train
 from crosstill.train import loop as module
 from crosstill.train.sampler import Sampler
-from crosstill.train.step import Step
+from crosstill.train.task import PairTask
 from support import SmallTeacher, same, small_student
 
 
@@ -60,19 +60,19 @@ class Interrupted(Exception):
 @pytest.fixture
 def die_after(monkeypatch):
     """Make the training step raise once so many steps were taken."""
-    call = Step.__call__
+    backward = PairTask.backward
 
     def arm(steps: int | None) -> None:
         taken = 0
 
-        def step(self, batch, lr):
+        def step(self, batch):
             nonlocal taken
             if steps is not None and taken >= steps:
                 raise Interrupted
             taken += 1
-            return call(self, batch, lr)
+            return backward(self, batch)
 
-        monkeypatch.setattr(Step, "__call__", step)
+        monkeypatch.setattr(PairTask, "backward", step)
 
     return arm
 
@@ -160,7 +160,7 @@ def test_chunks_replay_their_dropout(cached, settings, tmp_path):
     """The graph of a chunk must belong to the very embeddings that the loss saw."""
     config = settings.changed(["epochs=1", "chunk_size=7"])
     seen: list[torch.Tensor] = []
-    features = Step._features
+    features = PairTask._features
 
     def note(self, batch, rows):
         found = features(self, batch, rows)
@@ -168,7 +168,7 @@ def test_chunks_replay_their_dropout(cached, settings, tmp_path):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "_features", note)
+        patch.setattr(PairTask, "_features", note)
         train(small_student(cached), cached, config, tmp_path / "run")
     first, again = seen[:4], seen[4:8]  # 24 pairs are four chunks of at most seven
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -336,17 +336,17 @@ def test_a_compiled_student_trains_to_nearly_the_same(cached, student, settings,
 
 def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, student, settings, tmp_path):
     train(student, cached, settings, tmp_path / "whole")
-    step = Step.__call__
+    backward = PairTask.backward
 
-    def interrupt(self, batch, lr):
-        outcome = step(self, batch, lr)
+    def interrupt(self, batch):
+        outcome = backward(self, batch)
         if not (tmp_path / "asked").exists():
             (tmp_path / "asked").touch()
             os.kill(os.getpid(), signal.SIGINT)
         return outcome
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "__call__", interrupt)
+        patch.setattr(PairTask, "backward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(module.Run(tmp_path / "whole").untrained, cached, settings, tmp_path / "cut")
     assert final(tmp_path / "cut")["position"] == {"epoch": 0, "step": 1, "total": 1}

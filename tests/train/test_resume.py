@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from listed import meter_config, parameters
 
 from crosstill import balance, recipes, students, teachers
 from crosstill.cache import Cache, build, build_scores, join
 from crosstill.files import sealed
 from crosstill.train import checkpoint
+from fusion.listed import meter_config, parameters
 from support import SmallTeacher, same, small_student
 from verbs import TOML, crosstill, refusal
 

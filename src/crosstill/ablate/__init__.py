@@ -23,7 +23,7 @@ from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import InputError, RunError
 from crosstill.evaluate import bootstrap, teacher_recall
 from crosstill.evaluate.recall import Retrieval
-from crosstill.train import matched
+from crosstill.fusion import validation
 
 __all__ = ["TABLES", "Table", "fill", "is_grid", "latex", "markdown", "read", "run"]
 
@@ -160,7 +160,7 @@ def _teacher(record: Mapping[str, Any], split: str) -> Retrieval | None:
             raise RunError("another cache is in its place")
         rows = cache.split(split)
         if record.get("listed") and isinstance(cache, ScoreCache):
-            return matched.Listed(cache, rows).teacher_recall()
+            return validation.Listed(cache, rows).teacher_recall()
         return teacher_recall(cache, rows)
     except (InputError, RunError) as error:
         log.warning("no teacher's row: %s", error)

@@ -27,8 +27,10 @@ from crosstill.errors import ConfigError, CrosstillError, DiskFullError, RunErro
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.recall import chances
+from crosstill.fusion import validation
 from crosstill.fusion.matcher import Matcher
-from crosstill.train import folder, matched, train, work
+from crosstill.train import folder, train
+from crosstill.train.task import open_task
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ def _one(job: Job, cache: CacheBase, path: Path) -> float:
     resume = folder.is_run(path)
     student = None
     if not resume:
-        student = work.make(students.load_config(job.student), cache, job.settings)
+        student = open_task(cache, job.settings).make_student(students.load_config(job.student))
     if not (path / "metrics.json").is_file():
         train(student, cache, job.settings, path, resume=resume, command=job.command)
     found = _answers(path, job, cache)
@@ -165,7 +167,7 @@ def _answers(path: Path, job: Job, cache: CacheBase) -> Answers:
     split = cache.split(job.settings.val_split)
     if isinstance(best, Matcher):
         assert isinstance(cache, ScoreCache)
-        return matched.of_run(best, cache, split, job.settings).answers(best)
+        return validation.validation_split(best, cache, split, job.settings).answers(best)
     seen = CachedSplit(cache, split, best, job.settings.freeze)
     return Answers(*chances(*seen.features(best), seen.truth), seen.truth.owner)
 

@@ -14,11 +14,12 @@ from crosstill.ablate.tables import Design, Setting, design
 from crosstill.cache import CacheBase, ScoreCache
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
+from crosstill.fusion import validation
 from crosstill.objectives.parts.memory import Queue
-from crosstill.students.config import FusionConfig
-from crosstill.train import TrainConfig, checks, matched
+from crosstill.students.config import FusionConfig, StudentConfig
+from crosstill.train import TrainConfig
 from crosstill.train.config import parse
-from crosstill.train.distributed import Group
+from crosstill.train.task import open_task
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +109,9 @@ def make(
     _check_images(cache, changes)
     configs = [_settings(setting, changes) for setting in what.rows]
     _check_used(table, configs, changes)
-    _check_lists(table, what, configs, cache)
+    _check_lists(table, what, configs)
     named = _students(table, what, chosen)
-    listed = _check_fusion(named, configs, cache)
+    listed = _are_fusion(named)
     filled = zip(what.rows, configs, named, strict=True)
     rows = [_row(*one, cache, seeds) for one in filled]
     if table == "towers" and chosen:
@@ -137,18 +138,16 @@ def make(
 def _note(what: Design, cache: CacheBase, configs: Sequence[TrainConfig]) -> str:
     """The table's note, and where the recall of fusion models was measured."""
     assert isinstance(cache, ScoreCache)
-    return f"{what.note} {matched.Listed(cache, cache.split(configs[0].val_split)).said}".strip()
+    return f"{what.note} {validation.Listed(cache, cache.split(configs[0].val_split)).said}".strip()
 
 
 def _row(
     setting: Setting, config: TrainConfig, student: str, cache: CacheBase, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """A row of the record, after what it would refuse has been tried."""
-    _check_row(setting.name, config, cache)
-    described = students.load_config(student).model_dump(mode="json")
-    if config.targets == "joined":
-        _check_width(student, described.get("dim"), cache)
-    identity = [described, cache.digest]
+    description = students.load_config(student)
+    _check_row(setting.name, config, cache, description)
+    identity = [description.model_dump(mode="json"), cache.digest]
     return {
         "name": setting.name,
         "paper": setting.paper,
@@ -219,14 +218,6 @@ def _check_used(table: str, configs: Sequence[TrainConfig], changes: Sequence[st
             raise ConfigError(f"--set {change}: no row of {table} has that loss; leave it out")
 
 
-def _check_width(student: str, dim: int | None, cache: CacheBase) -> None:
-    if cache.dim is not None and dim not in (None, cache.dim):
-        raise MismatchError(
-            f"student {student}: its dim = {dim} does not fit the teacher's {cache.dim} in "
-            f"{cache.folder}; leave dim out"
-        )
-
-
 def _check_cache(table: str, what: Design, cache: CacheBase) -> None:
     """Refuse a cache of the other kind than the table's."""
     scored = isinstance(cache, ScoreCache)
@@ -243,48 +234,28 @@ def _check_cache(table: str, what: Design, cache: CacheBase) -> None:
         )
 
 
-def _check_lists(
-    table: str, what: Design, configs: Sequence[TrainConfig], cache: CacheBase
-) -> None:
-    """Refuse rows that a score cache cannot teach, or whose difference a setting undoes."""
+def _check_lists(table: str, what: Design, configs: Sequence[TrainConfig]) -> None:
+    """Refuse a setting that undoes the difference of the rows."""
     if what.lists and configs[0].teacher is not None:
         raise ConfigError(
             f"teacher = {configs[0].teacher}: one that scores beside the student always keeps the "
             f"hardest, so the rows of {table} would not differ; leave it out"
         )
-    if not isinstance(cache, ScoreCache):
-        return
-    for config in configs:
-        blind = [n for n, loss in checks.build_losses(config, cache).items() if loss.lists is None]
-        if blind:
-            raise MismatchError(
-                f"{cache.folder} is a score cache, and rows of {table} learn from features "
-                f"({', '.join(blind)}); use the table dcd, or a cache of a dual encoder's features"
-            )
 
 
-def _check_fusion(named: Sequence[str], configs: Sequence[TrainConfig], cache: CacheBase) -> bool:
-    """Whether the students are fusion models; refuse those that cannot learn or be compared."""
-    fusion = [isinstance(students.load_config(name), FusionConfig) for name in named]
-    if not any(fusion):
-        return False
-    name, freeze = named[fusion.index(True)], configs[0].freeze
-    if not isinstance(cache, ScoreCache):
-        raise MismatchError(
-            f"student {name}: a fusion model, which learns candidate lists, and {cache.folder} "
-            "holds features; give a dual encoder, or make a score cache: crosstill cache TEACHER "
-            "DATA --false 63"
-        )
-    if not all(fusion):
+def _are_fusion(named: Sequence[str]) -> bool:
+    """Return whether the students are fusion models; refuse a mixture, which has no common recall.
+
+    Raises:
+        ConfigError: some are, and some are dual encoders.
+    """
+    fusion = [students.load_config(name).kind == "matcher" for name in named]
+    if any(fusion) and not all(fusion):
         raise ConfigError(
-            f"student {name}: a fusion model is measured among listed candidates and a dual "
-            "encoder in the whole split; give one kind for all rows"
+            f"student {named[fusion.index(True)]}: a fusion model is measured among listed "
+            "candidates and a dual encoder in the whole split; give one kind for all rows"
         )
-    if freeze != "none":
-        raise ConfigError(
-            f"freeze = {freeze}: {name} is a fusion model; use towers=frozen or towers=train"
-        )
-    return True
+    return any(fusion)
 
 
 def _check_images(cache: CacheBase, changes: Sequence[str]) -> None:
@@ -297,13 +268,15 @@ def _check_images(cache: CacheBase, changes: Sequence[str]) -> None:
         )
 
 
-def _check_row(name: str, config: TrainConfig, cache: CacheBase) -> None:
-    """Everything that a run would refuse at its start, before the first one starts."""
-    losses, _ = checks.prepare(config, cache, Group())
+def _check_row(
+    name: str, config: TrainConfig, cache: CacheBase, student: StudentConfig | FusionConfig
+) -> None:
+    """Refuse before the first run starts what a run would refuse at its start."""
+    task = open_task(cache, config)
+    task.check(student)
     pairs = len(cache.split(config.train_split).captions)
-    for loss in losses.children():
-        queues = [part for part in loss.modules() if isinstance(part, Queue)]
-        slots = max((len(queue.ids) for queue in queues), default=0)
+    for queue in (part for part in task.losses.modules() if isinstance(part, Queue)):
+        slots = len(queue.ids)
         if slots > pairs:
             raise ConfigError(
                 f"row {name!r}: a queue of {slots:,} slots is longer than the {pairs:,} captions "

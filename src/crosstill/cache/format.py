@@ -164,6 +164,7 @@ class CacheBase:
     file: ClassVar[str]  # of the header
     version: ClassVar[int]  # of the format
     model: ClassVar[type[artefacts.Record]]  # of the header
+    task: ClassVar[str]  # "module:class" of the Task that a run from such a cache has
     noun: ClassVar[str]
     contents: ClassVar[str]
     remedy: ClassVar[str]
@@ -298,6 +299,7 @@ class Cache(CacheBase):
     file = HEADER
     version = FORMAT
     model = _FeatureHeader
+    task = "crosstill.train.task:PairTask"
     noun = "a feature cache"
     contents = "a teacher's features"
     remedy = "a cache with `crosstill cache` and a dual encoder"

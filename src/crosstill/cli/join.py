@@ -24,7 +24,7 @@ def command(
 ) -> None:
     """Join CACHES into one, whose cosines are the weighted means of the teachers' cosines.
 
-    It is trained from as any other; `--set targets=each` teaches each teacher's rows apart.
+    It is trained from as any other.
     """
     for folder in caches:
         common.check_cache(folder)

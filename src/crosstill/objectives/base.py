@@ -1,12 +1,11 @@
 """The base class of all losses: student features, teacher features and ids in, one scalar out.
 
-A loss declares in four attributes what it has to be given. A run checks them before it starts, and
+A loss declares in three attributes what it has to be given. A run checks them before it starts, and
 refuses by name a loss that its cache, its teacher or its student cannot serve:
 
     needs    which sides of the teacher's features the loss uses
     reads    the input that `forward` is called with
     lists    the candidate lists that `rank` is called with; None for a loss without `rank`
-    share    the factor of the loss's weight in the total
 
 A class may set them, and so may its constructor where they depend on an option. `declare_like`
 copies them all, so that a loss around another one forgets none.
@@ -62,12 +61,10 @@ class Objective(nn.Module):
     needs: frozenset[str] = frozenset({"image", "text"})
     reads: Input = Input()
     lists: ListInput | None = None
-    share: float = 1.0
 
     def declare_like(self, other: Objective) -> None:
         """Copy every declaration of another loss."""
-        self.needs, self.reads = other.needs, other.reads
-        self.lists, self.share = other.lists, other.share
+        self.needs, self.reads, self.lists = other.needs, other.reads, other.lists
 
     def adapt(self, student: Hidden, teacher: Hidden) -> None:
         """Make the parameters that depend on the layers' widths, from one photo's layers."""

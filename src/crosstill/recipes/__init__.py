@@ -18,9 +18,10 @@ from crosstill import students
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, unknown
 from crosstill.students.config import FusionConfig, StudentConfig
-from crosstill.train import Learner, Run, TrainConfig, train, work
+from crosstill.train import Learner, Run, TrainConfig, train
 from crosstill.train import folder as runs
 from crosstill.train.distributed import leads
+from crosstill.train.task import open_task
 
 __all__ = ["RECIPES", "choose", "config", "distill", "resumed"]
 
@@ -281,5 +282,5 @@ def distill(
     if resume:
         raise ConfigError(f"resume: a run keeps its student; give None in place of {student}")
     # the other processes of torchrun read the student that the first one saves
-    built = work.make(described, source, settings) if leads() else None
+    built = open_task(source, settings).make_student(described) if leads() else None
     return train(built, source, settings, path, command=command)

@@ -21,12 +21,13 @@ from crosstill.cache import Cache, CacheBase, ScoreCache, Split
 from crosstill.errors import CrosstillError, InputError, MismatchError
 from crosstill.evaluate import CachedSplit, Evaluation, cost, teacher_recall
 from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
+from crosstill.fusion import validation
 from crosstill.fusion.matcher import Matcher
 from crosstill.models import open as open_model
 from crosstill.report import curves
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
-from crosstill.train import Run, matched
+from crosstill.train import Run
 from crosstill.train import folder as runs
 from crosstill.train.config import parse
 from crosstill.types import Features
@@ -111,7 +112,7 @@ def read(folder: Path, latency: bool) -> RunResults:
     return results
 
 
-def _licences(best: runs.Learner) -> dict[str, str | None]:
+def _licences(best: Any) -> dict[str, str | None]:
     if isinstance(best, Matcher):
         return {"student": best.licence}
     return {f"student's {side} tower": licence for side, licence in best.licences.items()}
@@ -131,7 +132,7 @@ def _match(results: RunResults, best: Matcher) -> None:
     """Add rows of fusion models, among the candidates that the score cache lists."""
     assert isinstance(results.cache, ScoreCache)
     folder = results.run.folder
-    listed = matched.Listed(results.cache, results.split)
+    listed = validation.Listed(results.cache, results.split)
     recall = listed.teacher_recall()
     if recall is not None:
         _teacher_row(results, recall)
@@ -152,13 +153,13 @@ def _match(results: RunResults, best: Matcher) -> None:
     ]
 
 
-def _measure_pairs(results: RunResults, model: runs.Learner) -> Evaluation:
+def _measure_pairs(results: RunResults, model: Any) -> Evaluation:
     """Measure a fusion model's recall among the listed candidates."""
     assert isinstance(model, Matcher) and isinstance(results.cache, ScoreCache)
-    validation = matched.of_run(
+    split = validation.validation_split(
         model, results.cache, results.split, parse(results.record["settings"])
     )
-    return Evaluation(model.name, validation.recall(model), model.parameter_count())
+    return Evaluation(model.name, split.recall(model), model.parameter_count())
 
 
 def _teacher(results: RunResults) -> None:

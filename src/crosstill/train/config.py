@@ -41,9 +41,9 @@ class TrainConfig(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0 to lr
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
 
-    targets: Literal["joined", "each"] = "joined"  # of a joined cache, see crosstill.train.targets
+    targets: Literal["joined"] = "joined"  # no choice any more; older runs and grids name it
     normalise: bool = True  # False: losses see the student's rows before their L2 normalisation
-    init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.warm
+    init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.ridge_heads
     freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once
     towers: Literal["frozen", "train"] = "frozen"  # of a fusion student
     negatives: Literal["hardest", "random", "batch"] = "hardest"  # of a score cache's candidates

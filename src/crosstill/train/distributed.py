@@ -58,6 +58,11 @@ class Group:
             distributed.barrier()
 
 
+def alone() -> Group:
+    """Return the group of a process that has no peers, on the GPU if there is one."""
+    return Group(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def leads() -> bool:
     """Whether this process is alone or the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"

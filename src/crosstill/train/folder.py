@@ -13,27 +13,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 import transformers
+from torch import nn
 
 import crosstill.students as students
-from crosstill import artefacts, files, teachers
+from crosstill import artefacts, files, models
 from crosstill import cache as caches
 from crosstill.cache import CacheBase, is_cache
 from crosstill.cache.format import QUARANTINE
-from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError, ModelError
+from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError
 from crosstill.evaluate import runs
 from crosstill.evaluate.runs import CONFIG, FORMAT
-from crosstill.fusion.matcher import Matcher
 from crosstill.students.student import RECORD, Student
 from crosstill.train.config import TrainConfig, parse
-
-Learner = Student | Matcher
 
 STARTING = ".starting"  # there while a run is being laid out
 # what a run writes to; a link there would lead out of its folder
@@ -53,6 +51,32 @@ class _Metrics(artefacts.Record):
     teacher: dict[str, Any] | None
 
 
+class Learner(Protocol):
+    """A model that a run trains: a `torch.nn.Module` that can be saved into a folder."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    def to(self, device: torch.device, /) -> Self: ...
+
+    def train(self, mode: bool = True) -> Self: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def parameters_by_part(self) -> dict[str, int]: ...
+
+    def count_truncated(self, texts: Sequence[str]) -> int: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that has ended, or any run folder opened to look at."""
@@ -69,16 +93,13 @@ class Run:
         return students.load(self.folder / "best")
 
     @property
-    def matcher(self) -> Matcher:
+    def matcher(self) -> Any:
         """As `best`, of a run that trained a fusion model.
 
         Raises:
             ModelError: it trained a dual encoder.
         """
-        found = learner(self.folder / "best")
-        if isinstance(found, Student):
-            raise ModelError(f"{self.folder}: trained a dual encoder, not a fusion model")
-        return found
+        return models.open(self.folder / "best", "matcher")
 
     @property
     def untrained(self) -> Student:
@@ -104,14 +125,15 @@ class Run:
         return artefacts.checked(path, _Metrics, files.read_json(path)).model_dump()
 
 
-def learner(folder: Path) -> Learner:
-    """The dual encoder or fusion model that a run put into a folder."""
+def learner(folder: Path) -> Any:
+    """Open the dual encoder or fusion model that a run saved into a folder.
+
+    Raises:
+        ModelError: it holds neither.
+    """
     if (folder / RECORD).is_file():
         return students.load(folder)
-    found = teachers.load(folder)
-    if not isinstance(found, Matcher):
-        raise ModelError(f"{folder}: no student of a run")
-    return found
+    return models.open(folder, "matcher")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The training loop: batch, student, teacher rows, losses, weights, step."""
+"""The training loop: batch, losses, weights, step, validate, keep the best."""
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,17 @@ import torch
 from torch import nn
 
 from crosstill import artefacts, files, progress
-from crosstill.balance import Balancer
-from crosstill.cache import Cache, CacheBase
+from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
-from crosstill.fusion.matcher import Matcher
-from crosstill.students.student import Student
 from crosstill.teachers.base import truncation_note
-from crosstill.train import checkpoint, checks, distributed, folder, optim, targets, warm, work
+from crosstill.train import checkpoint, distributed, folder, optim
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Learner, Run
-from crosstill.train.interrupt import Stop, stop_signals
+from crosstill.train.interrupt import stop_signals
 from crosstill.train.step import Outcome
+from crosstill.train.task import Task, open_task
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +37,17 @@ def train(
     resume: bool = False,
     command: str = "",
 ) -> Run:
-    """Train a student to say what the cache's teacher said.
+    """Train a student to agree with a cache's teacher.
 
     Args:
         student: the student to train, which has the last weights afterwards; None when resuming,
             since the run keeps its own.
-        cache: what the teacher said.
+        cache: the teacher's outputs.
         config: all settings.
         out: the run's folder.
         resume: go on with the run in `out`; the result is bit for bit that of a run which was
             never interrupted, on the same hardware with the same number of processes.
-        command: what the user typed, kept with the run.
+        command: the command line of the user, kept with the run.
 
     Raises:
         ConfigError: a setting that cannot work, a folder that holds another run.
@@ -62,9 +61,9 @@ def train(
     else:
         folder.check_new(path)
     with files.writing(path), distributed.group() as group, ExitStack() as stack:
-        losses, rule = checks.prepare(config, cache, group)
-        if student:  # before the folder is touched, because it may refuse
-            work.fit(student, cache, losses, config)
+        task = open_task(cache, config, group)
+        if student is not None:  # before the folder is touched, because it may refuse
+            task.fit(student)
         if group.leads:
             files.writable_folder(path)
             stack.enter_context(files.locked(path))
@@ -74,13 +73,62 @@ def train(
         # checkpoint starts from this folder, where tensors lie otherwise in memory, and the last
         # bits of a product depend on that
         learner = folder.learner(path / "student")
-        beside = work.fit(learner, cache, losses, config)
-        session = Session(path, learner, (losses, rule, beside), cache, config, group)
+        if student is None:
+            task.fit(learner)
+        session = Session(path, learner, task, cache, config, group)
         stack.callback(session.close)
-        session.run()
+        learn(session)
         if student is not None:
             student.load_state_dict(learner.state_dict())
     return Run(path)
+
+
+def learn(session: Session) -> None:
+    """Take every step that is left of a run, and keep the best student.
+
+    Raises:
+        NonFiniteError: a loss became NaN or infinite; a checkpoint to replay it was saved.
+        StoppedError: the user asked to stop; the state is saved.
+    """
+    config, task, optimizer = session.config, session.task, session.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    session.student.train()
+    with stop_signals() as stop, session.bar() as bar:
+        for epoch in range(session.position["epoch"], config.epochs):
+            clock = Clock()
+            for step, batch, waited in task.batches(epoch, session.position["step"]):
+                optimizer.zero_grad(set_to_none=True)
+                with session.replayable(batch):
+                    outcome = task.backward(batch)  # losses, weights, gradient of their sum
+                if config.clip_norm:
+                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                for options in optimizer.param_groups:
+                    options["lr"] = session.lr()
+                optimizer.step()
+                task.after(batch)  # queues and maps
+
+                session.position = {
+                    "epoch": epoch,
+                    "step": step + 1,
+                    "total": session.position["total"] + 1,
+                }
+                waiting = clock.share(waited)
+                if bar is not None:
+                    bar.advance(1, f"epoch {epoch + 1}/{config.epochs}, {waiting:.0%} waiting")
+                session.log(outcome)
+                if step + 1 < task.steps_per_epoch:  # an epoch's end saves after its validation
+                    if stop.asked or (step + 1) % config.save_every == 0:
+                        session.save()
+                    stop.obey()
+            task.balance.end_epoch()
+            session.position = {**session.position, "epoch": epoch + 1, "step": 0}
+            if session.group.leads:
+                seconds = clock.seconds
+                session.keep_best(task.validate(), seconds, clock.waiting)
+            session.save()
+            session.group.wait()
+            stop.obey()
+    session.finish()
 
 
 def _prepare(
@@ -91,7 +139,7 @@ def _prepare(
     resume: bool,
     command: str,
 ) -> None:
-    """Lay out or reopen the run's folder; say what of the cache cannot be learnt."""
+    """Lay out or reopen the run's folder; warn of what cannot be learnt from the cache."""
     folder.check_links(path)
     if resume:
         folder.reopen(path)
@@ -108,100 +156,100 @@ def _prepare(
         log.warning(note)
 
 
+class Clock:
+    """Measures an epoch, and the share of it that was spent waiting for batches."""
+
+    def __init__(self) -> None:
+        self._began, self._waited, self.waiting = time.perf_counter(), 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def share(self, waited: float) -> float:
+        """Add seconds of waiting, and return their share so far."""
+        self._waited += waited
+        self.waiting = self._waited / self.seconds
+        return self.waiting
+
+
 class Session:
-    """A run in progress: `parts` are losses, balancer, and what runs beside the student."""
+    """The state of a run in progress, and its folder.
+
+    Attributes:
+        position: epochs that are over, steps of the present one, and steps of the whole run.
+        best: the best epoch and its recall.
+    """
 
     def __init__(
         self,
         path: Path,
         student: Learner,
-        parts: tuple[nn.ModuleDict, Balancer, Any],
+        task: Task,
         cache: CacheBase,
         config: TrainConfig,
         group: Group,
     ) -> None:
-        losses, rule, beside = parts
         checkpoint.seed_rng(config.seed)
         self.path, self.config, self.group, self.cache = path, config, group, cache
-        self.student = student.to(group.device)
-        work.freeze(student, config)
-        self.losses, self.balance = losses.to(group.device), rule.to(group.device)
-        self.optimizer = optim.build((student, self.losses), self.balance, config)
-        self.stream, self.val = work.data(student, cache, self.losses, config, group)
+        self.task, self.student = task, student.to(group.device)
+        task.losses.to(group.device)
+        task.balance.to(group.device)
+        task.start(self.student)
+        self.optimizer = optim.build((student, task.losses), task.balance, config)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
-        self._origin = _origin(path, beside)
+        self._origin = _origin(path, task)
         self._load()
-        learning = (student, self.losses, self.balance, self.optimizer, config, group)
-        self.step = work.step(cache, beside, *learning)
         self.events = folder.Events(path, self.position["total"]) if group.leads else None
 
-    def run(self) -> None:
-        """Train to the last epoch, saving on the way and when asked to stop."""
-        total = self.config.epochs * self.stream.sampler.steps_per_epoch
-        if self.group.leads:
-            parts = self.student.parameters_by_part().items()
-            log.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in parts))
-        self.student.train()
-        with stop_signals() as stop, self._bar(total) as bar:
-            for epoch in range(self.position["epoch"], self.config.epochs):
-                self._epoch(epoch, bar, stop)
-        if self.group.leads:
-            self._summarise()
-        self.group.wait()
+    def bar(self) -> AbstractContextManager[progress.Bar | None]:
+        """Show the run's progress, and how large the student is."""
+        if not self.group.leads:
+            return nullcontext()
+        parts = self.student.parameters_by_part().items()
+        log.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in parts))
+        total = self.config.epochs * self.task.steps_per_epoch
+        return progress.bar("training", total, self.position["total"])
 
-    def close(self) -> None:
-        """Let go of the run's files."""
-        if self.events is not None:
-            self.events.close()
+    def lr(self, before: int = 0) -> float:
+        """Return the learning rate of the next step, or of one of those before it."""
+        step = self.position["total"] - before
+        return optim.lr_at(step, self.task.steps_per_epoch, self.config)
 
-    def _epoch(self, epoch: int, bar: progress.Bar | None, stop: Stop) -> None:
-        per_epoch = self.stream.sampler.steps_per_epoch
-        began, waited, seen = time.perf_counter(), 0.0, 0.0
-        for step, batch, wait in self.stream.ahead(epoch, self.position["step"]):
-            outcome = self._guarded_step(batch, per_epoch)
-            waited += wait
-            self.position = {"epoch": epoch, "step": step + 1, "total": self.position["total"] + 1}
-            seen = waited / (time.perf_counter() - began)
-            if bar is not None:
-                bar.advance(1, f"epoch {epoch + 1}/{self.config.epochs}, {seen:.0%} waiting")
-            self._log(outcome)
-            self._save_or_stop(step + 1 < per_epoch, stop)
-        self._end_epoch(epoch, time.perf_counter() - began, seen)
-        stop.obey()
+    @contextmanager
+    def replayable(self, batch: Any) -> Iterator[None]:
+        """Save the state before a step whose losses are not finite, and name its batch.
 
-    def _guarded_step(self, batch: Any, per_epoch: int) -> Outcome:
-        """One step; if a loss is not finite, save the state before it and say where."""
-        before = (checkpoint.rng_state(), _copied(self.balance))
+        Raises:
+            NonFiniteError: as it was raised, with the place of the saved state.
+        """
+        balance = self.task.balance
+        state = {name: value.clone() for name, value in balance.state_dict().items()}
+        random = checkpoint.rng_state()
         try:
-            return self.step(batch, optim.lr_at(self.position["total"], per_epoch, self.config))
+            yield
         except NonFiniteError as error:
-            self.balance.load_state_dict(before[1])
-            checkpoint.restore_rng(before[0])
+            balance.load_state_dict(state)
+            checkpoint.restore_rng(random)
             raise NonFiniteError(self._report(error, batch)) from None
 
     def _report(self, error: NonFiniteError, batch: Any) -> str:
-        number = self.position["total"]
-        rows = self.cache.split(self.config.train_split).images[batch.picked.images]
-        captions = self.cache.split(self.config.train_split).captions[batch.picked.captions]
+        number, path = self.position["total"], self.path / "nonfinite.json"
+        self.save()
         if self.group.leads:
-            self._save()
-            record = {
-                "error": str(error),
-                "step": number,
-                "image_ids": [self.cache.image_ids[row] for row in rows],
-                "captions": [self.cache.texts[row] for row in captions],
-            }
-            files.write_json(self.path / "nonfinite.json", record)
+            images, captions = self.task.rows_of(batch)
+            record = {"error": str(error), "step": number, "image_ids": images}
+            files.write_json(path, {**record, "captions": captions})
         return (
-            f"{error} at step {number}; the batch is in {self.path / 'nonfinite.json'} and the "
-            f"state before it in {self.path / 'checkpoints'}: --resume replays that step"
+            f"{error} at step {number}; the batch is in {path} and the state before it in "
+            f"{self.path / 'checkpoints'}: --resume replays that step"
         )
 
-    def _log(self, outcome: Outcome) -> None:
+    def log(self, outcome: Outcome) -> None:
+        """Write a line of events.jsonl, where one is due."""
         if self.events is None or self.position["total"] % self.config.log_every:
             return
-        per_epoch = self.stream.sampler.steps_per_epoch
         self.events.write(
             self.position["total"],
             "step",
@@ -209,40 +257,23 @@ class Session:
             losses={name: value.item() for name, value in outcome.losses.items()},
             weights={name: value.item() for name, value in outcome.weights.items()},
             total=outcome.total.item(),
-            lr=optim.lr_at(self.position["total"] - 1, per_epoch, self.config),
+            lr=self.lr(before=1),
         )
 
-    def _save_or_stop(self, within: bool, stop: Stop) -> None:
-        due = self.position["step"] % self.config.save_every == 0
-        # the end of an epoch saves by itself, after its validation
-        if within and (due or stop.asked) and self.group.leads:
-            self._save()
-        if within:
-            stop.obey()
-
-    def _end_epoch(self, epoch: int, seconds: float, waiting: float) -> None:
-        self.balance.end_epoch()
-        self.position = {"epoch": epoch + 1, "step": 0, "total": self.position["total"]}
-        if self.group.leads:
-            found = self.val.recall(self.student)
-            better = found.rsum > self.best["rsum"]
-            if better:
-                self.best = {"epoch": epoch + 1, "rsum": found.rsum, "val": found.to_json()}
-                folder.save_best(self.path, self.student, self.best)
-            self._tell(epoch, found, better, seconds, waiting)
-            self._save()
-        self.group.wait()
-
-    def _tell(
-        self, epoch: int, found: Retrieval, better: bool, seconds: float, waiting: float
-    ) -> None:
+    def keep_best(self, recall: Retrieval, seconds: float, waiting: float) -> None:
+        """Save the student if it is the best so far, and report the epoch."""
         assert self.events is not None
-        self.events.write(self.position["total"], "epoch", epoch=epoch + 1, val=found.to_json())
+        epoch = self.position["epoch"]
+        better = recall.rsum > self.best["rsum"]
+        if better:
+            self.best = {"epoch": epoch, "rsum": recall.rsum, "val": recall.to_json()}
+            folder.save_best(self.path, self.student, self.best)
+        self.events.write(self.position["total"], "epoch", epoch=epoch, val=recall.to_json())
         log.info(
             "epoch %d/%d  val RSUM %.2f%s  %.0f s, %.0f%% waiting for data",
-            epoch + 1,
+            epoch,
             self.config.epochs,
-            found.rsum,
+            recall.rsum,
             " (best)" if better else "",
             seconds,
             100 * waiting,
@@ -250,25 +281,31 @@ class Session:
         if waiting > 0.3:
             log.warning("the student waits for data; a faster disk would help more than a GPU")
 
-    def _summarise(self) -> None:
-        teacher = self.val.teacher_recall()
-        summary = {
-            "best": self.best,
-            "teacher": teacher.to_json() if teacher else None,
-            "parameters": self.student.parameters_by_part(),
-            "steps": self.position["total"],
-        }
-        files.write_json(self.path / "metrics.json", summary)
+    def finish(self) -> None:
+        """Write the summary of a run that is over."""
+        if self.group.leads:
+            teacher = self.task.teacher()
+            summary = {
+                "best": self.best,
+                "teacher": teacher.to_json() if teacher else None,
+                "parameters": self.student.parameters_by_part(),
+                "steps": self.position["total"],
+            }
+            files.write_json(self.path / "metrics.json", summary)
+        self.group.wait()
 
-    # --- state ---
+    def close(self) -> None:
+        """Close the run's files."""
+        if self.events is not None:
+            self.events.close()
 
     def state(self) -> checkpoint.State:
-        """All that decides the rest of the run."""
+        """Collect all that decides the rest of the run."""
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses.state_dict(),
-            "balance": self.balance.state_dict(),
+            "losses": self.task.losses.state_dict(),
+            "balance": self.task.balance.state_dict(),
             "names": self._names(),
             "position": self.position,
             "best": self.best,
@@ -276,7 +313,7 @@ class Session:
         }
 
     def restore(self, state: checkpoint.State) -> None:
-        """Become what `state` was taken from.
+        """Set student, losses, balancer, optimizer and random state to a saved `state`.
 
         Raises:
             MismatchError: its rows are of other losses or parameters, or in another order.
@@ -304,23 +341,27 @@ class Session:
                 *ours["processes"],
             )
         self.student.load_state_dict(state["student"])
-        self.losses.load_state_dict(state["losses"])
-        self.balance.load_state_dict(state["balance"])
+        self.task.losses.load_state_dict(state["losses"])
+        self.task.balance.load_state_dict(state["balance"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position, self.best = dict(state["position"]), dict(state["best"])
         checkpoint.restore_rng(state)
 
     def _names(self) -> dict[str, Any]:
-        """What a checkpoint's rows belong to, the run it is of, and what its last bits hang on."""
-        parameters = optim.names(student=self.student, losses=self.losses, balance=self.balance)
+        """Name the rows of a checkpoint, its run, and what its last bits depend on."""
+        task = self.task
+        parameters = optim.names(student=self.student, losses=task.losses, balance=task.balance)
         return {
-            "losses": list(self.balance.tasks),
+            "losses": list(self.task.balance.tasks),
             "parameters": parameters,
             "run": self._origin,
             "processes": [self.group.world, torch.get_num_threads()],
         }
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save a checkpoint, in the process that leads; the others have the same state."""
+        if not self.group.leads:
+            return
         saved = self.path / "checkpoints"
         checkpoint.save(saved, self.position["total"], self.state(), self.config.keep)
 
@@ -332,23 +373,13 @@ class Session:
             self.group.wait()  # until all have read it
             if self.group.leads:
                 checkpoint.tidy(self.path / "checkpoints", self.position["total"], self.config.keep)
-        elif self.config.init_heads == "ridge":
-            assert isinstance(self.cache, Cache) and isinstance(self.student, Student)
-            several = targets.of(self.losses)
-            warm.ridge_heads(self.student, self.cache, self.stream.split, several)
-
-    def _bar(self, total: int) -> Any:
-        done = self.position["total"]
-        return progress.bar("training", total, done) if self.group.leads else nullcontext()
+        else:
+            self.task.initialise()
 
 
-def _origin(path: Path, beside: Any) -> str:
+def _origin(path: Path, task: Task) -> str:
     """Digest what decides a run: settings, losses' order, cache, and the live teacher's weights."""
     record = files.read_json(path / "config.json")
-    teacher = beside.identity() if isinstance(beside, Matcher) else None
+    teacher = task.teacher_identity
     kept = [record["settings"], record.get("losses"), record["cache"]["digest"], teacher]
     return files.digest_json(kept)
-
-
-def _copied(module: nn.Module) -> dict[str, Any]:
-    return {name: value.clone() for name, value in module.state_dict().items()}

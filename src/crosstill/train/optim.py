@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from torch import nn
 from torch.optim import AdamW
@@ -11,7 +12,13 @@ from torch.optim import AdamW
 from crosstill.train.config import TrainConfig
 
 
-def build(modules: Iterable[nn.Module], balance: nn.Module, config: TrainConfig) -> AdamW:
+class Parametrised(Protocol):
+    """Anything with named parameters, such as a module."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def build(modules: Iterable[Parametrised], balance: nn.Module, config: TrainConfig) -> AdamW:
     """AdamW over everything that learns, in a fixed order.
 
     Args:
@@ -27,12 +34,12 @@ def build(modules: Iterable[nn.Module], balance: nn.Module, config: TrainConfig)
     return AdamW([group for group in groups if group["params"]], lr=config.lr)
 
 
-def names(**modules: nn.Module) -> list[str]:
+def names(**modules: Parametrised) -> list[str]:
     """Name every parameter that learns, in the order in which `build` takes them."""
     return [f"{key}.{name}" for key, module in modules.items() for name, _ in _learning(module)]
 
 
-def _learning(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _learning(module: Parametrised) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 

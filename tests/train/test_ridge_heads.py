@@ -1,7 +1,7 @@
 import torch
 
 from crosstill.train import train
-from crosstill.train.warm import _fit, _put, solve
+from crosstill.train.ridge_heads import _fit, _put, solve
 
 
 def test_ridge_finds_a_linear_map_and_shrinks_with_the_penalty():

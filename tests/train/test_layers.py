@@ -19,7 +19,7 @@ from crosstill import cache, objectives, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.towers import vocabulary
 from crosstill.train import train
-from crosstill.train.inside import Taps, as_map, blank
+from crosstill.train.layers import LayerTap, as_map, blank
 from support import same, small_student
 
 
@@ -186,7 +186,7 @@ def test_tokens_become_maps():
 def test_taps_keep_rows_in_order_and_only_while_listening():
     blocks = torch.nn.Module()
     blocks.layers = torch.nn.ModuleList([torch.nn.Conv2d(1, 2, 1), torch.nn.Conv2d(2, 2, 1)])
-    taps = Taps(blocks, ["first", "1"])
+    taps = LayerTap(blocks, ["first", "1"])
     photos = torch.randn(4, 1, 3, 3)
     blocks.layers[0](photos)
     taps.listen()

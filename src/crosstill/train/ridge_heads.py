@@ -10,7 +10,7 @@ pooled states X to the teacher's features Y, with the penalty in units of X's me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from crosstill import files
 from crosstill.cache import Cache, Split, memo, pixels
 from crosstill.evaluate import pool_images, pool_texts
-from crosstill.objectives.wrappers import TeacherMap
-from crosstill.students import matryoshka
 from crosstill.students.student import Student
 
 PENALTY = 1e-3
@@ -28,32 +26,10 @@ MOST = 20_000  # rows a side: far more than a head has columns
 
 
 @torch.no_grad()
-def ridge_heads(
-    student: Student, cache: Cache, split: Split, maps: Sequence[TeacherMap] = ()
-) -> None:
-    """Set both heads of a student from the plain views of a split.
-
-    With a map to each teacher of a joined cache, the student begins at the first principal
-    coordinates of the joined rows, and each map at their part of its teacher's.
-    """
-    image = _kept(student, cache, split, "image", _of_images)
-    text = _kept(student, cache, split, "text", _of_texts)
-    if maps:
-        basis = principal(cache, split, student.dim)
-        image, text = image @ basis, text @ basis
-        for teacher_map in maps:
-            teacher_map.align(basis)
-    _put(student.image_head, image)
-    _put(student.text_head, text)
-
-
-def principal(cache: Cache, split: Split, width: int) -> Tensor:
-    """The first principal axes of a cache's rows, as columns (D, width); those beyond D are 0."""
-    sides = [cache.image_features(split.images[:MOST])]
-    if "text" in cache.modalities:
-        sides.append(cache.text_features(_spread(split)))
-    found = matryoshka.axes(sides)[:, :width]
-    return nn.functional.pad(found, (0, width - found.shape[1])).double()
+def ridge_heads(student: Student, cache: Cache, split: Split) -> None:
+    """Set both heads of a student from the plain views of a split."""
+    _put(student.image_head, _kept(student, cache, split, "image", _of_images))
+    _put(student.text_head, _kept(student, cache, split, "text", _of_texts))
 
 
 Side = Callable[[Student, Cache, Split], tuple[Tensor, Tensor]]

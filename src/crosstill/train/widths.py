@@ -12,30 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from crosstill import objectives
-from crosstill.cache import Cache, CacheBase
-from crosstill.errors import MismatchError
+from crosstill.cache import Cache
 from crosstill.objectives.wrappers import PerWidth
 from crosstill.students import matryoshka
 from crosstill.students.student import Student
 from crosstill.train.config import TrainConfig
 
 
-def fit(student: Student, losses: nn.ModuleDict, cache: CacheBase, config: TrainConfig) -> None:
+def fit(student: Student, losses: nn.ModuleDict, cache: Cache, config: TrainConfig) -> None:
     """Set a new student's axes, and wrap its losses of embeddings for each of its widths.
 
     Losses that read layers stay as they are: layers have no widths. Nothing happens to a student
-    of one width, nor the second time.
-
-    Raises:
-        MismatchError: there are no teacher rows of the student's own width to cut.
+    of one width.
     """
     if not student.config.widths:
         return
-    if not isinstance(cache, Cache) or config.targets == "each":
-        raise MismatchError(
-            f"widths of {student.name}: are learnt from the rows of a feature cache, all teachers "
-            "joined; leave widths out"
-        )
     if cache.dim not in (None, student.dim):
         return  # the check of the widths refuses it next
     if cache.modalities and torch.equal(student.axes.cpu(), torch.eye(student.dim)):
@@ -43,7 +34,7 @@ def fit(student: Student, losses: nn.ModuleDict, cache: CacheBase, config: Train
     keys = cache.keys[cache.split(config.train_split).images]
     for name, options in config.losses.items():
         loss: Any = losses[name]
-        if isinstance(loss, PerWidth) or loss.reads.kind == "hidden":
+        if loss.reads.kind == "hidden":
             continue
         parts = {
             width: objectives.build(name, dim=width, seed=config.seed, keys=keys, **options)

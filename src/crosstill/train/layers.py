@@ -1,7 +1,7 @@
-"""Looking inside: the layers of student and teacher, and photos with patches blanked out.
+"""Intermediate layers of student and teacher, and photos with patches blanked out.
 
-Most losses read embeddings, which a cache holds. A few read intermediate layers, which only a
-teacher that runs beside the student can show, or a student's view of damaged photos.
+Most losses read embeddings, which a cache holds. A few read intermediate layers, for which a
+teacher has to run beside the student, or the student's embeddings of damaged photos.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from crosstill.types import Hidden
 WORDS = ("first", "middle", "last")
 
 
-class Taps:
-    """Outputs of some blocks of an image tower, as (B, C, H, W) maps, while it listens.
+class LayerTap:
+    """Record outputs of some blocks of an image tower, as (B, C, H, W) maps, while it listens.
 
     Args:
         tower: its blocks are its longest list of modules.
@@ -42,37 +42,46 @@ class Taps:
         blocks = max(
             (m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len, default=()
         )
-        self._seen: dict[str, list[Tensor]] = {}
+        self._parts: dict[str, list[Tensor]] = {}
         self._listening = False
         for layer in sorted(set(layers)):
-            self._seen[layer] = []
+            self._parts[layer] = []
             block = blocks[_number(layer, len(blocks), type(tower).__name__)]
             block.register_forward_hook(self._keeper(layer))
 
     def listen(self) -> None:
-        """Keep what the passes from now on give."""
+        """Start to record."""
         self._listening = True
-        for parts in self._seen.values():
+        for parts in self._parts.values():
             parts.clear()
 
     def take(self) -> Hidden:
-        """What the passes since `listen` gave, in the order of their rows; it listens no more."""
+        """Return the outputs since `listen`, in the order of their rows, and stop recording."""
         self._listening = False
-        found = {layer: torch.cat(parts) for layer, parts in self._seen.items()}
-        for parts in self._seen.values():
+        layers = {layer: torch.cat(parts) for layer, parts in self._parts.items()}
+        for parts in self._parts.values():
             parts.clear()
-        return Hidden(found)
+        return Hidden(layers)
 
     def _keeper(self, layer: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._listening:
-                self._seen[layer].append(as_map(output[0] if isinstance(output, tuple) else output))
+                self._parts[layer].append(
+                    as_map(output[0] if isinstance(output, tuple) else output)
+                )
 
         return keep
 
 
-class Inside:
-    """A student's and a live teacher's layers on the same photos.
+class PairedLayers:
+    """A student's and a live teacher's layers for the same photos.
+
+    Args:
+        student: the student.
+        source: the live teacher.
+        cache: the cache that the teacher filled.
+        split: of the photos.
+        layers: which blocks, see `LayerTap`.
 
     Raises:
         MismatchError: the live teacher is not the one that filled the cache.
@@ -83,47 +92,63 @@ class Inside:
         self, student: Student, source: str, cache: Cache, split: Split, layers: Iterable[str]
     ) -> None:
         self._teacher: Teacher = _open(source, cache)
-        self._theirs = Taps(_image_tower(self._teacher), layers)
-        self._ours = Taps(student.image_tower, layers)
+        self._layers = sorted(set(layers))
+        self._of_teacher = LayerTap(_image_tower(self._teacher), self._layers)
         self._photos = pixels(cache, split, self._teacher.preprocess)
+        self.follow(student)
+
+    def follow(self, student: Student) -> None:
+        """Record the layers of this student from now on."""
         self._student = student
+        self._of_student = LayerTap(student.image_tower, self._layers)
 
     def probe(self) -> tuple[Hidden, Hidden]:
-        """Both models' layers for one grey photo: what a loss learns the widths from."""
+        """Return both models' layers for one grey photo, from which losses learn the widths."""
         grey = torch.full((1, 3, *self._student.preprocess.size), 128, dtype=torch.uint8)
         self.listen()
         self._student.embed_images(grey)
         self._teacher.embed_images(self._photos.take(np.zeros(1, dtype=int)))
-        return self._ours.take(), self._theirs.take()
+        return self._of_student.take(), self._of_teacher.take()
 
     def listen(self) -> None:
-        """Keep what student and teacher do from now on."""
-        self._ours.listen()
-        self._theirs.listen()
+        """Start to record both models' layers."""
+        self._of_student.listen()
+        self._of_teacher.listen()
 
     def take(self, picked: Picked, views: int) -> tuple[Hidden, Hidden]:
-        """Layers of the step's distinct photos, in one order; the student has just seen them."""
-        ours = self._ours.take()
-        seen = torch.from_numpy(picked.images * views + picked.views).unique().numpy()
-        self._teacher.embed_images(self._photos.take(seen // views, seen % views))
-        return ours, self._theirs.take()
+        """Return the layers of a step's distinct photos, in one order.
+
+        The student has just encoded them; the teacher does so now.
+        """
+        student_layers = self._of_student.take()
+        distinct = torch.from_numpy(picked.images * views + picked.views).unique().numpy()
+        self._teacher.embed_images(self._photos.take(distinct // views, distinct % views))
+        return student_layers, self._of_teacher.take()
 
 
-def look(
+def pair(
     student: Student, losses: nn.ModuleDict, config: TrainConfig, cache: Cache
-) -> Inside | None:
-    """Open the live teacher if a loss reads layers, and let those losses learn the widths."""
+) -> PairedLayers | None:
+    """Open the live teacher if a loss reads layers, and adapt those losses to the layers' widths.
+
+    Raises:
+        ConfigError: photos to be blanked for a tower without patches, or a layer that is missing.
+        ModelError, MismatchError: no such teacher, or another than filled the cache.
+    """
+    masked = ", ".join(reading(losses, "masked"))
+    if masked and patch_size(student) is None:
+        tower = type(student.image_tower).__name__
+        raise ConfigError(f"{masked}: blanks patches, and {tower} has none; use a ViT")
     readers = reading(losses, "hidden")
-    _check_masked(student, losses)
     if not readers:
         return None
-    assert config.teacher is not None
+    assert config.teacher is not None  # `check` has refused that
     layers = {layer for loss in readers.values() for layer in loss.reads.layers}
-    inside = Inside(student, config.teacher, cache, cache.split(config.train_split), layers)
-    student_layers, teacher_layers = inside.probe()
+    paired = PairedLayers(student, config.teacher, cache, cache.split(config.train_split), layers)
+    probed = paired.probe()
     for loss in readers.values():
-        loss.adapt(student_layers, teacher_layers)
-    return inside
+        loss.adapt(*probed)
+    return paired
 
 
 def check(config: TrainConfig, losses: nn.ModuleDict, cache: Cache, world: int) -> None:
@@ -151,10 +176,10 @@ def check(config: TrainConfig, losses: nn.ModuleDict, cache: Cache, world: int) 
             raise ConfigError(f"{names}: needs the image tower's whole pass; not with {what}")
 
 
-def reading(losses: nn.ModuleDict, noun: str) -> dict[str, Objective]:
+def reading(losses: nn.ModuleDict, kind: str) -> dict[str, Objective]:
     """Return the losses that read one kind of `Input`, by name."""
-    found: dict[str, Any] = dict(losses.items())
-    return {name: loss for name, loss in found.items() if loss.reads.kind == noun}
+    named: dict[str, Any] = dict(losses.items())
+    return {name: loss for name, loss in named.items() if loss.reads.kind == kind}
 
 
 def blank(photos: Tensor, patch: int, ratio: float, mean: Iterable[float]) -> Tensor:
@@ -226,10 +251,3 @@ def _image_tower(teacher: Any) -> Any:
     """That of a student, or of a Hugging Face dual encoder; None if there is none."""
     inner = getattr(teacher, "model", None)
     return getattr(teacher, "image_tower", None) or getattr(inner, "vision_model", None)
-
-
-def _check_masked(student: Student, losses: nn.ModuleDict) -> None:
-    names = ", ".join(reading(losses, "masked"))
-    if names and patch_size(student) is None:
-        tower = type(student.image_tower).__name__
-        raise ConfigError(f"{names}: blanks patches, and {tower} has none; use a ViT")

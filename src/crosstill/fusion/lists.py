@@ -16,12 +16,12 @@ from torch import Tensor
 
 from crosstill.cache import ScoreCache, Split, pixels
 from crosstill.evaluate import frozen_images, frozen_texts
+from crosstill.fusion.states import Sides
 from crosstill.students.student import Student, Tokens
+from crosstill.train.batches import ahead
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.sampler import Picked, Sampler
-from crosstill.train.states import Sides
-from crosstill.train.stream import ahead
 
 FALSE = 63  # F, candidates of a list that a teacher beside the student scores, as DCD has it
 

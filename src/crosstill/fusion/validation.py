@@ -15,9 +15,9 @@ from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.embedding import cached_truth
 from crosstill.evaluate.recall import DEPTHS, Retrieval, chances_of_scores, from_scores
 from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.states import Sides
 from crosstill.teachers.base import evaluating
 from crosstill.train.config import TrainConfig
-from crosstill.train.states import Sides
 from crosstill.types import States
 
 BLOCK = 64  # images whose states are in memory at a time
@@ -107,8 +107,10 @@ class MatchedSplit:
         return model.score_pairs(*entered, pairs)
 
 
-def of_run(model: Matcher, cache: ScoreCache, split: Split, settings: TrainConfig) -> MatchedSplit:
-    """A split for a model that was read back from a run: frozen towers do not run again."""
+def validation_split(
+    model: Matcher, cache: ScoreCache, split: Split, settings: TrainConfig
+) -> MatchedSplit:
+    """Open a split for a model that was read back from a run: frozen towers do not run again."""
     if settings.towers == "frozen":
         model.freeze_towers()
     return MatchedSplit(cache, split, Sides(model, cache, split))

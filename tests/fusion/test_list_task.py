@@ -4,21 +4,23 @@ import json
 import numpy as np
 import pytest
 import torch
-from listed import SHAPE, meter_config, parameters, settings
 
 from crosstill import cache as caches
 from crosstill import students, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
+from crosstill.fusion import lists
+from crosstill.fusion.lists import ListStream, Ways
 from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.states import Sides
+from crosstill.fusion.task import ListTask, tower_states
+from crosstill.fusion.validation import MatchedSplit
 from crosstill.objectives.dcd import uncertainty_loss
 from crosstill.students.config import FusionConfig
-from crosstill.train import TrainConfig, checks, lists, optim, train, work
+from crosstill.train import TrainConfig, optim, train
 from crosstill.train.distributed import Group
-from crosstill.train.list_step import ListStep, see
-from crosstill.train.lists import ListStream, Ways
-from crosstill.train.matched import MatchedSplit
-from crosstill.train.states import Sides
+from crosstill.train.step import Outcome
 from crosstill.types import States
+from fusion.listed import SHAPE, meter_config, parameters, settings
 from support import same, small_student
 
 DCD = {"recipe": "dcd", "losses": {"dcd": {"hardest": 3}}}
@@ -124,20 +126,24 @@ def test_a_short_list_is_filled_up_and_marked(scored, half):
     assert (found.valid.sum(1) < 41).all()
 
 
-def step_of(model, cache, config, judge=None):
-    group = Group()
-    losses, rule = checks.prepare(config, cache, group)
-    work.freeze(model, config)
-    optimizer = optim.build((model, losses), rule, config)
-    made = work.step(cache, judge, model, losses, rule, optimizer, config, group)
-    assert isinstance(made, ListStep)
-    return made
+def task_of(model, cache, config) -> ListTask:
+    task = ListTask(cache, config, Group())
+    task.fit(model)
+    task.start(model)
+    return task
+
+
+def take_step(task, model, batch) -> Outcome:
+    optimizer = optim.build((model, task.losses), task.balance, task.config)
+    outcome = task.backward(batch)
+    optimizer.step()
+    return outcome
 
 
 def test_the_students_scores_are_those_of_its_pairs(scored, half):
     batch = stream(scored, sides(scored, half), settings(**DCD)).batch(0, 0)
-    step = step_of(half.eval(), scored, settings(**DCD))
-    said = step._rank_by_pairs(batch)
+    task = task_of(half.eval(), scored, settings(**DCD))
+    said = task.rank(batch)
     entered = half.project(batch.images, "image"), half.project(batch.texts, "text")
     for way, own, other in (("image", 0, 1), ("text", 1, 0)):
         for row in (0, 5):
@@ -155,8 +161,8 @@ def test_the_students_scores_are_those_of_its_pairs(scored, half):
 def test_the_loss_is_dcds_over_the_lists_and_only_fusion_learns(scored, half):
     config = settings(recipe="dcd", losses={"dcd": {"hardest": 3, "directions": "image"}})
     batch = stream(scored, sides(scored, half), config, names=("image",)).batch(0, 0)
-    step = step_of(half.eval(), scored, config)
-    said = step._rank_by_pairs(batch)
+    task = task_of(half.eval(), scored, config)
+    said = task.rank(batch)
     expected = uncertainty_loss(
         said.student["image"].detach(),
         said.teacher["image"],
@@ -164,7 +170,7 @@ def test_the_loss_is_dcds_over_the_lists_and_only_fusion_learns(scored, half):
         alpha=0.2,
     )
     before = copy.deepcopy(half.state_dict())
-    outcome = step(batch, 1e-3)
+    outcome = take_step(task, half, batch)
     assert float(outcome.total) == pytest.approx(float(expected), rel=1e-5)
     changed = {name for name, value in half.state_dict().items() if not same(value, before[name])}
     assert changed and all(name.startswith("fusion") for name in changed)
@@ -187,11 +193,11 @@ def test_kept_states_are_those_of_the_towers(scored, half):
 def test_towers_can_learn_too(unscored, towers):
     model = students.fuse(meter_config(towers))
     config = settings(towers="train")
-    made = step_of(model, unscored, config)
+    made = task_of(model, unscored, config)
     batch = stream(unscored, sides(unscored, model), config).batch(0, 0)
-    assert isinstance(see(model, batch)[0], States)
+    assert isinstance(tower_states(model, batch)[0], States)
     before = copy.deepcopy(model.state_dict())
-    made(batch, 1e-3)
+    take_step(made, model, batch)
     changed = {name for name, value in model.state_dict().items() if not same(value, before[name])}
     assert any(name.startswith("image_tower") for name in changed)
     assert any(name.startswith("text_tower") for name in changed)
@@ -203,8 +209,8 @@ def test_a_judge_beside_the_student_finds_the_hardest_of_what_is_drawn(unscored,
     batch = stream(unscored, sides(unscored, half), config).batch(0, 0)
     assert batch.lists["image"].partners.shape == (8, 21)
     half.eval()
-    step = step_of(half, unscored, config, judge)
-    said = step._rank_by_pairs(batch)
+    task = task_of(half, unscored, config)
+    said = task.rank(batch)
     assert said.student["image"].shape == (8, 4)
     entered = judge.project(batch.images, "image"), judge.project(batch.texts, "text")
     found = batch.lists["image"]
@@ -220,7 +226,7 @@ def test_a_judge_beside_the_student_finds_the_hardest_of_what_is_drawn(unscored,
 def test_the_judges_own_student_gets_its_scores_and_no_distillation_error(scored, teacher):
     whole = teachers.load(teacher).cut([0, 1, 2, 3]).eval()
     batch = stream(scored, sides(scored, whole, keep=False), settings(**DCD)).batch(0, 0)
-    said = step_of(whole, scored, settings(**DCD))._rank_by_pairs(batch)
+    said = task_of(whole, scored, settings(**DCD)).rank(batch)
     for way in ("image", "text"):
         real = said.valid[way]
         gap = (said.student[way] - said.teacher[way])[real].abs().max()
@@ -255,17 +261,13 @@ def test_a_dual_encoder_learns_from_scores(scored, cached, tmp_path, recipe, fre
 
 
 def test_a_loss_without_a_teacher_encodes_no_lists(scored, cached):
-    group, config = Group(), settings()
-    losses = checks.build_losses(config, scored)
-    made, _ = work.data(small_student(cached), scored, losses, config, group)
-    batch = made.batch(0, 0)
+    task = task_of(small_student(cached), scored, settings())
+    _, batch, _ = next(task.batches(0, 0))
     assert not batch.lists
     assert len(batch.texts.input_ids) == len(np.unique(batch.picked.captions))
     both = settings(losses={"info_nce": {"hardest": 3}, "dcd": {"hardest": 2}})
-    made, _ = work.data(
-        small_student(cached), scored, checks.build_losses(both, scored), both, group
-    )
-    assert made.batch(0, 0).lists["image"].partners.shape == (8, 3)
+    _, batch, _ = next(task_of(small_student(cached), scored, both).batches(0, 0))
+    assert batch.lists["image"].partners.shape == (8, 3)
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(scored, teacher, tmp_path, monkeypatch):
@@ -352,10 +354,10 @@ def test_the_batch_itself_can_be_the_lists_and_each_pair_runs_once(unscored, tow
                 own[[list(rows).index(p) for p in distinct[found.partners[row]]]] == own[row]
             )
             assert found.valid[row, 0] and not found.valid[row, 1:][same_image[1:]].any()
-    step, seen = step_of(model, unscored, config), []
+    task, seen = task_of(model, unscored, config), []
     match = model.score_states
     model.score_states = lambda images, texts: seen.append(len(texts.mask)) or match(images, texts)
-    step._rank_by_pairs(batch)
+    task.rank(batch)
     assert seen == [len(np.unique(own)) * len(np.unique(batch.picked.captions))]
 
 

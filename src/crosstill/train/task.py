@@ -1,0 +1,372 @@
+"""The kinds of teaching: what one kind of cache teaches one kind of student.
+
+A `Task` is all that the training loop needs of either. `PairTask` here teaches a dual encoder the
+rows of a feature cache; `crosstill.fusion.task.ListTask` teaches the candidate lists of a score
+cache. A Task's constructor makes the losses and the balancer and refuses settings and losses that
+the cache cannot serve, so that a grid can ask it about every row before the first run starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pkgutil import resolve_name
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from crosstill import balance, objectives, students
+from crosstill.balance import Balancer
+from crosstill.cache import Cache, CacheBase
+from crosstill.errors import ConfigError, MismatchError
+from crosstill.evaluate import CachedSplit
+from crosstill.evaluate.recall import Retrieval
+from crosstill.objectives import Input, Objective
+from crosstill.students.config import FusionConfig, StudentConfig
+from crosstill.students.student import Student, Tokens
+from crosstill.train import distributed, layers, widths
+from crosstill.train.batches import Batch, Stream
+from crosstill.train.config import TrainConfig
+from crosstill.train.distributed import Group
+from crosstill.train.layers import PairedLayers
+from crosstill.train.ridge_heads import ridge_heads
+from crosstill.train.sampler import Sampler
+from crosstill.train.step import Outcome, autocast, backward_in_chunks, check_precision, weigh
+from crosstill.types import Features
+
+# settings that only a score cache gives a meaning, with their defaults
+ONLY_LISTS = {"negatives": "hardest", "drawn": None, "towers": "frozen"}
+
+
+class Task(Protocol):
+    """What one kind of cache teaches one kind of student.
+
+    The loop calls `fit` once, with the student as the user gave it or as the run kept it; `start`
+    once, with the student that learns, which is the same or one with the same weights; then
+    `initialise` in a new run, and the rest as often as there are steps and epochs.
+
+    Attributes:
+        losses: all losses, by name.
+        balance: their weighting rule.
+        steps_per_epoch: steps of one epoch; known after `start`.
+        teacher_identity: what decides the output of a teacher that scores beside the student;
+            None without one. Known after `fit`.
+    """
+
+    losses: nn.ModuleDict
+    balance: Balancer
+    steps_per_epoch: int
+    teacher_identity: Mapping[str, Any] | None
+
+    def __init__(self, cache: Any, config: TrainConfig, group: Group) -> None:
+        """Make losses and balancer.
+
+        Raises:
+            ConfigError, MismatchError: a setting or a loss that does not fit the cache.
+        """
+
+    def check(self, description: StudentConfig | FusionConfig) -> None:
+        """Refuse a student that this cache cannot teach, before it is built.
+
+        Raises:
+            ConfigError, MismatchError: it is of the wrong kind or width, or a setting forbids it.
+        """
+
+    def make_student(self, description: StudentConfig | FusionConfig) -> Any:
+        """Build the untrained student.
+
+        Raises:
+            ConfigError, MismatchError: as `check`.
+            ConfigError, ModelError: a student that cannot be built or read.
+        """
+
+    def fit(self, student: Any) -> None:
+        """Refuse a student that does not fit, and fit student and losses to each other.
+
+        Raises:
+            ConfigError, MismatchError, ModelError: it is of the wrong kind, width or towers.
+        """
+
+    def start(self, student: Any) -> None:
+        """Take the student that learns, freeze what must not, and open the batches."""
+
+    def initialise(self) -> None:
+        """Set the start weights of a new run's student, where the settings ask for better ones."""
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[int, Any, float]]:
+        """Yield (step, batch, seconds waited for it) from step `first` to the epoch's end."""
+
+    def backward(self, batch: Any) -> Outcome:
+        """Compute the losses, weigh them, and add the gradient of their sum to the parameters.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite; there is no gradient.
+        """
+
+    def after(self, batch: Any) -> None:
+        """Let the losses store what they keep of a batch, after its optimizer step."""
+
+    def validate(self) -> Retrieval:
+        """Measure the student's recall on the validation split."""
+
+    def teacher(self) -> Retrieval | None:
+        """Measure the teacher's recall as `validate` does; None where the cache cannot tell."""
+
+    def rows_of(self, batch: Any) -> tuple[list[str], list[str]]:
+        """List the image ids and the captions of a batch."""
+
+
+def open_task(cache: CacheBase, config: TrainConfig, group: Group | None = None) -> Task:
+    """Make the Task of a cache's kind.
+
+    Args:
+        cache: any kind of cache.
+        config: all settings.
+        group: the processes that train; None is this one alone.
+
+    Raises:
+        ConfigError, MismatchError: a setting or a loss that does not fit the cache.
+    """
+    kind: type[Task] = resolve_name(cache.task)
+    return kind(cache, config, group or distributed.alone())
+
+
+class PairTask:
+    """Teach a dual encoder the teacher's features of image-caption pairs.
+
+    Args:
+        cache: a feature cache, of both modalities, one or none.
+        config: all settings.
+        group: the processes that train.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+        MismatchError: a loss that reads what the teacher did not leave.
+    """
+
+    teacher_identity = None
+    student: Student
+
+    def __init__(self, cache: Cache, config: TrainConfig, group: Group) -> None:
+        check_settings(cache, config, group)
+        self.cache, self.config, self.group = cache, config, group
+        self.losses = build_losses(cache, config)
+        self._check_needs()
+        for name, default in ONLY_LISTS.items():
+            if getattr(config, name) != default:
+                raise ConfigError(
+                    f"{name} = {getattr(config, name)}: only a run from a score cache has "
+                    "candidate lists or a fusion student; leave it out"
+                )
+        layers.check(config, self.losses, cache, group.world)
+        self.balance = build_balance(config, self.losses)
+        self._layers: PairedLayers | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._stream.sampler.steps_per_epoch
+
+    def check(self, description: StudentConfig | FusionConfig) -> None:
+        if description.kind != "encoder":
+            raise self._no_lists(description.name)
+        if self.cache.dim is not None and description.dim not in (None, self.cache.dim):
+            raise MismatchError(
+                f"student {description.name}: its dim = {description.dim} does not fit the "
+                f"teacher's {self.cache.dim} in {self.cache.folder}; leave dim out"
+            )
+
+    def make_student(self, description: StudentConfig | FusionConfig) -> Student:
+        self.check(description)
+        assert isinstance(description, StudentConfig)
+        return students.build(
+            description,
+            dim=self.cache.dim,
+            captions=self.cache.captions(self.config.train_split),
+            seed=self.config.seed,
+        )
+
+    def fit(self, student: Student) -> None:
+        if student.kind != "encoder":
+            raise self._no_lists(student.name)
+        widths.fit(student, self.losses, self.cache, self.config)
+        if self.cache.dim is not None and student.dim != self.cache.dim:
+            raise MismatchError(
+                f"the student's embedding width is {student.dim} and the teacher's is "
+                f"{self.cache.dim}; build the student with dim = {self.cache.dim}"
+            )
+        self._layers = layers.pair(student, self.losses, self.config, self.cache)
+
+    def start(self, student: Student) -> None:
+        self.student, config = student, self.config
+        if config.freeze != "none":
+            getattr(student, f"{config.freeze}_tower").requires_grad_(False)
+        if self._layers is not None:
+            self._layers.follow(student)
+        train, val = (self.cache.split(name) for name in (config.train_split, config.val_split))
+        self._stream = Stream(self.cache, train, student, config, self.group)
+        self._val = CachedSplit(self.cache, val, student, config.freeze)
+        self._wrapped = self.group.wrap(student)
+        self._encode = torch.compile(self._wrapped) if config.compile else self._wrapped
+
+    def initialise(self) -> None:
+        if self.config.init_heads == "ridge":
+            ridge_heads(self.student, self.cache, self._stream.split)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[int, Batch, float]]:
+        return self._stream.ahead(epoch, first)
+
+    def backward(self, batch: Batch) -> Outcome:
+        size, count = self.config.chunk_size, len(batch.image_of)
+        if size is not None and size < count:
+            chunks = [slice(start, start + size) for start in range(0, count, size)]
+            return backward_in_chunks(
+                lambda rows: self._features(batch, rows),
+                chunks,
+                lambda features: self._weighed(batch, features),
+                self._wrapped,
+                self.group,
+            )
+        if self._layers is not None:
+            self._layers.listen()
+        outcome, total = self._weighed(batch, self._features(batch, slice(None)))
+        total.backward()
+        return outcome
+
+    def after(self, batch: Batch) -> None:
+        for loss in named_losses(self.losses).values():
+            loss.update(batch.teacher, batch.ids)
+
+    def validate(self) -> Retrieval:
+        return self._val.recall(self.student)
+
+    def teacher(self) -> Retrieval | None:
+        return self._val.teacher_recall()
+
+    def rows_of(self, batch: Batch) -> tuple[list[str], list[str]]:
+        return named_rows(self.cache, self.config, batch.picked)
+
+    def _features(self, batch: Batch, rows: slice) -> Features:
+        """Encode some rows of this process's share; each distinct image passes once."""
+        distinct, image_of = torch.unique(batch.image_of[rows], return_inverse=True)
+        texts = batch.texts
+        part = Tokens(*(t[rows] for t in texts)) if isinstance(texts, Tokens) else texts[rows]
+        with autocast(self.config, self.group.device):
+            features = self._encode(batch.images[distinct], part, self.config.normalise)
+        return Features(features.image[image_of].float(), features.text.float())
+
+    def _weighed(self, batch: Batch, share: Features) -> tuple[Outcome, Tensor]:
+        """Compute and weigh the losses of the whole batch from this process's share of it."""
+        features = self.group.gather(share)
+        inputs = self._inputs(batch, features)
+        losses = {
+            name: loss(*inputs[loss.reads], batch.ids)
+            for name, loss in named_losses(self.losses).items()
+        }
+        return weigh(losses, self.balance, features)
+
+    def _inputs(self, batch: Batch, features: Features) -> dict[Input, tuple[Any, Any]]:
+        """Make the input of student and teacher once for each that some loss declares."""
+        paired = self._layers.take(batch.picked, batch.views) if self._layers is not None else None
+        inputs: dict[Input, tuple[Any, Any]] = {}
+        for reads in dict.fromkeys(loss.reads for loss in named_losses(self.losses).values()):
+            if reads.kind == "hidden" and paired is not None:
+                inputs[reads] = paired
+            elif reads.kind == "masked":
+                image = self._masked_images(batch, reads.ratio)
+                inputs[reads] = Features(image, features.text), batch.teacher
+            else:
+                inputs[reads] = features, batch.teacher
+        return inputs
+
+    def _masked_images(self, batch: Batch, ratio: float) -> Tensor:
+        """Embed the batch's photos with a share of their patches blanked: (B, D)."""
+        student = self.student
+        patch = layers.patch_size(student) or 1
+        photos = layers.blank(batch.images, patch, ratio, student.preprocess.mean)
+        with autocast(self.config, self.group.device):
+            return student.encode_image(photos).float()[batch.image_of]
+
+    def _check_needs(self) -> None:
+        """Refuse losses that need features which the teacher did not leave."""
+        has = self.cache.modalities
+        needs = {name: loss.needs - has for name, loss in named_losses(self.losses).items()}
+        starved = [name for name, lacking in needs.items() if lacking]
+        if not starved:
+            return
+        lacking = sorted({side for name in starved for side in needs[name]})
+        remedy = "use --recipe info_nce"
+        if has:
+            (side,) = has
+            remedy += f""" --set 'losses.instance.side="{side}"'"""
+        raise MismatchError(
+            f"{self.cache.folder} has no {' and '.join(lacking)} features of a teacher, which "
+            f"{', '.join(starved)} {'need' if len(starved) > 1 else 'needs'}; {remedy}"
+        )
+
+    def _no_lists(self, name: str) -> MismatchError:
+        return MismatchError(
+            f"{name} is a fusion model, which learns candidate lists, and {self.cache.folder} "
+            "holds none; make a score cache: crosstill cache FUSION-MODEL DATA --out DIR, or, to "
+            "train a new fusion model, crosstill cache none DATA --false 31 --out DIR"
+        )
+
+
+def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> None:
+    """Refuse settings that cannot work with any kind of student.
+
+    Raises:
+        ConfigError: a precision that the device would emulate, or a batch that cannot be drawn.
+        MismatchError: heads by least squares, and no image features to fit them to.
+    """
+    check_precision(config, group.device)
+    group.check(config.batch_size)
+    cache.split(config.val_split)
+    Sampler(cache.split(config.train_split), config.batch_size, config.captions_per_image, 0)
+    if config.init_heads == "ridge" and "image" not in cache.modalities:
+        raise MismatchError(
+            f"init_heads = ridge needs the teacher's image features, and {cache.folder} has none; "
+            "use init_heads=random"
+        )
+
+
+def build_losses(cache: CacheBase, config: TrainConfig) -> nn.ModuleDict:
+    """Build the losses of a run, in the order of the settings."""
+    keys = cache.keys[cache.split(config.train_split).images]
+    width = cache.dim or 1  # that of a cache without features is refused by what the losses need
+    return nn.ModuleDict(
+        {
+            name: objectives.build(name, dim=width, seed=config.seed, keys=keys, **options)
+            for name, options in config.losses.items()
+        }
+    )
+
+
+def build_balance(config: TrainConfig, losses: nn.ModuleDict) -> Balancer:
+    """Build the weighting rule of a run's losses.
+
+    Raises:
+        ConfigError: no such rule or option, or a rule that needs gradients which a loss has not.
+    """
+    options = dict(config.balance)
+    rule = balance.build(options.pop("name", "fixed"), list(losses), **options)
+    blind = [*layers.reading(losses, "hidden"), *layers.reading(losses, "masked")]
+    if rule.needs_gradients and blind:
+        raise ConfigError(
+            f"balance = {config.balance['name']}: compares gradients at the embeddings, where "
+            f"{', '.join(blind)} has none; use another balance"
+        )
+    return rule
+
+
+def named_losses(losses: nn.ModuleDict) -> dict[str, Objective]:
+    """Return the losses by name, typed."""
+    return dict(losses.items())  # type: ignore[arg-type]
+
+
+def named_rows(cache: CacheBase, config: TrainConfig, picked: Any) -> tuple[list[str], list[str]]:
+    """List the image ids and the captions of the picked rows of the training split."""
+    split = cache.split(config.train_split)
+    return (
+        [cache.image_ids[row] for row in split.images[picked.images]],
+        [cache.texts[row] for row in split.captions[picked.captions]],
+    )
