@@ -13,7 +13,7 @@ from crosstill.errors import ConfigError, ExportError
 from crosstill.export.card import Facts, Origin, card
 from crosstill.export.library_folders import TransformersFolder
 from crosstill.preprocess import Preprocess
-from crosstill.students.presets import PRESETS
+from crosstill.students.config import PRESETS
 from crosstill.students.student import Student
 
 TRANSFORMERS = TransformersFolder()
