@@ -234,3 +234,19 @@ def test_an_error_comes_where_its_item_would_and_what_waits_is_cancelled():
         loaded.extend(decoding.ahead(load, range(1000), window=8))
     assert loaded == [0, 1, 2]
     assert len(begun) < 1000
+
+
+def test_an_error_of_who_uses_them_cancels_what_waits():
+    begun = []
+
+    def load(item):
+        begun.append(item)
+        time.sleep(0.01)
+        return item
+
+    with pytest.raises(KeyError):
+        for _ in decoding.batches(load, list(range(1000)), 4):
+            raise KeyError
+    count = len(begun)  # the threads have ended by now
+    time.sleep(0.1)
+    assert len(begun) == count < 20

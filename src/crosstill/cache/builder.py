@@ -120,7 +120,7 @@ class CacheBuilder(ABC, Generic[Opened]):
     # --- what is already there ---
 
     def _refuse_foreign(self) -> None:
-        """A cache moves into an empty folder or into its own, never among someone's files."""
+        """Refuse a folder that is neither empty nor a cache of this kind."""
         names = {path.name for path in self.folder.iterdir()}
         if names & {self.opens.file, JOURNAL}:
             return
@@ -131,9 +131,9 @@ class CacheBuilder(ABC, Generic[Opened]):
             raise ConfigError(f"{self.folder} holds {contents}; give another --out")
 
     def _reuse(self) -> Opened | None:
-        """The finished cache of the same key, if there is one.
+        """Open the finished cache of the same key, if there is one.
 
-        Its photos may have moved, and licences may be given later.
+        Where photos have moved, or a licence is given now, the header is brought up to date.
         """
         path = self.folder / self.opens.file
         if not path.is_file():
@@ -149,12 +149,12 @@ class CacheBuilder(ABC, Generic[Opened]):
         data, teacher = header["data"] | self._data(), header["teacher"]
         if self.reading.teacher_licence:
             teacher = teacher | {"licence": self.reading.teacher_licence}
-        known = set(cache.image_ids)
-        moved = [example for example in self.examples if example.image_id in known]
-        as_it_was = (data, teacher) == (header["data"], header["teacher"])
-        if as_it_was and [example.path for example in moved] == cache.paths:
+        image_ids = set(cache.image_ids)
+        readable = [example for example in self.examples if example.image_id in image_ids]
+        unchanged = (data, teacher) == (header["data"], header["teacher"])
+        if unchanged and [example.path for example in readable] == cache.paths:
             return cache
-        header["files"] |= format.write_tables(self.folder, moved)
+        header["files"] |= format.write_tables(self.folder, readable)
         header |= {"data": data, "teacher": teacher}
         files.write_json(path, files.sealed(header))
         return self._open()
@@ -205,8 +205,8 @@ class CacheBuilder(ABC, Generic[Opened]):
             self.journal.adopt(earlier)
         self.journal.save()
         self._image_shards()
-        bad = {row["image_id"] for row in self._unreadable()}
-        readable = [example for example in self.examples if example.image_id not in bad]
+        unreadable = {row["image_id"] for row in self._unreadable()}
+        readable = [example for example in self.examples if example.image_id not in unreadable]
         if not readable:
             raise DataError(f"{self.pairs.name}: all {len(self.examples)} images are unreadable")
         return self._finish(readable, self._fill(readable))
@@ -258,13 +258,14 @@ class CacheBuilder(ABC, Generic[Opened]):
         for row in [*self.pairs.quarantine.rows, *self._unreadable()]:
             quarantine.add(ImageError(row["path"], row["reason"]), row["bytes"])
         files.write_atomic(self.folder / format.QUARANTINE, quarantine.write)
-        listed = artefacts.digests(self.folder, [format.QUARANTINE])
+        digests = format.write_tables(self.folder, readable)
+        digests |= artefacts.digests(self.folder, [format.QUARANTINE])
         common = {
             "format": self.opens.version,
             "key": self.key,
             "teacher": self.description,
             "data": self._data(),
-            "files": format.write_tables(self.folder, readable) | listed | more.pop("files", {}),
+            "files": digests | more.pop("files", {}),
             "quarantined": len(quarantine),
         }
         files.write_json(self.folder / self.opens.file, files.sealed(common | more))

@@ -1,4 +1,4 @@
-"""Which pairs a fusion teacher is asked about: all true ones, and some false ones.
+"""Choose the pairs that a fusion teacher scores: all true ones, and some false ones.
 
 Every image gets some captions of other images, and every caption some other images, within its
 split. A caption whose text is also one of the image's own is never false for that image.
@@ -24,7 +24,7 @@ _SURE = 2.0  # the preference of what is certainly taken; drawn ones have 0 to 1
 
 
 class Rows(NamedTuple):
-    """What there is to choose from; captions are in the order of their images."""
+    """All rows of a dataset, to choose from; captions are in the order of their images."""
 
     owner: np.ndarray  # (T,) image of each caption
     names: np.ndarray  # (T,) number of each caption's text: equal texts have equal numbers
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """How many false candidates to find."""
+    """Numbers of false candidates to find."""
 
     false: int  # captions of each image
     false_images: int  # images of each caption
@@ -40,16 +40,16 @@ class Wanted(NamedTuple):
 
 
 class Rated(NamedTuple):
-    """A dual encoder's view of all rows."""
+    """A dual encoder's features of all rows."""
 
     image: np.ndarray  # (I, D)
     text: np.ndarray  # (T, D)
 
 
 def choose(rows: Rows, wanted: Wanted, find: str | Rated) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs to score, each once: captions by image, as compressed sparse rows.
+    """Choose all pairs to score, each once: captions by image, as compressed sparse rows.
 
-    Fewer than wanted are found where a split has no more.
+    There are fewer than wanted where a split has no more.
 
     Args:
         rows: of all splits.
@@ -73,7 +73,7 @@ def choose(rows: Rows, wanted: Wanted, find: str | Rated) -> tuple[np.ndarray, n
 
 
 def numbered(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The distinct texts in the order of their first place, and the number of each text (T,)."""
+    """Number texts: the distinct ones in order of appearance, and the number of each text (T,)."""
     numbers: dict[str, int] = {}
     names = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
     return list(numbers), names
@@ -82,7 +82,7 @@ def numbered(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
 def _of_split(
     rows: Rows, images: np.ndarray, captions: np.ndarray, wanted: Wanted, find: str | Rated
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions in `images` and in `captions` of false pairs, first for images, then for texts."""
+    """Choose false pairs of a split: positions in `images` and `captions`, first for images."""
     owner = np.searchsorted(images, rows.owner[captions])
     names = np.unique(rows.names[captions], return_inverse=True)[1]
     split, places = str(rows.splits[images[0]]), np.arange(len(images))
@@ -91,14 +91,14 @@ def _of_split(
     counts = (wanted.false, wanted.false_images)
     if isinstance(find, Rated):
         image, text = _unit(find.image[images]), _unit(find.text[captions])
-        found = [_top(sides[0], image, text, counts[0]), _top(sides[1], text, image, counts[1])]
+        pairs = [_top(sides[0], image, text, counts[0]), _top(sides[1], text, image, counts[1])]
     else:
         first: list[np.ndarray | None] = [None, None]
         if find == "batch":
             first[0] = _one_caption(owner, draws[0])[_batches(len(images), counts[0], draws[0])]
             first[1] = _batches(len(images), counts[1], draws[1])[owner]
-        found = [_drawn(s, c, d, f) for s, c, d, f in zip(sides, counts, draws, first, strict=True)]
-    return [found[0], found[1][::-1]]
+        pairs = [_drawn(s, c, d, f) for s, c, d, f in zip(sides, counts, draws, first, strict=True)]
+    return [pairs[0], pairs[1][::-1]]
 
 
 class _Side:
@@ -116,13 +116,13 @@ class _Side:
         self._owned = np.unique(owned[0].astype(np.int64) * self._width + owned[1])
 
     def true(self, queries: np.ndarray, partners: np.ndarray) -> np.ndarray:
-        """Whether partners (q, w) of queries (q,) are true: bool (q, w)."""
+        """Tell whether partners (q, w) of queries (q,) are true: bool (q, w)."""
         keys = self._query[queries, None] * self._width + self._partner[partners]
         place = np.searchsorted(self._owned, keys).clip(max=len(self._owned) - 1)
         return self._owned[place] == keys
 
     def true_of_all(self, queries: np.ndarray) -> np.ndarray:
-        """Whether each partner is true: bool (q, partners)."""
+        """Tell whether each partner is true: bool (q, partners)."""
         classes, place = np.unique(self._query[queries], return_inverse=True)
         table = np.zeros((len(classes), self._width), dtype=bool)
         start, stop = np.searchsorted(self._owned, np.stack([classes, classes + 1]) * self._width)
@@ -135,29 +135,29 @@ class _Side:
 def _top(
     side: _Side, query: np.ndarray, partner: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The false partners with the highest product: (F,) queries and (F,) partners."""
-    found = []
+    """Choose the false partners with the highest product: (F,) queries and (F,) partners."""
+    chosen = []
     for queries in _chunks(np.arange(side.queries), side.partners):
         keys = query[queries] @ partner.T
         keys[side.true_of_all(queries)] = -np.inf
         row, column = _best(keys, count)
-        found.append((queries[row], column))
-    return _joined(found)
+        chosen.append((queries[row], column))
+    return _joined(chosen)
 
 
 def _drawn(
     side: _Side, count: int, draw: np.random.Generator, first: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random false partners; the columns `first` (queries, w) of each query go before others."""
+    """Draw false partners; the columns `first` (queries, w) of each query go before others."""
     left = np.arange(side.queries)
-    found = []
+    chosen = []
     if 4 * count <= side.partners:  # few of many: most queries need no look at all partners
         short = []
         for queries in _chunks(left, 3 * count):
             columns, keys = _sampled(side, queries, count, draw, first)
             enough = (keys > -np.inf).sum(axis=1) >= count
             row, place = _best(keys[enough], count)
-            found.append((queries[enough][row], columns[enough][row, place]))
+            chosen.append((queries[enough][row], columns[enough][row, place]))
             short.append(queries[~enough])
         left = np.concatenate(short)
     for queries in _chunks(left, side.partners):
@@ -166,8 +166,8 @@ def _drawn(
             np.put_along_axis(keys, first[queries], _SURE, axis=1)
         keys[side.true_of_all(queries)] = -np.inf
         row, column = _best(keys, count)
-        found.append((queries[row], column))
-    return _joined(found)
+        chosen.append((queries[row], column))
+    return _joined(chosen)
 
 
 def _sampled(
@@ -177,7 +177,7 @@ def _sampled(
     draw: np.random.Generator,
     first: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Some partners (q, w) of each query, with a preference (q, w): -inf for true or repeated."""
+    """Draw partners (q, w) of each query, with a preference (q, w): -inf for true or repeated."""
     columns = draw.integers(side.partners, size=(len(queries), 2 * count))
     keys = draw.random(columns.shape, dtype=np.float32)
     if first is not None:
@@ -192,7 +192,7 @@ def _sampled(
 
 
 def _batches(images: int, others: int, draw: np.random.Generator) -> np.ndarray:
-    """A seeded cut into batches: the other images of each image's batch, (images, others).
+    """Cut images into seeded batches → the other images of each image's batch (images, others).
 
     The last batch is filled up from the first, so that none is short.
     """
@@ -205,13 +205,13 @@ def _batches(images: int, others: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def _one_caption(owner: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """One seeded caption of each image, (images,); `owner` is ascending."""
+    """Draw one caption of each image → (images,); `owner` is ascending."""
     counts = np.bincount(owner)
     return np.cumsum(counts) - counts + (draw.random(len(counts)) * counts).astype(np.int64)
 
 
 def _best(keys: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the `count` highest finite keys of each row."""
+    """Find rows and columns of the `count` highest finite keys of each row."""
     least = max(0, keys.shape[1] - count)
     if not count:
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -221,7 +221,7 @@ def _best(keys: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _chunks(rows: np.ndarray, width: int) -> Iterator[np.ndarray]:
-    """The rows in runs whose tables of that width are not too large."""
+    """Cut rows into runs whose tables of that width are not too large."""
     size = max(1, ENTRIES // max(1, width))
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
@@ -232,5 +232,5 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows at length 1; a cache keeps them in half precision."""
+    """Bring rows to length 1; a cache keeps them in half precision."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

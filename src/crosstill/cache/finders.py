@@ -1,4 +1,4 @@
-"""Who finds false candidates: a seed, or a dual encoder whose highest cosines are taken."""
+"""Finders of false candidates: a seed, or a dual encoder whose highest cosines are taken."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Finder = str | Cache | Teacher
 
 
 def check(find: Finder, pairs: Pairs) -> None:
-    """Refuse what cannot find candidates, before any work is done.
+    """Refuse a finder that cannot find candidates, before any work is done.
 
     Raises:
         ConfigError: an unknown name, a model without features, or features of one side only.
@@ -45,14 +45,14 @@ def check(find: Finder, pairs: Pairs) -> None:
         left = " and ".join(sorted(find.modalities)) or "no"
         raise ConfigError(f"find = {name}: has {left} features, and image and text are needed")
     if isinstance(find, Cache):
-        known = set(find.image_ids)
-        lacking = [e for e in pairs.examples if e.image_id not in known]
+        image_ids = set(find.image_ids)
+        lacking = [e for e in pairs.examples if e.image_id not in image_ids]
         if len(lacking) > find.header["quarantined"]:
             raise _of_other_data(find, lacking[0])
 
 
 def identity(find: Finder) -> str | dict[str, Any]:
-    """What decides which candidates it finds, for a cache's key."""
+    """Return the part of a cache's key that identifies a finder."""
     if isinstance(find, str):
         return find
     return {"cache": find.digest} if isinstance(find, Cache) else {"model": find.identity()}
@@ -61,7 +61,7 @@ def identity(find: Finder) -> str | dict[str, Any]:
 def rated(
     find: Finder, examples: Sequence[Example], pairs: Pairs, texts: Sequence[str], names: np.ndarray
 ) -> str | candidates.Rated:
-    """What `candidates.choose` takes.
+    """Return a finder as `candidates.choose` takes it, its features computed.
 
     Args:
         find: as `check` let it pass.
@@ -83,7 +83,7 @@ def rated(
 
 
 def _images(find: Teacher, examples: Sequence[Example], pairs: Pairs) -> Tensor:
-    """Features (I, D) of photos."""
+    """Embed photos → (I, D)."""
 
     def load(example: Example) -> Tensor:
         return images.load(pairs.read(example), example.path, find.preprocess)
@@ -97,7 +97,7 @@ def _images(find: Teacher, examples: Sequence[Example], pairs: Pairs) -> Tensor:
 
 
 def _cached(find: Cache, examples: Sequence[Example]) -> candidates.Rated:
-    """Features of the same images and captions, wherever the cache has them."""
+    """Read the features of images and captions, wherever they are in the cache."""
     image = {key: row for row, key in enumerate(find.image_ids)}
     text = {pair: row for row, pair in enumerate(zip(find.owner.tolist(), find.texts, strict=True))}
     images, texts = [], []

@@ -1,4 +1,4 @@
-"""Caches of several teachers over one dataset, made one: their rows side by side, weighted.
+"""Join the feature caches of several teachers over one dataset: rows side by side, weighted.
 
     row = [sqrt(w_1) r_1, sqrt(w_2) r_2, ...] / sqrt(w_1 + w_2 + ...)
 
@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,16 +49,16 @@ class Part(NamedTuple):
 
 
 def parts(cache: format.CacheBase) -> tuple[Part, ...]:
-    """The teachers of a joined cache; none of a cache of one teacher's own."""
-    found: list[Part] = []
-    told = cache.teacher.get("parts", ())
-    total, start = sum(part["weight"] for part in told), 0
-    for part in told:
-        columns = slice(start, start + part["dim"])
-        name = _unlike(_short(part), [other.name for other in found])
-        found.append(Part(name, columns, part["weight"] / total))
+    """List the teachers of a joined cache; none of a cache of one teacher's own."""
+    teachers: list[Part] = []
+    records = cache.teacher.get("parts", ())
+    total, start = sum(record["weight"] for record in records), 0
+    for record in records:
+        columns = slice(start, start + record["dim"])
+        name = _distinct_name(_short_name(record), [teacher.name for teacher in teachers])
+        teachers.append(Part(name, columns, record["weight"] / total))
         start = columns.stop
-    return tuple(found)
+    return tuple(teachers)
 
 
 def join(
@@ -82,7 +83,7 @@ def join(
     """
     if not caches:
         raise ConfigError("join: give at least one cache")
-    chosen = _checked(weights, len(caches))
+    checked = _checked_weights(weights, len(caches))
     opened = [c if isinstance(c, format.Cache) else format.Cache(c) for c in caches]
     for place, cache in enumerate(opened):
         _check_alike(opened[0], cache)
@@ -91,11 +92,11 @@ def join(
                 f"join: {cache.folder} is named twice; to count a teacher twice, give it a weight "
                 "of 2"
             )
-    return _Join(opened, chosen, out).make()
+    return _JoinBuilder(opened, checked, out).make()
 
 
-class _Join(builder.CacheBuilder[format.Cache]):
-    """One joining: what a build does, with other caches' rows in place of a teacher."""
+class _JoinBuilder(builder.CacheBuilder[format.Cache]):
+    """Build a joined cache: rows of other caches take the place of a teacher's."""
 
     opens = format.Cache
     kinds = ("image", "text")
@@ -105,12 +106,11 @@ class _Join(builder.CacheBuilder[format.Cache]):
         self, caches: list[format.Cache], weights: Sequence[float], folder: str | Path
     ) -> None:
         first, self.caches, self.weights = caches[0], caches, weights
-        about = _describe(caches, weights)
-        own = {"teacher": about["identity"], "modalities": about["modalities"]}
+        teacher = _describe(caches, weights)
+        own = {"teacher": teacher["identity"], "modalities": teacher["modalities"]}
         own["dtype"] = max((c.header["key"]["dtype"] for c in caches), key=list(DTYPES).index)
-        super().__init__(
-            _pairs(first), folder, about, first.header["key"] | own, builder.ReadOptions()
-        )
+        key = first.header["key"] | own
+        super().__init__(_pairs(first), folder, teacher, key, builder.ReadOptions())
 
     def _image_shards(self) -> None:  # no photo is read
         for kind in self.description["modalities"]:
@@ -123,7 +123,7 @@ class _Join(builder.CacheBuilder[format.Cache]):
                     bar.advance(len(block))
 
     def _rows(self, kind: str, block: np.ndarray) -> np.ndarray:
-        """The joined rows of a block, as they are stored."""
+        """Compute the joined rows of a block, as they are stored."""
         views, sides = self.caches[0].views, []
         for cache, weight in zip(self.caches, self.weights, strict=True):
             rows = (
@@ -147,41 +147,41 @@ class _Join(builder.CacheBuilder[format.Cache]):
 
 
 def _describe(caches: Sequence[format.Cache], weights: Sequence[float]) -> dict[str, Any]:
-    """The joined teacher as the header tells of it, its parts included."""
+    """Make the header's record of the joined teacher, its parts included."""
     keep = ("name", "source", "dim", "licence", "parameters", "identity")
-    told = [
+    records = [
         {**{name: cache.teacher[name] for name in keep}, "weight": weight}
         for cache, weight in zip(caches, weights, strict=True)
     ]
-    counts = [part["parameters"] for part in told]
+    counts = [record["parameters"] for record in records]
     kinds = frozenset.intersection(*(cache.modalities for cache in caches))
     for cache in caches:
         if cache.modalities - kinds:
             lost = " and ".join(sorted(cache.modalities - kinds))
             log.info("%s: its %s features are left out, others have none", cache.folder, lost)
     return {
-        "name": " + ".join(_short(part) for part in told),
+        "name": " + ".join(_short_name(record) for record in records),
         "source": None,
         "parameters": None if None in counts else sum(counts),
-        "dim": sum(part["dim"] for part in told),
-        "licence": _licence([part["licence"] for part in told]),
+        "dim": sum(record["dim"] for record in records),
+        "licence": _licence([record["licence"] for record in records]),
         "identity": {
             "family": "joined",
-            "parts": files.digest_json([[part["identity"], part["weight"]] for part in told]),
+            "parts": files.digest_json([[one["identity"], one["weight"]] for one in records]),
         },
         "modalities": sorted(kinds),
-        "parts": told,
+        "parts": records,
     }
 
 
-def _licence(told: Sequence[str | None]) -> str | None:
-    """All that there are; one that nobody said is "not known", which a free one does not hide."""
-    known = sorted({licence for licence in told if licence})
-    return " and ".join([*known, *(["not known"] if None in told and known else [])]) or None
+def _licence(licences: Sequence[str | None]) -> str | None:
+    """Name all licences; a teacher without one is "not known", which a free one does not hide."""
+    known = sorted({licence for licence in licences if licence})
+    return " and ".join([*known, *(["not known"] if None in licences and known else [])]) or None
 
 
 def _pairs(cache: format.Cache) -> Pairs:
-    """The dataset of a cache, all splits, as it was found."""
+    """Make the dataset of a cache, all splits, with its quarantine."""
     by_split = [cache.pairs(name) for name in sorted(set(cache.splits))]
     pairs = replace(
         by_split[0],
@@ -194,7 +194,7 @@ def _pairs(cache: format.Cache) -> Pairs:
     return pairs
 
 
-def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
+def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
@@ -206,15 +206,15 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _check_alike(first: format.Cache, other: format.Cache) -> None:
-    """Refuse what cannot stand beside the first, row by row."""
+    """Refuse a cache whose rows are not those of the first: other data, other views, or none."""
     if not other.modalities:
         raise MismatchError(f"{other.folder}: made without a teacher, it has no features; leave it")
-    mine, theirs = first.header["key"], other.header["key"]
-    for name in sorted({*mine, *theirs} - _MAY_DIFFER, reverse=True):  # views before augment
-        if mine.get(name) != theirs.get(name):
+    key, other_key = first.header["key"], other.header["key"]
+    for name in sorted({*key, *other_key} - _MAY_DIFFER, reverse=True):  # views before augment
+        if key.get(name) != other_key.get(name):
             raise MismatchError(
-                f"{other.folder} has {name} = {theirs.get(name)} and {first.folder} has "
-                f"{mine.get(name)}; teachers are joined on the same views, so make one of the "
+                f"{other.folder} has {name} = {other_key.get(name)} and {first.folder} has "
+                f"{key.get(name)}; teachers are joined on the same views, so make one of the "
                 "caches again"
             )
     for what, odd in _differences(first, other):
@@ -226,43 +226,39 @@ def _check_alike(first: format.Cache, other: format.Cache) -> None:
 
 
 def _differences(first: format.Cache, other: format.Cache) -> list[tuple[str, list[str]]]:
-    """Paths of the images that two caches do not share, or tell another split or captions of."""
-    mine, theirs = _told(first), _told(other)
-    both = mine.keys() & theirs.keys()
+    """List the images in which two caches differ, by what differs: presence, split, captions."""
+    images, others = _images(first), _images(other)
+    both = images.keys() & others.keys()
     return [
         (
             "are in one alone",
-            sorted((mine | theirs)[key][0] for key in mine.keys() ^ theirs.keys()),
+            sorted((images | others)[key][0] for key in images.keys() ^ others.keys()),
         ),
         (
             "are of other splits",
-            sorted(mine[key][0] for key in both if mine[key][1] != theirs[key][1]),
+            sorted(images[key][0] for key in both if images[key][1] != others[key][1]),
         ),
         (
             "have other captions",
-            sorted(mine[key][0] for key in both if mine[key][2] != theirs[key][2]),
+            sorted(images[key][0] for key in both if images[key][2] != others[key][2]),
         ),
     ]
 
 
-def _told(cache: format.Cache) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    """By image id: path, split, captions."""
+def _images(cache: format.Cache) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """List path, split and captions by image id."""
     return {
         example.image_id: (example.path, example.split, example.captions)
         for example in _pairs(cache).examples
     }
 
 
-def _short(teacher: dict[str, Any]) -> str:
+def _short_name(teacher: dict[str, Any]) -> str:
     return Path(str(teacher["name"])).name
 
 
-def _unlike(name: str, taken: Sequence[str]) -> str:
-    """The name without dots, and with a number where another teacher has it already."""
+def _distinct_name(name: str, taken: Sequence[str]) -> str:
+    """Take the dots out of a name, and add a number where another teacher has it already."""
     plain = name.replace(".", "-")
-    number = next(n for n in range(1, len(taken) + 2) if _numbered(plain, n) not in taken)
-    return _numbered(plain, number)
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}-{number}"
+    names = (plain if number == 1 else f"{plain}-{number}" for number in count(1))
+    return next(name for name in names if name not in taken)

@@ -1,4 +1,4 @@
-"""Ask a fusion teacher about chosen pairs of a dataset, in shards that survive a kill."""
+"""Score chosen pairs of a dataset with a fusion teacher, in shards that survive a kill."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALL = 4096  # pairs handed to the teacher at a time: their texts' states are he
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Which pairs are scored besides the true ones."""
+    """The choice of the pairs that are scored besides the true ones."""
 
     false: int = 63  # false captions of each image
     false_images: int = 7  # false images of each caption
@@ -96,11 +96,11 @@ def build_scores(  # noqa: PLR0913  (every option of a cache is an argument)
         name = getattr(teacher, "name", type(teacher).__name__)
         raise ModelError(f"{name}: embeds each side alone and scores no pairs; make a plain cache")
     finders.check(options.find, pairs)
-    return _ScoreBuild(teacher, pairs, folder, options).make()
+    return _ScoreBuilder(teacher, pairs, folder, options).make()
 
 
-class _ScoreBuild(builder.CacheBuilder[scores.ScoreCache]):
-    """One build of a score cache."""
+class _ScoreBuilder(builder.CacheBuilder[scores.ScoreCache]):
+    """Build a score cache."""
 
     opens = scores.ScoreCache
     kinds = ("image", "pairs", "score")
@@ -155,11 +155,11 @@ class _ScoreBuild(builder.CacheBuilder[scores.ScoreCache]):
     def _pairs(
         self, readable: list[Example], texts: list[str], names: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `candidates.choose`; kept on disk, so that a resumed build asks the same pairs."""
-        kept = self.journal.stored("pairs")
-        if len(kept) == 2:
+        """Choose pairs, or read those that an earlier process chose: as `candidates.choose`."""
+        shards = self.journal.stored("pairs")
+        if len(shards) == 2:
             indptr, captions = (
-                np.load(self.folder / shard["file"], allow_pickle=False) for shard in kept
+                np.load(self.folder / shard["file"], allow_pickle=False) for shard in shards
             )
             return indptr, captions
         self.journal.shards["pairs"].clear()
@@ -170,30 +170,30 @@ class _ScoreBuild(builder.CacheBuilder[scores.ScoreCache]):
         wanted = candidates.Wanted(self.options.false, self.options.false_images, self.options.seed)
         find = finders.rated(self.options.find, readable, self.pairs, texts, names)
         indptr, captions = candidates.choose(rows, wanted, find)
-        self._refuse_alone(rows, indptr, captions)
-        self._tell_short(rows, indptr, captions)
+        self._refuse_queries_without_candidates(rows, indptr, captions)
+        self._warn_of_few(rows, indptr, captions)
         self.journal.commit("pairs", indptr, name=scores.INDPTR)
         self.journal.commit("pairs", captions, name=scores.PAIRS)
         return indptr, captions
 
-    def _tell_short(self, rows: candidates.Rows, indptr: np.ndarray, captions: np.ndarray) -> None:
-        """Say where a split has fewer candidates than were asked for."""
+    def _warn_of_few(self, rows: candidates.Rows, indptr: np.ndarray, captions: np.ndarray) -> None:
+        """Warn of splits that have fewer candidates than are wanted."""
         images = np.diff(indptr) - np.bincount(rows.owner, minlength=len(rows.splits))
         texts = np.bincount(captions, minlength=len(rows.owner)) - 1
         sides = (
             ("captions of an image", self.options.false, images, rows.splits),
             ("images of a caption", self.options.false_images, texts, rows.splits[rows.owner]),
         )
-        for what, asked, counts, splits in sides:
+        for side, count, counts, splits in sides:
             for split in sorted(set(splits)):
                 least = int(counts[splits == split].min())
-                if least < asked:
-                    log.warning("split %s: only %d of %d false %s", split, least, asked, what)
+                if least < count:
+                    log.warning("split %s: only %d of %d false %s", split, least, count, side)
 
-    def _refuse_alone(
+    def _refuse_queries_without_candidates(
         self, rows: candidates.Rows, indptr: np.ndarray, captions: np.ndarray
     ) -> None:
-        """A query of the train split without a false candidate could teach nothing."""
+        """Refuse a query of the train split without a false candidate: it could teach nothing."""
         trains = rows.splits == "train"
         images = np.diff(indptr) - np.bincount(rows.owner, minlength=len(trains))
         texts = np.bincount(captions, minlength=len(rows.owner)) - 1
@@ -212,7 +212,7 @@ class _ScoreBuild(builder.CacheBuilder[scores.ScoreCache]):
     def _score_shards(
         self, readable: list[Example], texts: list[str], indptr: np.ndarray, names: np.ndarray
     ) -> None:
-        """Score the pairs that are left; `names` (P,) says which of `texts` each pair has."""
+        """Score the pairs that are left; `names` (P,) is the row of `texts` of each pair."""
         first = len(self.journal.shards["score"])
         bounds = indptr[np.r_[: len(readable) : SHARD_IMAGES, len(readable)]]
         image = np.repeat(np.arange(len(readable)) % SHARD_IMAGES, np.diff(indptr))
@@ -221,9 +221,9 @@ class _ScoreBuild(builder.CacheBuilder[scores.ScoreCache]):
         if reader is not None and left:
             for part in _calls(bounds[: first + 1]):  # an earlier process scored these
                 reader.keep(np.unique(names[part]).tolist())
-        batches = decoding.batches(self._photo, left, SHARD_IMAGES)
         with progress.bar("pairs", len(names), int(bounds[first])) as bar:
-            for shard, batch in enumerate(batches, start=first):
+            for batch in decoding.batches(self._photo, left, SHARD_IMAGES):
+                shard = len(self.journal.shards["score"])
                 parts = []
                 score = self._scorer([photo for _, photo in batch], texts, reader)
                 for part in _calls(bounds[shard : shard + 2]):
@@ -238,27 +238,27 @@ class _ScoreBuild(builder.CacheBuilder[scores.ScoreCache]):
     def _scorer(
         self, photos: Sequence[Tensor], texts: Sequence[str], reader: Reader | None
     ) -> Scorer:
-        """Scores some pairs of these photos, (P,) rows of photos and of texts, as float32 (P,)."""
+        """Make a function that scores pairs, (P,) rows of photos and of texts → float32 (P,)."""
         teacher = self.teacher
         assert teacher is not None
-        seen = None if reader is None else reader.model.image_states(photos)
+        image_states = None if reader is None else reader.model.image_states(photos)
 
         def score(image: np.ndarray, name: np.ndarray) -> np.ndarray:
-            said, place = np.unique(name, return_inverse=True)
+            rows, place = np.unique(name, return_inverse=True)
             pairs = torch.from_numpy(np.stack([image, place], axis=1))
-            if reader is not None and seen is not None:
-                found = reader.model.score_pairs(seen, reader.states(said.tolist()), pairs)
+            if reader is not None and image_states is not None:
+                scores = reader.model.score_pairs(image_states, reader.states(rows.tolist()), pairs)
             else:
-                found = score_pairs(teacher, photos, [texts[i] for i in said], pairs)
-            if not found.isfinite().all():
+                scores = score_pairs(teacher, photos, [texts[row] for row in rows], pairs)
+            if not scores.isfinite().all():
                 raise ModelError(f"{teacher.name}: its scores are not finite; check its weights")
-            return found.float().cpu().numpy()
+            return scores.float().cpu().numpy()
 
         return score
 
 
 def _calls(bounds: np.ndarray) -> Iterator[slice]:
-    """The pairs of each call of the teacher, for shards between these bounds (S + 1,)."""
+    """Yield the pairs of each call of the teacher, for shards between these bounds (S + 1,)."""
     for first, last in pairwise(bounds.tolist()):
         for start in range(first, last, CALL):
             yield slice(start, min(start + CALL, last))

@@ -1,4 +1,4 @@
-"""A finished score cache: what a fusion teacher said of some pairs of images and captions.
+"""The format of a score cache: a fusion teacher's scores of chosen pairs of images and captions.
 
 A score cache is a folder:
 
@@ -42,7 +42,7 @@ class Partners(NamedTuple):
     pairs: np.ndarray  # (F,) which of all pairs it is
 
     def counts(self, queries: np.ndarray) -> np.ndarray:
-        """How many each of these queries has."""
+        """Count the false partners of some queries."""
         return self.indptr[queries + 1] - self.indptr[queries]
 
 
@@ -82,23 +82,23 @@ class ScoreCache(format.CacheBase):
         self.by_caption = _grouped(self.pair_captions, self.pair_images, false, len(self.texts))
 
     def of_image(self, image: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """False captions of an image row, ascending, and their scores, if there are any."""
+        """List the false captions of an image row, ascending, and their scores, if any."""
         return self._of(self.by_image, image)
 
     def of_caption(self, caption: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """False images of a caption row, ascending, and their scores, if there are any."""
+        """List the false images of a caption row, ascending, and their scores, if any."""
         return self._of(self.by_caption, caption)
 
     def least_false(self, split: str) -> tuple[int, int]:
-        """The fewest false captions of any image of a split, and false images of any caption."""
+        """Count the fewest false captions of an image of a split, and false images of a caption."""
         rows = self.split(split)
         captions = self.by_image.counts(rows.images).min()
         return int(captions), int(self.by_caption.counts(rows.captions).min())
 
     def _of(self, partners: Partners, query: int) -> tuple[np.ndarray, np.ndarray | None]:
-        mine = slice(partners.indptr[query], partners.indptr[query + 1])
-        scores = None if self.scores is None else self.scores.numpy()[partners.pairs[mine]]
-        return partners.rows[mine], scores
+        places = slice(partners.indptr[query], partners.indptr[query + 1])
+        scores = None if self.scores is None else self.scores.numpy()[partners.pairs[places]]
+        return partners.rows[places], scores
 
     def _read_scores(self) -> Tensor | None:
         names = sorted(name for name in self.header["files"] if name.startswith("score-"))
@@ -122,7 +122,7 @@ class ScoreCache(format.CacheBase):
 
 
 def _grouped(queries: np.ndarray, partners: np.ndarray, false: np.ndarray, count: int) -> Partners:
-    """The false pairs by query; a stable sort keeps the partners of each ascending."""
+    """Group false pairs by query; a stable sort keeps the partners of each ascending."""
     pairs = false[queries[false].argsort(kind="stable")]
     counts = np.bincount(queries[false], minlength=count)
     return Partners(np.concatenate([[0], counts.cumsum()]), partners[pairs], pairs)
