@@ -138,7 +138,7 @@ class Budget:
 
     @cached_property
     def total(self) -> int:
-        """What was given, or half of what is free when the first photo is decoded."""
+        """Bytes in all: as given, or half of what is free when the first photo is decoded."""
         return self._given or max(2 * ORDINARY, min(BUDGET, _free_memory() // 2))
 
     @contextmanager

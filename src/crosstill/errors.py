@@ -153,7 +153,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Any text on one line, harmless to a terminal: control characters and stray bytes escaped.
+    r"""Write any text on one line, harmless to a terminal: control characters, stray bytes escaped.
 
     >>> printable("a\nb")
     'a\\nb'

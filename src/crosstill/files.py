@@ -42,7 +42,7 @@ _FULL = {
     errno.EDQUOT: _MAKE_ROOM,
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write to another disk",
 }
-# how libraries say so in errors that are no OSError: Rust's (safetensors, tokenizers), SQLite's
+# texts of a full disk in errors that are no OSError: Rust's (safetensors, tokenizers), SQLite's
 _FULL_TEXTS = {f"(os error {code})": code for code in _FULL} | {
     "database or disk is full": errno.ENOSPC
 }
@@ -167,7 +167,7 @@ def scratch(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _lives(process: int, made: Path) -> bool:
-    """Whether a process that made a file is still there."""
+    """Tell whether the process that made a file still runs."""
     if process == os.getpid():  # in a container every process may have the same number
         return made.stat().st_mtime >= _BEGAN
     try:
@@ -245,7 +245,7 @@ def read_json(path: Path) -> Any:
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """The value with a `sha256` of itself, so that a flipped bit anywhere in it is seen."""
+    """Add to a value the `sha256` of itself, so that a flipped bit anywhere in it is seen."""
     body = {k: v for k, v in value.items() if k != "sha256"}
     return {**body, "sha256": digest_json(body)}
 
@@ -268,12 +268,12 @@ def read_sealed(path: Path, versions: set[int]) -> dict[str, Any]:
 
 
 def digest_json(value: object) -> str:
-    """SHA-256 of a value's canonical JSON."""
+    """Return the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

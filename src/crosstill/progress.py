@@ -26,7 +26,7 @@ from rich.progress import (
 
 log = logging.getLogger(__name__)
 
-_hidden = False  # whether this process keeps to itself how far it is
+_hidden = False  # whether this process shows no bar
 QUIET = 10.0  # seconds that must pass before a job is worth a line in a log file
 
 
@@ -35,7 +35,7 @@ class Bar:
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
-        self._began, self._told = time.monotonic(), 0
+        self._began, self._logged = time.monotonic(), 0
 
     def advance(self, amount: int = 1, note: str | None = None) -> None:
         self._progress.advance(self._task, amount)
@@ -44,12 +44,12 @@ class Bar:
         if note is not None:
             self._progress.update(self._task, note=note)
         if self._progress.disable and not _hidden:
-            self._tell(int(10 * task.percentage / 100))
+            self._log(int(10 * task.percentage / 100))
 
-    def _tell(self, tenths: int) -> None:
+    def _log(self, tenths: int) -> None:
         task = self._progress.tasks[self._task]
-        if tenths > self._told and time.monotonic() - self._began > QUIET:
-            self._told = tenths
+        if tenths > self._logged and time.monotonic() - self._began > QUIET:
+            self._logged = tenths
             log.info("%s: %d of %d", task.description, task.completed, task.total)
 
 
