@@ -20,15 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from crosstill import files, formats
-from crosstill.data.pairs import (
-    Copy,
-    HashedReader,
-    Pairs,
-    place,
-    read_image,
-    regular,
-    unreadable,
-)
+from crosstill.data.pairs import Copy, HashedReader, Pairs, place, read_image, regular, unreadable
 from crosstill.errors import DataError, ImageError, MissingError
 from crosstill.images import Quarantine
 from crosstill.types import Example, image_id
