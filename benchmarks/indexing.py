@@ -25,7 +25,7 @@ from benchmarks.timing import report
 from crosstill import data, export, progress, students
 from crosstill.bundle import BATCH, Bundle, Encoder
 from crosstill.data.scenes import write
-from crosstill.search import builder
+from crosstill.search import index_builder
 from crosstill.students.config import StudentConfig
 
 COUNT, SIDE = 500, 224  # JPEGs, of the size of those in docs/flickr8k.md
@@ -55,7 +55,7 @@ def _measure(bundle: Path, photos: Path, beside: Path, repetitions: int) -> dict
                 encoder.encode_images(pixels[start : start + BATCH])
         for name in ("index", "again"):
             with _timed(times[name]):
-                built = builder.build(bundle, photos, beside / f"index {turn}")
+                built = index_builder.build(bundle, photos, beside / f"index {turn}")
         assert built.encoded == 0
     found = {name: median(seconds) for name, seconds in times.items()}
     shares = [bare / index for bare, index in zip(times["bare"], times["index"], strict=True)]

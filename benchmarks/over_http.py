@@ -25,7 +25,7 @@ from urllib.parse import urlencode
 from crosstill import data, evaluate
 from crosstill.data import Pairs
 from crosstill.evaluate.recall import DEPTHS
-from crosstill.search import builder
+from crosstill.search import index_builder
 from crosstill.teachers.exported import BundleModel
 
 CLIENTS = 4
@@ -41,7 +41,7 @@ def main(bundle: Path, source: str, images: Path | None, split: str) -> None:
         for number, example in enumerate(pairs.examples):
             suffix = Path(example.path).suffix
             (photos / f"{number}{suffix}").write_bytes(pairs.read(example))
-        builder.build(bundle, photos, Path(beside) / "index")
+        index_builder.build(bundle, photos, Path(beside) / "index")
         with _serving(Path(beside) / "index") as port:
             served = _recall(port, pairs)
     for depth, one, other in zip(DEPTHS, direct, served, strict=True):

@@ -35,7 +35,7 @@ from benchmarks.vectors import repeated, unit
 from crosstill import data, export, students
 from crosstill.bundle import Bundle, Encoder
 from crosstill.data.scenes import write
-from crosstill.search import builder, catalogue, index_folder
+from crosstill.search import catalogue, index_builder, index_folder
 from crosstill.search.catalogue import Row
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.students.config import StudentConfig
@@ -147,7 +147,7 @@ def _small_index(place: Path) -> Path:
     captions = [text for e in data.open("scenes:50").examples for text in e.captions]
     student = students.build(StudentConfig.model_validate(models.STUDENT), 512, captions)
     bundle = export.onnx(student, place / "bundle").folder
-    builder.build(bundle, place / "photos", place / "small")
+    index_builder.build(bundle, place / "photos", place / "small")
     return place / "small"
 
 

@@ -21,8 +21,8 @@ def _only_photos(place: Path, count: int) -> None:
 @pytest.fixture(scope="session")
 def index_folder(bundle_folder, photos, tmp_path_factory) -> Path:
     """The forty scenes, indexed; read it, never write to it."""
-    from crosstill.search import builder
+    from crosstill.search import index_builder
 
     return once(
-        tmp_path_factory, "index", lambda place: builder.build(bundle_folder, photos, place)
+        tmp_path_factory, "index", lambda place: index_builder.build(bundle_folder, photos, place)
     )

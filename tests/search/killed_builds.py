@@ -29,7 +29,7 @@ import fakes
 import numpy as np
 
 from crosstill.errors import DataError
-from crosstill.search import builder, index_folder, searcher
+from crosstill.search import index_builder, index_folder, searcher
 from crosstill.search.searcher import Searcher
 from crosstill.search.verification import verify
 
@@ -44,8 +44,8 @@ WATCHED = (
 )
 SEEDS = 400  # of different photos
 
-builder.Encoder = searcher.Encoder = fakes.FakeEncoder
-builder.BATCH, builder.QUEUE, builder.FIRST = 8, 2, 20
+index_builder.Encoder = searcher.Encoder = fakes.FakeEncoder
+index_builder.BATCH, index_builder.QUEUE, index_builder.FIRST = 8, 2, 20
 
 
 def on_file_event(act: Callable[[str], object]) -> None:
@@ -114,7 +114,7 @@ class Trials:
         self.events, self.seconds = int(events), float(seconds)
 
     def build(self, rebuild: bool) -> None:
-        builder.build(self.bundle, self.root, self.index, rebuild=rebuild)
+        index_builder.build(self.bundle, self.root, self.index, rebuild=rebuild)
 
     def change(self, draw: random.Random, count: int) -> None:
         """Add, overwrite, move and delete photos."""

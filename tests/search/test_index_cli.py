@@ -268,14 +268,14 @@ def test_what_verify_advises_mends_any_flipped_bit(bundle_folder, photos, own, t
 SLOW = """
 import time
 from crosstill.cli import main
-from crosstill.search import builder
+from crosstill.search import index_builder
 
-class Slow(builder.Encoder):
+class Slow(index_builder.Encoder):
     def encode_images(self, images):
         time.sleep(0.2)
         return super().encode_images(images)
 
-builder.Encoder, builder.BATCH = Slow, 1
+index_builder.Encoder, index_builder.BATCH = Slow, 1
 main()
 """
 

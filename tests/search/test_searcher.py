@@ -16,9 +16,9 @@ from crosstill.errors import (
     MismatchError,
     ModelError,
 )
-from crosstill.search import builder, calibrate, index_folder, searcher
-from crosstill.search.builder import build
+from crosstill.search import calibrate, index_builder, index_folder, searcher
 from crosstill.search.faiss_vectors import FaissVectors
+from crosstill.search.index_builder import build
 from crosstill.search.searcher import MAX_TOP, Searcher, combine
 
 SEEDS = range(60)
@@ -27,7 +27,7 @@ SEEDS = range(60)
 @pytest.fixture(autouse=True)
 def fake(request, monkeypatch):
     if "index_folder" not in request.fixturenames:
-        monkeypatch.setattr(builder, "Encoder", FakeEncoder)
+        monkeypatch.setattr(index_builder, "Encoder", FakeEncoder)
         monkeypatch.setattr(searcher, "Encoder", FakeEncoder)
 
 
@@ -272,7 +272,7 @@ def test_what_is_no_index_is_refused(tmp_path, place):
 
 def test_an_index_that_has_published_nothing_says_that_it_was_begun(place, monkeypatch):
     shutil.rmtree(place / "index")
-    monkeypatch.setattr(builder, "walk", None)
+    monkeypatch.setattr(index_builder, "walk", None)
     with pytest.raises(TypeError):
         again(place)
     with pytest.raises(DataError, match="was begun, but none of its photos is published yet"):

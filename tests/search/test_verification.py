@@ -11,16 +11,16 @@ from fakes import FakeEncoder, bundle, put, row
 from crosstill import files
 from crosstill.bundle import Bundle
 from crosstill.errors import CrosstillError, DataError, LockedError
-from crosstill.search import builder, index_folder, searcher, verification
-from crosstill.search.builder import build
+from crosstill.search import index_builder, index_folder, searcher, verification
 from crosstill.search.builder_memory import Memory
+from crosstill.search.index_builder import build
 from crosstill.search.index_folder import Pointer
 from support import flip
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(builder, "Encoder", FakeEncoder)
+    monkeypatch.setattr(index_builder, "Encoder", FakeEncoder)
     monkeypatch.setattr(searcher, "Encoder", FakeEncoder)
     put(tmp_path / "photos", a=1, b=2, c=3)
     build(bundle(tmp_path / "bundle"), tmp_path / "photos", tmp_path / "index")

@@ -70,7 +70,7 @@ def command(
         raise typer.BadParameter("give the folder of the index to make", param_hint="--out")
     files.check_writable(out)
     from crosstill.search import build
-    from crosstill.search.builder import QUARANTINE
+    from crosstill.search.index_builder import QUARANTINE
 
     built = build(
         bundle,

@@ -14,7 +14,7 @@ verification    is an index whole, and still that of its photos
 serve/          HTTP service and search page
 """
 
-from crosstill.search.builder import Built, build
+from crosstill.search.index_builder import Built, build
 from crosstill.search.searcher import MAX_TOP, Hit, Photo, Searcher, combine
 from crosstill.search.verification import Verdict, verify
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crosstill.search import builder
+from crosstill.search import index_builder
 from serving import form, serving
 
 TRAVERSALS = [
@@ -84,7 +84,7 @@ def odd(bundle_folder, tmp_path_factory):
     picture(202).save(os.fsencode(photos) + b"/not-utf8-\xff\xfe.png")
     for name in ("linked", "piped", "changed", "gone", "grown"):
         picture(len(name) * 1000 + ord(name[0])).save(photos / f"{name}.png")
-    builder.build(bundle_folder, photos, index)
+    index_builder.build(bundle_folder, photos, index)
     with serving(index, folder) as running:
         yield running, photos
 
@@ -232,7 +232,7 @@ def test_svg_and_html_are_never_sent(odd, bundle_folder, tmp_path):
     shutil.copy(odd[1] / "kind.jpg", folder / "a.jpg")
     (folder / "b.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>')
     (folder / "c.png").write_text("<html><script>alert(1)</script></html>")
-    builder.build(bundle_folder, folder, tmp_path / "index")
+    index_builder.build(bundle_folder, folder, tmp_path / "index")
     with serving(tmp_path / "index", tmp_path) as server:
         assert server.metric("crosstill_index_photos") == 1
         for name in ("b.svg", "c.png"):

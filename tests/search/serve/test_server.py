@@ -17,7 +17,7 @@ from PIL import Image
 
 from crosstill import files
 from crosstill.errors import CorruptError
-from crosstill.search import builder
+from crosstill.search import index_builder
 from serving import QUICK, free_port, last_words, serving
 from verbs import crosstill, refusal
 
@@ -127,7 +127,7 @@ def test_sigterm_lets_a_photo_be_read_to_its_end(bundle_folder, tmp_path):
     folder.mkdir()
     Image.new("RGB", (3200, 3200), "red").save(folder / "large.bmp")
     data = (folder / "large.bmp").read_bytes()
-    builder.build(bundle_folder, folder, index)
+    index_builder.build(bundle_folder, folder, index)
     with serving(index, tmp_path) as server, server.connect() as line:
         address = f"/images/{hashlib.sha256(data).hexdigest()}"
         line.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
@@ -284,7 +284,7 @@ def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
         other.write_bytes(photo.read_bytes() + b"\0")
         for named in (photo, other):
             named.with_suffix(".txt").write_text("🐕" * 10_000, encoding="utf-8")
-    builder.build(bundle_folder, folder, index)
+    index_builder.build(bundle_folder, folder, index)
     with serving(index, tmp_path) as server:
         assert server.ask("/readyz").status == 200
         catalogue = next(index.glob("g-*/photos.sqlite"))
@@ -293,7 +293,7 @@ def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
         found = server.ask("/readyz")
         assert found.status == 503 and catalogue.name in found.json["error"], found
         assert "crosstill index" in found.json["error"] and str(tmp_path) not in str(found.json)
-        builder.build(bundle_folder, folder, index)
+        index_builder.build(bundle_folder, folder, index)
         wait_for(lambda: server.ask("/readyz").status == 200)
         assert server.search(q="a circle")["results"]
         assert "not ready: " in server.log()
@@ -301,7 +301,7 @@ def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
 
 def test_a_catalogue_that_is_emptied_costs_no_traceback(bundle_folder, photos, tmp_path):
     index = tmp_path / "index"
-    builder.build(bundle_folder, photos, index)
+    index_builder.build(bundle_folder, photos, index)
     with serving(index, tmp_path) as server:
         photo_id = server.search(q="a circle")["results"][0]["id"]
         catalogue = next(index.glob("g-*/photos.sqlite"))
@@ -340,12 +340,12 @@ def test_a_new_generation_is_taken_up(bundle_folder, photos, tmp_path):
     held = min(path for path in folder.rglob("*") if path.suffix == ".png")
     aside = tmp_path / held.name
     held.rename(aside)
-    builder.build(bundle_folder, folder, index)
+    index_builder.build(bundle_folder, folder, index)
     with serving(index, tmp_path) as server:
         first = server.search(q="a circle", top=100)
         assert len(first["results"]) == 39
         shutil.copy(aside, held)
-        builder.build(bundle_folder, folder, index)
+        index_builder.build(bundle_folder, folder, index)
         wait_for(lambda: server.search(q="a")["generation"] > first["generation"])
         assert len(server.search(q="a circle", top=100)["results"]) == 40
         assert server.metric("crosstill_index_photos") == 40

@@ -28,16 +28,16 @@ from crosstill.errors import (
 )
 from crosstill.files import locked
 from crosstill.search import (
-    builder,
     builder_memory,
     faiss_vectors,
+    index_builder,
     index_folder,
     index_writer,
     scan,
     searcher,
     vector_index,
 )
-from crosstill.search.builder import Built, build
+from crosstill.search.index_builder import Built, build
 from crosstill.search.searcher import Searcher
 from crosstill.search.verification import verify
 
@@ -95,7 +95,7 @@ class Index:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(builder, "Encoder", FakeEncoder)
+    monkeypatch.setattr(index_builder, "Encoder", FakeEncoder)
     monkeypatch.setattr(searcher, "Encoder", FakeEncoder)
     monkeypatch.setattr(scan, "MOMENT", 0)  # what was just written is trusted nevertheless
 
@@ -114,7 +114,7 @@ def test_a_first_build_and_one_with_nothing_new(index, monkeypatch):
     index.whole(a=1, b=2, deep__c=3)
     before = index.files()
     monkeypatch.setattr(scan, "read_photo", None)  # nothing may be read, encoded or published
-    monkeypatch.setattr(builder, "Encoder", None)
+    monkeypatch.setattr(index_builder, "Encoder", None)
     built = index.build()
     assert (built.generation, built.photos, built.unchanged) == (1, 3, 3)
     after = index.files()
@@ -175,7 +175,7 @@ def test_a_touched_file_is_read_once_and_not_encoded(index, monkeypatch):
 def test_a_file_written_in_the_moment_it_was_read_is_read_again(index, monkeypatch):
     """The clock of a file system may not tell a write just before the reading from one after."""
     monkeypatch.undo()
-    monkeypatch.setattr(builder, "Encoder", FakeEncoder)
+    monkeypatch.setattr(index_builder, "Encoder", FakeEncoder)
     index.put(a=1)
     index.build()
     monkeypatch.setattr(scan, "read_photo", None)
@@ -412,9 +412,9 @@ def published(monkeypatch) -> list[int]:
         switch(place, pointer)
 
     monkeypatch.setattr(index_folder, "switch", note)
-    monkeypatch.setattr(builder, "FIRST", 100)
-    monkeypatch.setattr(builder, "BATCH", 10)
-    monkeypatch.setattr(builder, "QUEUE", 2)
+    monkeypatch.setattr(index_builder, "FIRST", 100)
+    monkeypatch.setattr(index_builder, "BATCH", 10)
+    monkeypatch.setattr(index_builder, "QUEUE", 2)
     return counts
 
 
@@ -459,7 +459,7 @@ def test_a_rebuild_is_published_at_its_end_alone(index, published):
 
 def test_an_interrupted_build_goes_on_where_it_was(index, published, monkeypatch):
     index.put(**{f"n{i:04}": i for i in range(250)})
-    keep = builder.Memory.keep
+    keep = index_builder.Memory.keep
 
     def interrupt(self, shas, rows):
         keep(self, shas, rows)
@@ -467,7 +467,7 @@ def test_an_interrupted_build_goes_on_where_it_was(index, published, monkeypatch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(builder.Memory, "keep", interrupt)
+        patch.setattr(index_builder.Memory, "keep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             index.build()
     assert len(index.held()) == pytest.approx(100, abs=20)
@@ -476,7 +476,7 @@ def test_an_interrupted_build_goes_on_where_it_was(index, published, monkeypatch
 
 
 def test_ctrl_c_waits_for_the_batch_under_way_alone(index, published, monkeypatch):
-    monkeypatch.setattr(builder, "QUEUE", 20)
+    monkeypatch.setattr(index_builder, "QUEUE", 20)
     begun = []
 
     class Slow(FakeEncoder):
@@ -488,12 +488,12 @@ def test_ctrl_c_waits_for_the_batch_under_way_alone(index, published, monkeypatc
             time.sleep(1)
             return super().encode_images(images)
 
-    monkeypatch.setattr(builder, "Encoder", Slow)
+    monkeypatch.setattr(index_builder, "Encoder", Slow)
     index.put(**{f"n{i:04}": i for i in range(150)})
     with pytest.raises(KeyboardInterrupt):
         index.build()
     assert len(begun) <= 3
-    monkeypatch.setattr(builder, "Encoder", FakeEncoder)
+    monkeypatch.setattr(index_builder, "Encoder", FakeEncoder)
     index.build()
     index.whole(**{f"n{i:04}": i for i in range(150)})
 
@@ -502,7 +502,7 @@ def test_an_interrupted_rebuild_goes_on_and_the_old_index_serves(index, tmp_path
     index.put(**{f"n{i:04}": i for i in range(200)})
     index.build()
     other = bundle(tmp_path / "other", weights="second")
-    keep = builder.Memory.keep
+    keep = index_builder.Memory.keep
 
     def interrupt(self, shas, rows):
         keep(self, shas, rows)
@@ -510,7 +510,7 @@ def test_an_interrupted_rebuild_goes_on_and_the_old_index_serves(index, tmp_path
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(builder.Memory, "keep", interrupt)
+        patch.setattr(index_builder.Memory, "keep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(other, index.root, index.out, rebuild=True)
     opened = Searcher.open(index.out)
@@ -816,7 +816,7 @@ def test_vectors_that_are_not_finite_are_refused(index, monkeypatch):
             return np.full((len(images), self.dim), np.nan, np.float32)
 
     index.put(a=1)
-    monkeypatch.setattr(builder, "Encoder", Broken)
+    monkeypatch.setattr(index_builder, "Encoder", Broken)
     refuse(ModelError, "vectors are not finite", index.bundle, index.root, index.out)
 
 
