@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crosstill.train.checks import build_losses
+from crosstill.train.stream import Batch, Stream
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -24,10 +26,8 @@ from crosstill import balance, cache, data, students
 from crosstill.images import Preprocess
 from crosstill.students.config import StudentConfig
 from crosstill.train import TrainConfig, optim
-from crosstill.train.checks import build_losses
 from crosstill.train.distributed import Group
 from crosstill.train.step import Step
-from crosstill.train.stream import Batch, Stream
 
 SCENES, REPETITIONS, WIDTH = 200, 9, 512
 
