@@ -161,17 +161,17 @@ class Comparison:
 
     @property
     def model(self) -> Row:
-        """The row of what was asked for."""
+        """Return the row of the model itself."""
         return self.rows[MODEL]
 
     def to_json(self) -> dict[str, Any]:
-        """The model's numbers at the top level, each other row under its role."""
+        """Return the model's numbers at the top level, each other row under its role."""
         beside = [row.to_json() for role, row in self.rows.items() if role.startswith(BESIDE)]
         own = {r: row.to_json() for r, row in self.rows.items() if r in (TEACHER, UNTRAINED)}
         return {**self.model.to_json(), **own, **({BESIDE: beside} if beside else {})}
 
     def table(self) -> str:
-        """Teacher, then the model, then the untrained student, then the others."""
+        """Format the rows: teacher, model, untrained student, then the others."""
         order = [TEACHER, MODEL, UNTRAINED, *(role for role in self.rows if BESIDE in role)]
         rows = [self.rows[role] for role in order if role in self.rows]
         truths = {row.name: row.extended for row in rows if isinstance(row, Evaluation)}
@@ -253,14 +253,14 @@ def _label(source: str) -> str:
 
 
 def _kept(pairs: Pairs, rows: Embedded) -> Pairs:
-    """The examples that a model could read."""
+    """Keep the examples that a model could read."""
     ids = set(rows.image_ids)
     kept = tuple(example for example in pairs.examples if example.image_id in ids)
     return replace(pairs, examples=kept, quarantine=rows.quarantine)
 
 
 def _remark(comparison: Comparison, pairs: Pairs, placed: Sequence[Placed]) -> None:
-    """What a person should know of the rows."""
+    """Add what a person should know of the rows."""
     row = comparison.model
     shared = row.recall.shared if isinstance(row, Evaluation) else 0
     comparison.notes += remarks(pairs.quarantine, len(pairs), shared)
@@ -279,7 +279,7 @@ def _add_run(
     protocol: str,
     placed: Sequence[Placed],
 ) -> None:
-    """The rows of a run that need no more than the run itself."""
+    """Add the rows of a run that need no more than the run itself."""
     record = read_record(folder)
     teacher = record["teacher"]
     if pairwise:
@@ -306,7 +306,7 @@ def _add_run(
 def _teacher(
     record: dict[str, Any], pairs: Pairs, protocol: str, placed: Sequence[Placed]
 ) -> Evaluation:
-    """The teacher's recall on the same images, from the cache that the run learnt from."""
+    """Measure the teacher on the same images, from the cache that the run learnt from."""
     cache = Cache(record["cache"]["folder"])
     split = next((s for s in map(cache.split, set(cache.splits)) if _same(cache, s, pairs)), None)
     if split is None:
@@ -343,7 +343,7 @@ def _add_costs(
     pairs: Pairs,
     sample: int | None,
 ) -> None:
-    """Seconds for the whole set and, of what embeds, latency; the models take turns."""
+    """Time the whole set and, of what embeds, single items; the models take turns."""
     if TEACHER in comparison.rows:
         teacher = read_record(Path(source))["teacher"]
         try:

@@ -57,13 +57,13 @@ class Cost:
         return {key: value for key, value in values.items() if value is not None}
 
     def cells(self) -> list[str]:
-        """Passes, seconds and how many times faster, as a table shows them."""
+        """Format passes, seconds and how many times faster for a table."""
         mark, ratio = "≈" * self.estimated, "≈" * self.rough
         return [f"{self.passes:,}", mark + figure(self.seconds), ratio + figure(self.faster)]
 
 
 def compared(costs: Mapping[str, Cost]) -> dict[str, Cost]:
-    """Each cost with how many times faster it is than the slowest."""
+    """Add to each cost how many times faster it is than the slowest."""
     slowest = max(costs.values(), key=lambda cost: cost.seconds)
     return {
         name: replace(
@@ -76,7 +76,7 @@ def compared(costs: Mapping[str, Cost]) -> dict[str, Cost]:
 
 
 def figure(value: float) -> str:
-    """A number with as many digits as it is worth: 0.123, 12.3, 1,230."""
+    """Format a number with as many digits as it is worth: 0.123, 12.3, 1,230."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

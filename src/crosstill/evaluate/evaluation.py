@@ -46,12 +46,12 @@ class Evaluation:
         return replace(self, name=name)
 
     def to_json(self) -> dict[str, Any]:
-        """Recall at the top level (`i2t`, `t2i`, `rsum`, …), `truth`, and what is known of cost."""
-        truth = {found.name: found.to_json() for found in self.extended}
+        """Return recall at the top level (`i2t`, `t2i`, `rsum`, …), `truth`, and cost."""
+        truth = {judged.name: judged.to_json() for judged in self.extended}
         return {**self.recall.to_json(), **({"truth": truth} if truth else {}), **_costs(self)}
 
     def cells(self, latency: bool) -> list[str]:
-        """The row's text, column by column, up to RSUM or to the latency."""
+        """Return the row's text, column by column, up to RSUM or to the latency."""
         numbers = [f"{number:.2f}" for number in six(self.recall)]
         return _cells(self, [*numbers, f"{self.recall.rsum:.2f}"], latency)
 
@@ -69,7 +69,7 @@ class Timed:
     cost: Cost | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Name, parameters and cost."""
+        """Return name, parameters and cost."""
         return _costs(self)
 
     def cells(self, latency: bool) -> list[str]:
@@ -81,7 +81,7 @@ Row = Evaluation | Timed
 
 
 def six(recall: Retrieval) -> tuple[float, ...]:
-    """The recalls in the table's order."""
+    """Return the six recalls in the table's order."""
     return (*recall.i2t.fair, *recall.t2i.fair)
 
 
@@ -116,14 +116,14 @@ def retrieval(
 def judge(
     model: Teacher, rows: Embedded, protocol: str = "full", placed: Sequence[Placed] = ()
 ) -> Evaluation:
-    """The evaluation of embeddings that are already there, against further truths if any."""
-    found = by_protocol(protocol, rows.image, rows.text, rows.truth)
+    """Evaluate embeddings that are already there, against further truths if any."""
+    recall = by_protocol(protocol, rows.image, rows.text, rows.truth)
     extended = tuple(truth.of_features(rows.image, rows.text) for truth in placed)
-    return Evaluation(model.name, found, model.parameter_count(), extended=extended)
+    return Evaluation(model.name, recall, model.parameter_count(), extended=extended)
 
 
 def remarks(quarantine: Quarantine, images: int, shared: int = 0) -> list[str]:
-    """What a person should know of the images that were measured, and of those that were not."""
+    """List what a person should know of the images measured, and of those left out."""
     notes = [f"left out: {bad['path']}: {bad['reason']}" for bad in quarantine.rows]
     if quarantine.rows:
         notes.append(f"unreadable images left out: {len(quarantine)}")
@@ -135,7 +135,7 @@ def remarks(quarantine: Quarantine, images: int, shared: int = 0) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table, one row a model; times are shown if any model has them."""
+    """Format a Markdown table, one row a model, with times if any model has them."""
     latency, whole = any(row.efficiency for row in rows), any(row.cost for row in rows)
     heads = [*HEADINGS, *(LATENCY if latency else ()), *(WHOLE if whole else ())]
     body = [row.cells(latency) for row in rows]

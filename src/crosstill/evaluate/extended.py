@@ -79,16 +79,16 @@ class Placed:
     notes: tuple[str, ...] = ()
 
     def of_features(self, image: Tensor, text: Tensor) -> Judged:
-        """What features (I, D) and (T, D) find of it, by dot product."""
+        """Judge features (I, D) and (T, D), by dot product."""
         return self._judge(lambda rows: image[rows] @ text.T, lambda rows: text[rows] @ image.T)
 
     def of_scores(self, scores: Tensor) -> Judged:
-        """The same of a score matrix (I, T)."""
+        """Judge a score matrix (I, T)."""
         return self._judge(lambda rows: scores[rows], lambda rows: scores.T[rows])
 
     def _judge(self, of_images: Scores, of_captions: Scores) -> Judged:
-        found = rank(self.images, of_images), rank(self.captions, of_captions)
-        return Judged(self.name, *found, len(self.images.rows), len(self.captions.rows))
+        ranked = rank(self.images, of_images), rank(self.captions, of_captions)
+        return Judged(self.name, *ranked, len(self.images.rows), len(self.captions.rows))
 
 
 class Ranked(NamedTuple):
@@ -150,19 +150,19 @@ def place(truth: Extended, known: Captions, examples: Sequence[Example]) -> Plac
     images = _queries(truth.images, rows.images, rows.captions)
     captions = _queries(truth.captions, rows.captions, rows.images)
     texts = sum(len(example.captions) for example in examples)
-    said = (
+    note = (
         f"{truth.name}: {len(images.rows):,} of {len(truth.images):,} images and "
         f"{len(captions.rows):,} of {len(truth.captions):,} captions are in this split"
     )
     if not len(images.rows) or not len(captions.rows):
         raise DataError(
-            f"{said} ({len(rows.images):,} of {len(examples):,} images have a COCO id in their "
+            f"{note} ({len(rows.images):,} of {len(examples):,} images have a COCO id in their "
             f"names, {len(rows.captions):,} of {texts:,} captions one in --annotations); give "
             "COCO's test split"
         )
     absent = sum(int((q.total - (q.items >= 0).sum(1)).sum()) for q in (images, captions))
     lost = (f"{truth.name}: {absent:,} true candidates are not there and count as missed",)
-    return Placed(truth.name, images, captions, (said, *(lost if absent else ())))
+    return Placed(truth.name, images, captions, (note, *(lost if absent else ())))
 
 
 def opened(
@@ -201,9 +201,9 @@ def table(rows: Mapping[str, Sequence[Judged]]) -> str:
     sides = [f"{side} {names[0]}" for side in ("image→text", "text→image")]
     heads = ["model", "truth", sides[0], *names[1:], sides[1], *names[1:]]
     body = [
-        [model, found.name, *(f"{number:.2f}" for number in (*found.i2t, *found.t2i))]
+        [model, judged.name, *(f"{number:.2f}" for number in (*judged.i2t, *judged.t2i))]
         for model, several in rows.items()
-        for found in several
+        for judged in several
     ]
     return aligned(heads, body)
 
@@ -241,9 +241,9 @@ def _precisions(total: Tensor, own: Tensor, there: Tensor, scores: Tensor) -> tu
     return (precision * inside).sum(1) / total, (true * inside).sum(1) / total
 
 
-def _queries(truth: Ids, asked: Mapping[int, int], found: Mapping[int, int]) -> Queries:
-    here = [(asked[number], items) for number, items in truth.items() if number in asked]
-    rows = [sorted(found[item] for item in items if item in found) for _, items in here]
+def _queries(truth: Ids, queries: Mapping[int, int], candidates: Mapping[int, int]) -> Queries:
+    here = [(queries[number], items) for number, items in truth.items() if number in queries]
+    rows = [sorted(candidates[item] for item in items if item in candidates) for _, items in here]
     width = max([1, *map(len, rows)])
     padded = [row + [-1] * (width - len(row)) for row in rows]
     return Queries(
@@ -256,12 +256,12 @@ def _queries(truth: Ids, asked: Mapping[int, int], found: Mapping[int, int]) -> 
 def _read_ids(path: Path) -> Ids:
     value = parse(path)
     try:
-        found = {int(key): frozenset(map(int, items)) for key, items in value.items()}
+        ids = {int(key): frozenset(map(int, items)) for key, items in value.items()}
     except (AttributeError, TypeError, ValueError):
-        found = {}
-    if not found or not all(found.values()):
+        ids = {}
+    if not ids or not all(ids.values()):
         raise DataError(f"{path}: not lists of ids by id, as ECCV Caption has them")
-    return found
+    return ids
 
 
 def _read_table(path: Path) -> Extended:
@@ -351,10 +351,10 @@ def _karpathy(value: Mapping[str, Any]) -> Iterable[tuple[int, str, int]]:
 
 
 def _collect(captions: Iterable[tuple[int, str, int]]) -> Captions:
-    found: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
+    by_image: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
     for image, text, number in captions:
-        found[int(image)].append((text.strip(), int(number)))
-    return found
+        by_image[int(image)].append((text.strip(), int(number)))
+    return by_image
 
 
 def _plain(text: str) -> str:

@@ -291,8 +291,8 @@ class Block(NamedTuple):
 
 def _retrieval(scores: Scores, truth: Truth, images: int) -> Retrieval:
     image, text = _rivals(scores, truth, images)
-    found = _recall(image), _recall(text)
-    return Retrieval(*found, images=images, captions=len(truth.owner), shared=truth.shared)
+    recalls = _recall(image), _recall(text)
+    return Retrieval(*recalls, images=images, captions=len(truth.owner), shared=truth.shared)
 
 
 def _chances(scores: Scores, truth: Truth, images: int) -> tuple[Tensor, Tensor]:
@@ -358,12 +358,12 @@ def chance(rivals: Rivals, depth: int) -> Tensor:
     Of the level + true tied candidates, k = depth - better are placed, one after the other;
     what this adds up to is 1 - C(level, k) / C(level + true, k).
     """
-    found = torch.zeros_like(rivals.better)
+    hit_so_far = torch.zeros_like(rivals.better)
     for taken in range(depth):
         left = (rivals.level - taken).clamp_min(0)
-        hit = found + (1 - found) * rivals.true / (left + rivals.true)
-        found = torch.where(rivals.better + taken < depth, hit, found)
-    return found
+        hit = hit_so_far + (1 - hit_so_far) * rivals.true / (left + rivals.true)
+        hit_so_far = torch.where(rivals.better + taken < depth, hit, hit_so_far)
+    return hit_so_far
 
 
 def _checked(image: Tensor, text: Tensor, truth: Truth | Tensor) -> tuple[Tensor, Tensor, Truth]:

@@ -19,20 +19,20 @@ _SIGNS = {
 
 
 def markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers, at the right."""
+    """Format a Markdown table; all columns but the first are numbers, at the right."""
     rule = ["---", *("--:" for _ in heads[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, rule, *body])
 
 
 def aligned(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up as text; all but the first are numbers."""
+    """Format a Markdown table whose columns line up as text; all but the first are numbers."""
     widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_line(cells, widths) for cells in [heads, rule, *body])
 
 
 def latex(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A LaTeX tabular (booktabs)."""
+    """Format a LaTeX tabular (booktabs)."""
     first, *rows = (" & ".join(map(_tex, cells)) + r" \\" for cells in [heads, *body])
     lines = [
         "% " + " ".join(title.split()),

@@ -25,44 +25,46 @@ class Truth:
         count = len(owner)
         numbers = torch.arange(count, device=owner.device) if group is None else group
         self.owner, self.group = owner, numbers.unique(return_inverse=True)[1]
-        said = (owner * count + self.group).unique()  # each group once an image, images ascending
-        self._image, self._said = said // max(1, count), said % max(1, count)
+        written = (
+            owner * count + self.group
+        ).unique()  # each group once an image, images ascending
+        self._image, self._said = written // max(1, count), written % max(1, count)
         self._order = self.group.argsort(stable=True)
         self._size = self.group.bincount()
         self._first = self._size.cumsum(0) - self._size
 
     @property
     def shared(self) -> int:
-        """How many captions are true of several images."""
+        """Count the captions that are true of several images."""
         return int((self._said.bincount() > 1)[self.group].sum())
 
     def pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The true pairs of images `start` to `stop`: (P,) images, (P,) captions."""
+        """List the true pairs of images `start` to `stop`: (P,) images, (P,) captions."""
         ends = torch.searchsorted(self._image, self._image.new_tensor([start, stop]))
-        said = self._said[slice(*ends.tolist())]
-        size = self._size[said]
+        written = self._said[slice(*ends.tolist())]
+        size = self._size[written]
         inside = torch.arange(int(size.sum()), device=size.device)
-        skipped = (self._first[said] - size.cumsum(0) + size).repeat_interleave(size)
+        skipped = (self._first[written] - size.cumsum(0) + size).repeat_interleave(size)
         image = self._image[slice(*ends.tolist())].repeat_interleave(size)
         return image, self._order[inside + skipped]
 
     def plain(self) -> Truth:
-        """Only what was written: each caption is true of its own image alone."""
+        """Return the truth in which each caption is true of its own image alone."""
         return Truth(self.owner)
 
     def part(self, start: int, stop: int) -> tuple[Tensor, Truth]:
-        """(T,) bool of the captions of images `start` to `stop`, and the truth among them."""
+        """Keep images `start` to `stop`: (T,) bool of their captions, and the truth among them."""
         inside = (self.owner >= start) & (self.owner < stop)
         return inside, Truth(self.owner[inside] - start, self.group[inside])
 
     def to(self, device: torch.device) -> Truth:
-        """The same on a device."""
+        """Move to a device."""
         here = device == self.owner.device
         return self if here else Truth(self.owner.to(device), self.group.to(device))
 
 
 def of_texts(owner: Tensor, texts: Sequence[str]) -> Truth:
-    """Each caption is true of every image that has the very same one.
+    """Make the truth in which a caption is true of every image that has the very same one.
 
     Args:
         owner: (T,) int64, the image that each caption was written for.
@@ -74,7 +76,7 @@ def of_texts(owner: Tensor, texts: Sequence[str]) -> Truth:
 
 
 def checked(truth: Truth | Tensor, images: int, captions: int) -> Truth:
-    """A truth, or that of owners alone, after what does not fit has been refused.
+    """Check a truth, or make one of owners, against the numbers of images and captions.
 
     Raises:
         DataError: owners do not fit the captions or the images, or an image has no caption.

@@ -315,9 +315,9 @@ def log_odds(logits: Tensor) -> Tensor:
 
 def _select(core: Any, name: str, rows: Sequence[int]) -> None:
     """Keep some of a list of modules; what is no list is shared by all layers and stays."""
-    held = getattr(core, name)
-    if isinstance(held, nn.ModuleList):
-        setattr(core, name, nn.ModuleList(held[row] for row in rows))
+    modules = getattr(core, name)
+    if isinstance(modules, nn.ModuleList):
+        setattr(core, name, nn.ModuleList(modules[row] for row in rows))
 
 
 FAMILIES: dict[str, type[Pretrained]] = {

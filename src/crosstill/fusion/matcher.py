@@ -112,14 +112,14 @@ class Matcher(nn.Module, ABC):
 
     def tokenize(self, texts: Sequence[str]) -> States:
         """Return token ids (B, L) as `hidden`, L that of the longest of the texts."""
-        found = self.tokenizer(
+        tokens = self.tokenizer(
             [encodable(text) for text in texts],
             padding="longest",
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return States(found["input_ids"], found["attention_mask"])
+        return States(tokens["input_ids"], tokens["attention_mask"])
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """Count the texts that are longer than it can read."""
@@ -145,7 +145,7 @@ class Matcher(nn.Module, ABC):
     def encode_mixed(self, pixels: Sequence[Tensor]) -> States:
         """Encode images of any mix of sizes, in chunks that suit the device."""
         shapes = sorted({tuple(image.shape) for image in pixels})
-        found: list[States] = []
+        parts: list[States] = []
         order: list[int] = []
         for shape in shapes:
             rows = [row for row, image in enumerate(pixels) if tuple(image.shape) == shape]
@@ -153,9 +153,9 @@ class Matcher(nn.Module, ABC):
             hidden = embed_pixels(
                 stack, lambda chunk: self.encode_images(chunk).hidden, self.device
             )
-            found.append(States(hidden, torch.ones(hidden.shape[:2], dtype=torch.int64)))
+            parts.append(States(hidden, torch.ones(hidden.shape[:2], dtype=torch.int64)))
             order += rows
-        whole = joined(found)
+        whole = joined(parts)
         back = torch.tensor(order).argsort()
         return States(whole.hidden[back.to(self.device)], whole.mask[back].to(self.device))
 
@@ -293,9 +293,12 @@ class Reader:
     def states(self, rows: Sequence[int]) -> States:
         """Return projected states of some of the texts, padded to the longest of them."""
         fresh = [self._read(part) for part in self._passes(rows)]
-        found = {**self._kept, **{row: states for part in fresh for row, states in part.items()}}
-        hidden = nn.utils.rnn.pad_sequence([found[row] for row in rows], batch_first=True)
-        lengths = torch.tensor([len(found[row]) for row in rows], device=hidden.device)
+        available = {
+            **self._kept,
+            **{row: states for part in fresh for row, states in part.items()},
+        }
+        hidden = nn.utils.rnn.pad_sequence([available[row] for row in rows], batch_first=True)
+        lengths = torch.tensor([len(available[row]) for row in rows], device=hidden.device)
         mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         return States(hidden, mask.long())
 
@@ -309,12 +312,12 @@ class Reader:
         hidden, mask = self.model.text_states([self._texts[row] for row in rows])
         lengths = mask.sum(1).tolist()
         parts = zip(rows, hidden, lengths, strict=True)
-        found = {row: states[:length].clone() for row, states, length in parts}
-        size = sum(states.nbytes for states in found.values())
+        by_row = {row: states[:length].clone() for row, states, length in parts}
+        size = sum(states.nbytes for states in by_row.values())
         self._room -= size
         if self._room >= 0:
-            self._kept |= found
-        return found
+            self._kept |= by_row
+        return by_row
 
 
 def score_pairs(

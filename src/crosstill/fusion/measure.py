@@ -102,11 +102,11 @@ def score(model: Matcher, pairs: Pairs, wanted: Tensor | None = None) -> Scored:
                 with towers.running():
                     read = reader.states(chunk)
                 # text by text, so that pairs of one length follow each other
-                asked = wanted[rows, columns].T.nonzero().flip(1)
-                for some in asked.split(step):
+                chosen = wanted[rows, columns].T.nonzero().flip(1)
+                for some in chosen.split(step):
                     with matching.running():
-                        found = model.score_pairs(seen, read, some)
-                    scores[rows.start + some[:, 0], columns[some[:, 1]]] = found
+                        logits = model.score_pairs(seen, read, some)
+                    scores[rows.start + some[:, 0], columns[some[:, 1]]] = logits
                     bar.advance(len(some))
     return Scored(
         scores=scores,

@@ -104,8 +104,8 @@ class Meter(Matcher):
     def keep_layers(self, layers: Sequence[int]) -> None:
         stack = self.fusion
         for name in ("cross_modal_image_layers", "cross_modal_text_layers"):
-            held = getattr(stack, name)
-            setattr(stack, name, nn.ModuleList(held[layer] for layer in layers))
+            modules = getattr(stack, name)
+            setattr(stack, name, nn.ModuleList(modules[layer] for layer in layers))
         stack.shape = replace(stack.shape, layers=len(layers))
 
     @property

@@ -131,9 +131,9 @@ def load(
             another model's.
         ConfigError: the patches do not tile images of that size.
     """
-    _, found = examine(tensors, student)
-    if not found.whole:
-        raise ModelError(f"{name}: {found.summary()}; list them with `crosstill inspect`")
+    _, findings = examine(tensors, student)
+    if not findings.whole:
+        raise ModelError(f"{name}: {findings.summary()}; list them with `crosstill inspect`")
     given = _completed(tensors, student)
     if image_size is not None:
         grid = grid_of(image_size, given[f"{_VISUAL}conv1.weight"].shape[-1])
@@ -143,7 +143,9 @@ def load(
     with torch.random.fork_rng(), next(iter(given.values())).device:
         model = _build(given, student)
     model.name, model.tokenizer = name, words
-    model.load_state_dict({ours: given[theirs] for ours, theirs in _released_names(model, student)})
+    model.load_state_dict(
+        {ours: given[released] for ours, released in _released_names(model, student)}
+    )
     return model.freeze_towers().eval()
 
 
@@ -281,5 +283,5 @@ def _released_names(model: Meter, student: bool) -> list[tuple[str, str]]:
 
 def _compare(model: Meter, given: Mapping[str, Tensor], student: bool) -> Findings:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    wanted = {theirs: shapes[ours] for ours, theirs in _released_names(model, student)}
+    wanted = {released: shapes[ours] for ours, released in _released_names(model, student)}
     return compare(wanted, given, LEFTOVERS | (_OF_TEACHER if student else _OF_STUDENT))

@@ -157,8 +157,8 @@ def run(
     judge, first = open_model(source, "matcher"), open_model(finder, "encoder")
     depths = [k for k in (*DEPTHS, *FURTHER) if k < top] + [top]
     with one_thread() if efficiency else nullcontext():
-        found = rerank(first, judge, pairs, depths, blend, strict)
-    return replace(found, finder=found.finder.renamed(finder), judge=source)
+        result = rerank(first, judge, pairs, depths, blend, strict)
+    return replace(result, finder=result.finder.renamed(finder), judge=source)
 
 
 def rerank(
@@ -193,22 +193,22 @@ def rerank(
         raise ConfigError(f"--blend {blend:g}: a temperature, above 0")
     clean = readable(pairs, [finder.preprocess, judge.preprocess], strict)
     watch = Stopwatch()
-    found = embed(finder, clean, watch=watch)
+    embedded = embed(finder, clean, watch=watch)
     with watch.running():
-        cosines = found.image @ found.text.T
+        cosines = embedded.image @ embedded.text.T
     depths, places = sorted(set(depths)), _Places(cosines)
     wanted = places.within(depths[-1])
     log.info("%s: %s passes of %s", judge.name, f"{int(wanted.sum()):,}", f"{wanted.numel():,}")
     scored = measure.score(judge, clean, wanted)
-    told = scored.scores if blend is None else scored.scores + cosines / blend
+    ranking = scored.scores if blend is None else scored.scores + cosines / blend
     stages = []
     for k in depths:
         count = int(places.within(k).sum())
         share = count / scored.passes
         seconds = watch.seconds + scored.towers + share * scored.matching
-        recall = places.recall(cosines, told, found.truth, k)
+        recall = places.recall(cosines, ranking, embedded.truth, k)
         stages.append(Stage(k, recall, count, seconds, estimated=count < scored.passes))
-    own = Evaluation(finder.name, from_scores(cosines, found.truth), finder.parameter_count())
+    own = Evaluation(finder.name, from_scores(cosines, embedded.truth), finder.parameter_count())
     threads = torch.get_num_threads()
     readers: dict[str, TextReader] = {finder.name: finder, judge.name: judge}
     truncated = truncation_note(readers, captions(clean.examples)[0])

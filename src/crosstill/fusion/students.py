@@ -104,9 +104,9 @@ def _heads(dual: Student | DualEncoder) -> tuple[Tensor, Tensor] | None:
     of = dual if isinstance(dual, Student) else dual.model
     names = (("image_head", "text_head"), ("visual_projection", "text_projection"))
     for pair in names:
-        found = [getattr(of, name, None) for name in pair]
-        if all(isinstance(head, nn.Linear) for head in found):
-            image, text = (head.weight.detach() for head in found if head is not None)
+        heads = [getattr(of, name, None) for name in pair]
+        if all(isinstance(head, nn.Linear) for head in heads):
+            image, text = (head.weight.detach() for head in heads if head is not None)
             return image, text
     return None
 

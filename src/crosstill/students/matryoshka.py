@@ -35,10 +35,10 @@ def axes(rows: Sequence[Tensor]) -> Tensor:
         rows: (N, D) each, such as those of images and those of captions.
     """
     moments = [side.double().T @ side.double() / len(side) for side in rows]
-    found = torch.linalg.eigh(sum(moments[1:], start=moments[0])).eigenvectors.flip(1)
+    directions = torch.linalg.eigh(sum(moments[1:], start=moments[0])).eigenvectors.flip(1)
     # a sign for each, so that it depends on no library's whim
-    signs = found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
-    return (found * signs).float()
+    signs = directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    return (directions * signs).float()
 
 
 def shorten(student: Student, width: int) -> Student:
@@ -63,8 +63,8 @@ def shorten(student: Student, width: int) -> Student:
         ).to(student.device)
     axes = student.axes if student.config.widths else torch.eye(student.dim, device=student.device)
     for side in ("image_head", "text_head"):
-        held = getattr(student, side).state_dict().items()
-        turned = {name: axes[:, :width].T @ value for name, value in held}
+        weights = getattr(student, side).state_dict().items()
+        turned = {name: axes[:, :width].T @ value for name, value in weights}
         getattr(again, side).load_state_dict(turned)
     again.source = student.source
     return again.train(training)

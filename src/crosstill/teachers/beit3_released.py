@@ -81,9 +81,9 @@ def load(
             there, no SentencePiece model, or another model's.
         ConfigError: the patches do not tile images of that size, or sentencepiece is missing.
     """
-    network, found = examine(tensors)
-    if not found.whole:
-        raise ModelError(f"{name}: {found.summary()}; list them with `crosstill inspect`")
+    network, findings = examine(tensors)
+    if not findings.whole:
+        raise ModelError(f"{name}: {findings.summary()}; list them with `crosstill inspect`")
     if not tokenizer.is_file():
         raise ModelError(f"{tokenizer}: no such file; give the beit3.spm of the checkpoints")
     state = {n: tensors[n].to("cpu", torch.float32, copy=True) for n in network.state_dict()}

@@ -75,5 +75,5 @@ class Tokenizer:
         return sum(len(row) + 2 > self.length for row in self._encode(texts))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self._pieces.encode([encodable(text) for text in texts])
-        return [[piece + 1 if piece else UNKNOWN for piece in row] for row in found]
+        pieces = self._pieces.encode([encodable(text) for text in texts])
+        return [[piece + 1 if piece else UNKNOWN for piece in row] for row in pieces]

@@ -91,19 +91,19 @@ def compare(
         given: the checkpoint.
         leftovers: first letters of what it may hold beside the model → why that is not read.
     """
-    found = Findings(missing={n: shape for n, shape in wanted.items() if n not in given})
+    findings = Findings(missing={n: shape for n, shape in wanted.items() if n not in given})
     for name, value in sorted(given.items()):
         shape = tuple(value.shape)
         if name in wanted:
             if shape != wanted[name]:
-                found.misshapen[name] = (shape, wanted[name])
+                findings.misshapen[name] = (shape, wanted[name])
             continue
         reason = next((why for start, why in leftovers.items() if name.startswith(start)), None)
         if reason is None:
-            found.unexpected[name] = shape
+            findings.unexpected[name] = shape
         else:
-            found.leftovers.setdefault(reason, []).append(name)
-    return found
+            findings.leftovers.setdefault(reason, []).append(name)
+    return findings
 
 
 def usual_size(tensors: Mapping[str, Tensor], pattern: str, axis: int, default: int) -> int:
@@ -118,7 +118,7 @@ def usual_size(tensors: Mapping[str, Tensor], pattern: str, axis: int, default: 
 
 def count_layers(names: Iterable[str], pattern: str, default: int) -> int:
     """How many layers the names tell of; the pattern's first group is a layer's number."""
-    return len({found[1] for name in names if (found := re.match(pattern, name))}) or default
+    return len({match[1] for name in names if (match := re.match(pattern, name))}) or default
 
 
 def read(source: Path, unpickle: bool = False) -> dict[str, Tensor]:
@@ -157,13 +157,13 @@ def refuse_file(path: Path) -> None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    found = weight_files(folder)
-    found = found or sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
-    if not found:
+    paths = weight_files(folder)
+    paths = paths or sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
+    if not paths:
         raise ModelError(
             f"{folder}: no weights in it (.safetensors, {', '.join(PICKLED)}); give a checkpoint"
         )
-    return found
+    return paths
 
 
 def _file(path: Path, unpickle: bool) -> Iterable[tuple[str, Tensor]]:
@@ -197,10 +197,10 @@ def _restricted(path: Path) -> Any:
 
 
 def _reason(text: str) -> str:
-    asked = re.search(r"GLOBAL (\S+)", text)
-    if asked:
+    global_name = re.search(r"GLOBAL (\S+)", text)
+    if global_name:
         return (
-            f"refused, because reading it would run {asked[1]}; save its tensors alone as "
+            f"refused, because reading it would run {global_name[1]}; save its tensors alone as "
             ".safetensors where you trust it"
         )
     own = text.rpartition("WeightsUnpickler error:")[2].partition("\n\nCheck the doc")[0]
@@ -213,13 +213,13 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     whole = content if isinstance(content, Mapping) else {}
     for inner in (*(whole.get(holder) for holder in _HOLDERS), whole):
         if isinstance(inner, Mapping):
-            found = {
+            tensors = {
                 name: value.detach()
                 for name, value in inner.items()
                 if isinstance(name, str) and isinstance(value, Tensor)
             }
-            if found:
-                return found
+            if tensors:
+                return tensors
     raise ModelError(
         f"{path}: no tensors by name in it, bare or under {', '.join(_HOLDERS)}; give a state dict"
     )

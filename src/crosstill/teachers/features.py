@@ -81,7 +81,7 @@ class FeaturesTeacher:
         rows: dict[str, list[int]] = {}
         for row, path in enumerate(map(formats.name_key, self.filenames)):
             rows.setdefault(_base(path), []).append(row)
-        return {name: found[0] for name, found in rows.items() if len(found) == 1}
+        return {name: places[0] for name, places in rows.items() if len(places) == 1}
 
     @cached_property
     def _identity(self) -> dict[str, str]:
@@ -106,8 +106,8 @@ class FeaturesTeacher:
             (n, D) unit rows of the paths that were found, in the order given, and the others.
         """
         keys = map(formats.name_key, paths)
-        found = [self._by_path.get(key, self._by_name.get(_base(key))) for key in keys]
-        return self._take("image", found), _lacking(paths, found)
+        rows = [self._by_path.get(key, self._by_name.get(_base(key))) for key in keys]
+        return self._take("image", rows), _lacking(paths, rows)
 
     def refuse_unknown(self, paths: Sequence[str]) -> None:
         """Refuse a dataset of which no image has a vector: its names are written otherwise.
@@ -133,11 +133,11 @@ class FeaturesTeacher:
                 f"{self.folder}: image vectors only; add captions.txt and a *text*.npy, or choose "
                 "losses that need no teacher texts"
             )
-        found = [self._by_text.get(text.strip()) for text in texts]
-        return self._take("text", found), _lacking(texts, found)
+        rows = [self._by_text.get(text.strip()) for text in texts]
+        return self._take("text", rows), _lacking(texts, rows)
 
-    def _take(self, kind: str, found: list[int | None]) -> Tensor:
-        rows = self._rows[kind][[row for row in found if row is not None]]
+    def _take(self, kind: str, chosen: list[int | None]) -> Tensor:
+        rows = self._rows[kind][[row for row in chosen if row is not None]]
         return unit(torch.from_numpy(rows.astype(np.float32)), str(self.folder))
 
 
@@ -153,8 +153,8 @@ def _files(folder: Path, *endings: str) -> list[Path]:
     return sorted(path for path in paths if formats.ending(path.name) in endings)
 
 
-def _lacking(names: Sequence[str], found: list[int | None]) -> list[str]:
-    return [name for name, row in zip(names, found, strict=True) if row is None]
+def _lacking(names: Sequence[str], rows: list[int | None]) -> list[str]:
+    return [name for name, row in zip(names, rows, strict=True) if row is None]
 
 
 def _read_rows(folder: Path) -> dict[str, np.ndarray]:

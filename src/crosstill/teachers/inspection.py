@@ -45,19 +45,19 @@ class Inspection:
     findings: Findings = field(default_factory=Findings)
 
     def to_json(self) -> dict[str, Any]:
-        found = self.findings
+        findings = self.findings
         return {
             "family": self.family,
             "sizes": self.sizes,
             "parameters": self.parameters,
-            "whole": found.whole,
-            "missing": found.missing,
-            "unexpected": found.unexpected,
+            "whole": findings.whole,
+            "missing": findings.missing,
+            "unexpected": findings.unexpected,
             "misshapen": {
                 name: {"found": shape, "wanted": wanted}
-                for name, (shape, wanted) in found.misshapen.items()
+                for name, (shape, wanted) in findings.misshapen.items()
             },
-            "leftovers": found.leftovers,
+            "leftovers": findings.leftovers,
         }
 
     def text(self) -> str:
@@ -162,30 +162,30 @@ def _find(source: str) -> Path:
         return Path(source)
     folder = hub.locate(source)
     best = folder / "best"
-    found = best if best.is_dir() and not list(folder.glob("*.safetensors")) else folder
-    if (found / "student.json").is_file():
+    place = best if best.is_dir() and not list(folder.glob("*.safetensors")) else folder
+    if (place / "student.json").is_file():
         raise ModelError(
             f"{source}: a crosstill student, which checks its own weights when it is opened; "
             "inspect is for checkpoints from elsewhere"
         )
-    return found
+    return place
 
 
 def _of_transformers(folder: Path) -> Inspection:
     """A Hugging Face folder, as transformers itself reports what it missed and what was over."""
     config = hub.read_config(folder)
-    held = {name: tuple(value.shape) for name, value in checkpoints.read(folder).items()}
+    shapes = {name: tuple(value.shape) for name, value in checkpoints.read(folder).items()}
     model, report = _loaded(folder, _architecture(config))
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = Findings(
+    findings = Findings(
         missing={name: wanted.get(name, ()) for name in sorted(report["missing_keys"])},
-        unexpected={name: held.get(name, ()) for name in sorted(report["unexpected_keys"])},
+        unexpected={name: shapes.get(name, ()) for name in sorted(report["unexpected_keys"])},
         misshapen={
-            name: (tuple(shape), tuple(asked))
-            for name, shape, asked in sorted(report["mismatched_keys"])
+            name: (tuple(shape), tuple(expected))
+            for name, shape, expected in sorted(report["mismatched_keys"])
         },
     )
-    return Inspection(str(config.model_type), {}, {"total": model.num_parameters()}, found)
+    return Inspection(str(config.model_type), {}, {"total": model.num_parameters()}, findings)
 
 
 def _architecture(config: Any) -> Any:
@@ -213,13 +213,13 @@ def _loaded(folder: Path, kind: Any) -> tuple[Any, dict[str, Any]]:
         raise ModelError(f"{folder}: does not load ({line})") from None
 
 
-def _lines(found: Inspection) -> Iterator[str]:
-    of = found.findings
-    yield f"family      {found.family}"
-    for part, sizes in found.sizes.items():
-        told = ", ".join(f"{name} {value}" for name, value in sizes.items())
-        yield f"{part:<12}{told}"
-    yield "parameters  " + ", ".join(f"{part} {n:,}" for part, n in found.parameters.items())
+def _lines(inspection: Inspection) -> Iterator[str]:
+    of = inspection.findings
+    yield f"family      {inspection.family}"
+    for part, sizes in inspection.sizes.items():
+        line = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        yield f"{part:<12}{line}"
+    yield "parameters  " + ", ".join(f"{part} {n:,}" for part, n in inspection.parameters.items())
     yield f"missing     {len(of.missing)}"
     yield from (f"    {name} {list(shape)}" for name, shape in of.missing.items())
     yield f"unexpected  {len(of.unexpected)}"

@@ -78,25 +78,25 @@ class OpenClip(TwoTowers):
     ) -> None:
         library = _library()
         with quiet(logging.ERROR), hub.reading(str(source), "OpenCLIP model"):
-            found = _find(library, str(source))
+            entry = _find(library, str(source))
             model = library.create_model(
-                found.model,
+                entry.model,
                 load_weights=False,
                 pretrained_text=False,
-                force_preprocess_cfg=found.preprocess,
+                force_preprocess_cfg=entry.preprocess,
             )
-            library.load_checkpoint(model, str(found.weights), strict=True)
-            self.tokenizer = library.get_tokenizer(found.model)
-            self._config = library.get_model_config(found.model)
+            library.load_checkpoint(model, str(entry.weights), strict=True)
+            self.tokenizer = library.get_tokenizer(entry.model)
+            self._config = library.get_model_config(entry.model)
         self.source = (
             str(source) if str(source).startswith(PREFIX) else str(Path(source).absolute())
         )
-        self.name, self.licence = name or found.name, found.licence
+        self.name, self.licence = name or entry.name, entry.licence
         self.preprocess = _preprocess(library.get_model_preprocess_cfg(model), str(source))
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.logit_scale, self.logit_bias = dual.logits(self.model, str(source))
-        self._weights = found.weights
+        self._weights = entry.weights
         black = torch.zeros(1, 3, *self.preprocess.size, dtype=torch.uint8)
         with hub.reading(str(source), "OpenCLIP model"):
             self.dim = self.embed_texts(["a"]).shape[1]

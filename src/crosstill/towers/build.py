@@ -103,13 +103,13 @@ def keep_layers(config: Any, layers: int) -> None:
     Raises:
         ConfigError: the model has fewer layers, or stages in place of layers.
     """
-    held = getattr(config, "num_hidden_layers", None)
+    depth = getattr(config, "num_hidden_layers", None)
     staged = any(getattr(config, name, None) for name in _STAGES)
-    if staged or not isinstance(held, int):
+    if staged or not isinstance(depth, int):
         what = "stages, and no layers" if staged else "no layers"
         raise ConfigError(f"layers = {layers}: a {config.model_type} has {what} to choose from")
-    if layers > held:
-        raise ConfigError(f"layers = {layers}: the model has only {held}")
+    if layers > depth:
+        raise ConfigError(f"layers = {layers}: the model has only {depth}")
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]

@@ -31,7 +31,7 @@ _PATIENCE = 10  # seconds until the hub counts as out of reach
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a source; a hub id is downloaded, or taken from the hub's cache offline.
+    """Find the folder of a source; a hub id is downloaded, or taken from the hub's cache offline.
 
     Raises:
         ModelError: no such folder, and the hub does not have it or cannot be reached.
@@ -44,7 +44,7 @@ def locate(source: str | Path) -> Path:
         raise ModelError(f"{source}: no such folder; give a model's folder or a hub id")
     name, _, revision = text.partition("@")
     try:
-        found = HfApi().model_info(name, revision=revision or None, timeout=_PATIENCE)
+        info = HfApi().model_info(name, revision=revision or None, timeout=_PATIENCE)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason = (
             "its owner has to let you in" if isinstance(error, GatedRepoError) else "no such id"
@@ -55,12 +55,12 @@ def locate(source: str | Path) -> Path:
         ) from None
     except Exception:  # no network: the client raises errors of several libraries
         return _from_hub_cache(name, revision)
-    names = [file.rfilename for file in found.siblings or []]
+    names = [file.rfilename for file in info.siblings or []]
     wanted = [n for n in names if "/" not in n and n.endswith(_WANTED)]
     if any(_WEIGHTS.fullmatch(n) for n in wanted):  # OpenCLIP's copy may lie beside them
         wanted = [n for n in wanted if not n.endswith(".safetensors") or _WEIGHTS.fullmatch(n)]
     with files.writing(Path(HF_HUB_CACHE)):
-        return Path(snapshot_download(name, revision=found.sha, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
 
 
 def _from_hub_cache(name: str, revision: str) -> Path:
@@ -101,7 +101,7 @@ def architectures(folder: Path) -> list[str]:
 
 
 def read_config(folder: Path) -> Any:
-    """The folder's `config.json` as transformers' configuration object."""
+    """Read the folder's `config.json` as transformers' configuration object."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; give the folder of a Hugging Face model")
     with reading(folder, "config.json"):
@@ -111,7 +111,7 @@ def read_config(folder: Path) -> Any:
 def read_model(
     folder: Path, config: Any, may_lack: tuple[str, ...] = (), kind: Any = AutoModel
 ) -> Any:
-    """The folder's model in float32, in eval mode.
+    """Read the folder's model in float32, in eval mode.
 
     Args:
         folder: where `config.json` and the safetensors lie.
@@ -147,7 +147,7 @@ def read_model(
 
 
 def read_tokenizer(folder: Path, fast: bool = True) -> Any:
-    """The folder's tokenizer.
+    """Read the folder's tokenizer.
 
     Args:
         folder: where its files lie.
@@ -171,17 +171,17 @@ def read_tokenizer(folder: Path, fast: bool = True) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors in the order of their names: transformers' own, or else all."""
-    found = sorted(folder.glob("*.safetensors"))
-    return [path for path in found if _WEIGHTS.fullmatch(path.name)] or found
+    """List the folder's safetensors by name: transformers' own, or else all."""
+    paths = sorted(folder.glob("*.safetensors"))
+    return [path for path in paths if _WEIGHTS.fullmatch(path.name)] or paths
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the weights' bytes, whatever the folder and its files are called."""
+    """Return the SHA-256 of the weights' bytes, whatever the files are called."""
     digests = [files.digest_file(path) for path in weight_files(folder)]
     return digests[0] if len(digests) == 1 else files.digest_json(digests)
 
 
 def display_name(source: str | Path) -> str:
-    """The last part of a folder or hub id."""
+    """Return the last part of a folder or hub id."""
     return os.path.basename(os.path.normpath(str(source))).partition("@")[0] or str(source)

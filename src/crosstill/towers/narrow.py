@@ -56,26 +56,26 @@ def fit(tower: Any, rank: int) -> None:
         )
     left, values, right = torch.linalg.svd(table.double(), full_matrices=False)
     root = values[:rank].sqrt()
-    found = put(tower, rank)
+    factored = put(tower, rank)
     with torch.no_grad():
-        found.narrow.weight.copy_(left[:, :rank] * root)
-        found.wide.weight.copy_(right[:rank].T * root)
+        factored.narrow.weight.copy_(left[:, :rank] * root)
+        factored.wide.weight.copy_(right[:rank].T * root)
 
 
 def put(tower: Any, rank: int) -> Factored:
     """Put two thin tables with random numbers there, for weights that are loaded next."""
     old = tower.get_input_embeddings()
-    found = Factored(old.num_embeddings, rank, old.embedding_dim, old.padding_idx)
-    tower.set_input_embeddings(found)
-    return found
+    factored = Factored(old.num_embeddings, rank, old.embedding_dim, old.padding_idx)
+    tower.set_input_embeddings(factored)
+    return factored
 
 
 def whole(tower: Any) -> Any:
     """A copy of a tower as its family knows it: thin tables are multiplied, others stay."""
     again = copy.deepcopy(tower)
     if any(isinstance(module, Factored) for module in again.modules()):
-        held = again.get_input_embeddings()
+        table = again.get_input_embeddings()
         again.set_input_embeddings(
-            nn.Embedding.from_pretrained(held.table(), padding_idx=held.narrow.padding_idx)
+            nn.Embedding.from_pretrained(table.table(), padding_idx=table.narrow.padding_idx)
         )
     return again

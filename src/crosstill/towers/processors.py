@@ -159,7 +159,7 @@ def check_size(folder: Path, preprocess: Preprocess, side: int) -> None:
 
 
 def fit(folder: Path, tower: Any) -> Preprocess:
-    """The preprocess of a folder's tower, which takes red before blue from here on.
+    """Fit a preprocess to a folder's tower, which takes red before blue from here on.
 
     Without an image processor, or with one that cannot be repeated, photos are squashed to the
     tower's `image_size` and scaled to -1..1, and a warning says so.
@@ -168,48 +168,48 @@ def fit(folder: Path, tower: Any) -> Preprocess:
     try:
         if record is None:
             raise ModelError(f"{folder}: no image processor that loads")
-        found = preprocess_from(plain(record), str(folder))
+        preprocess = preprocess_from(plain(record), str(folder))
     except ModelError as error:
-        found = default(tower.config)
-        reason, sides = str(error).partition(";")[0], " x ".join(map(str, found.size))
+        preprocess = default(tower.config)
+        reason, sides = str(error).partition(";")[0], " x ".join(map(str, preprocess.size))
         log.warning("%s: photos are squashed to %s and scaled to -1..1", reason, sides)
-        return found
+        return preprocess
     if record.get("resample") == _NEAREST:
         log.warning("%s: its nearest-pixel filter is replaced by a bilinear one", folder)
     if record.get("do_flip_channel_order"):
         swap_channels(tower)
-    return found
+    return preprocess
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
-    """An image processor's record without the words that `preprocess_from` does not know.
+    """Rewrite an image processor's record in the keys that `preprocess_from` knows.
 
     The order of the channels is not part of it: see `swap_channels`.
     """
     apart = ("do_flip_channel_order", "include_top", "crop_pct")
-    said = {key: value for key, value in record.items() if key not in apart}
-    if said.get("resample") == _NEAREST:
-        said["resample"] = _BILINEAR
+    plain_record = {key: value for key, value in record.items() if key not in apart}
+    if plain_record.get("resample") == _NEAREST:
+        plain_record["resample"] = _BILINEAR
     if record.get("include_top"):
-        said |= _normalised_twice(record)
+        plain_record |= _normalised_twice(record)
     edge = dict(record.get("size") or {}).get("shortest_edge")
     share = record.get("crop_pct")
     if share and edge:
-        said |= _cropped(edge, share) if edge < _UNCROPPED else {"size": _square(edge)}
+        plain_record |= _cropped(edge, share) if edge < _UNCROPPED else {"size": _square(edge)}
     elif edge and record.get("image_processor_type") == "LevitImageProcessor":
-        said["size"] = {"shortest_edge": int(edge / _LEVIT)}
-    return said
+        plain_record["size"] = {"shortest_edge": int(edge / _LEVIT)}
+    return plain_record
 
 
 def swap_channels(tower: nn.Module) -> None:
-    """Make a tower that was trained on BGR read RGB: its first convolution takes them in turn."""
+    """Flip the first convolution of a tower that was trained on BGR, so that it reads RGB."""
     first = next(m for m in tower.modules() if isinstance(m, nn.Conv2d))
     with torch.no_grad():
         first.weight.copy_(first.weight.flip(1))
 
 
 def default(config: Any) -> Preprocess:
-    """Squashed to the tower's `image_size`, or to 224 pixels, and scaled to -1..1."""
+    """Make a preprocess that squashes to the tower's `image_size`, or to 224 pixels."""
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return Preprocess(size=(int(height), int(width)))
