@@ -26,7 +26,7 @@ from crosstill import data, export, progress, students
 from crosstill.bundle import BATCH, Bundle, Encoder
 from crosstill.data.scenes import write
 from crosstill.search import index_builder
-from crosstill.students.config import StudentConfig
+from crosstill.students.student_config import StudentConfig
 
 COUNT, SIDE = 500, 224  # JPEGs, of the size of those in docs/flickr8k.md
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from crosstill import cache, data, students
-from crosstill.students.config import FusionConfig
-from crosstill.train import TrainConfig, checks, optim, work
-from crosstill.train.distributed import Group
+from crosstill import cache, data, fusion, students
+from crosstill.students.student_config import FusionConfig
+from crosstill.train import TrainConfig, optim
+from crosstill.train.task import open_task
 
 SCENES, IMAGES, FALSE, KEPT = 100, 16, 63, 7
 SHAPE = {"layers": 4, "width": 256, "heads": 4, "mlp": 1024, "dropout": 0.0}
@@ -29,7 +29,7 @@ SHAPE = {"layers": 4, "width": 256, "heads": 4, "mlp": 1024, "dropout": 0.0}
 def prepare(place: Path) -> None:
     """A METER-shaped teacher on small towers, and scenes with candidates to choose from."""
     counts = {"false": FALSE, "false_images": FALSE}
-    listed = cache.build_scores(None, data.open(f"scenes:{SCENES}"), place / "listed", **counts)
+    listed = fusion.build_scores(None, data.open(f"scenes:{SCENES}"), place / "listed", **counts)
     students.build("tiny-teacher", dim=64, captions=listed.texts).save(place / "dual")
     towers = FusionConfig(fusion="meter", towers=str(place / "dual"), shape=SHAPE)
     students.fuse(towers).save(place / "teacher")
@@ -58,18 +58,16 @@ def one(place: Path, kind: str) -> int:
         drawn=FALSE,
     )
     student = students.fuse("half", teacher=str(place / "teacher"))
-    group = Group()
-    modules, rule = checks.prepare(config, listed, group)
-    judge = work.fit(student, listed, modules, config)
-    work.freeze(student, config)
-    stream, _ = work.data(student, listed, modules, config, group)
-    optimizer = optim.build((student, modules), rule, config)
-    step = work.step(listed, judge, student, modules, rule, optimizer, config, group)
-    batch: Any = stream.batch(0, 0)
+    task = open_task(listed, config)
+    task.fit(student)
+    task.start(student)
+    optimizer = optim.build((student, task.losses), task.balance, config)
+    _, batch, _ = next(task.batches(0, 0))
     if not judged:  # captions of each image only, as above
         batch.lists.pop("text")
     before = peak()
-    step(batch, 1e-4)
+    task.backward(batch)
+    optimizer.step()
     return peak() - before
 
 

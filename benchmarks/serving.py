@@ -38,7 +38,7 @@ from crosstill.data.scenes import write
 from crosstill.search import catalogue, index_builder, index_folder
 from crosstill.search.catalogue import Row
 from crosstill.search.faiss_vectors import FaissVectors
-from crosstill.students.config import StudentConfig
+from crosstill.students.student_config import StudentConfig
 
 QUERIES, CLIENTS, TOP = 200, 16, 10
 SMALL = "--count", "20000", "--requests", "2000"  # for `make bench`

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosstill.train.checks import build_losses
-from crosstill.train.stream import Batch, Stream
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.models import STUDENT
 from benchmarks.timing import medians, report
-from crosstill import balance, cache, data, students
+from crosstill import cache, data, students
 from crosstill.images import Preprocess
-from crosstill.students.config import StudentConfig
+from crosstill.students.student_config import StudentConfig
 from crosstill.train import TrainConfig, optim
+from crosstill.train.batches import Batch, Stream
 from crosstill.train.distributed import Group
-from crosstill.train.step import Step
+from crosstill.train.task import Task, open_task
 
 SCENES, REPETITIONS, WIDTH = 200, 9, 512
 
@@ -63,6 +62,14 @@ def bare_step(student: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> N
     optimizer.step()
 
 
+def whole_step(task: Task, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """Losses, weights and queue too."""
+    optimizer.zero_grad(set_to_none=True)
+    task.backward(batch)
+    optimizer.step()
+    task.after(batch)
+
+
 def main() -> dict[str, float]:
     """Measure, print one line, and return the figures."""
     torch.set_num_threads(1)
@@ -72,16 +79,15 @@ def main() -> dict[str, float]:
         shape = StudentConfig.model_validate(STUDENT)
         student, bare = (students.build(shape, WIDTH, told.texts) for _ in range(2))
         stream = Stream(told, told.split("train"), student, config, Group())
-        losses = build_losses(config, told)
-        rule = balance.build("dsmd", list(losses))
-        step = Step(
-            student, losses, rule, optim.build((student, losses), rule, config), config, Group()
-        )
+        task = open_task(told, config)
+        task.fit(student)
+        task.start(student)
+        optimizer = optim.build((student, task.losses), task.balance, config)
         plain = torch.optim.AdamW(bare.parameters(), lr=config.lr)
         ready = stream.batch(0, 0)
         numbers: Iterator[int] = count()
         works = {
-            "step": lambda: step(stream.batch(0, next(numbers)), config.lr),
+            "step": lambda: whole_step(task, optimizer, stream.batch(0, next(numbers))),
             "bare": lambda: bare_step(bare, plain, ready),
         }
         found = medians(works, REPETITIONS)

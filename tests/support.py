@@ -14,8 +14,8 @@ from torch.nn import functional
 from crosstill import files, students
 from crosstill.cache import Cache
 from crosstill.images import Preprocess
-from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
+from crosstill.students.student_config import StudentConfig
 
 SETTINGS = {
     "epochs": 2,

@@ -11,7 +11,7 @@ from crosstill import recipes
 from crosstill.ablate.tables import TABLES
 from crosstill.cli.app import app
 from crosstill.evaluate.recall import PROTOCOLS
-from crosstill.students.config import PRESETS
+from crosstill.students.student_config import PRESETS
 
 PAGE = (Path(__file__).parent.parent / "docs/reproduce.md").read_text()
 VERBS = typer.main.get_command(app).commands

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from crosstill import cache, data, teachers
-from crosstill.cache import ScoreCache
+from crosstill import data, fusion, teachers
+from crosstill.fusion.scores import ScoreCache
 from evaluate.judges import small_meter, texts_of
 
 # a grid of candidate lists whose runs take a fraction of a second
@@ -29,4 +29,4 @@ def score_cache(home: Path, count: int) -> ScoreCache:
             weight.mul_(4)
     teacher.save(home / "meter")
     teacher = teachers.load(home / "meter")
-    return cache.build_scores(teacher, pairs, home / "scores", false=6, false_images=3)
+    return fusion.build_scores(teacher, pairs, home / "scores", false=6, false_images=3)

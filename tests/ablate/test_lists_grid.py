@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ablate.scored import LISTS, score_cache
-from crosstill import ablate, data, report, teachers
-from crosstill import cache as caches
+from crosstill import ablate, data, fusion, report, teachers
 from crosstill.ablate import grid, plan
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate.recall import chances, chances_of_scores, from_scores
@@ -205,7 +204,7 @@ def test_a_cache_of_the_other_kind_is_refused_in_one_line(scored, many, toml, tm
     refused("table6", scored, "score cache", chosen=["half"], changes=FAST)
     refused("dcd", many, "holds features", "make a score cache: crosstill cache TEACHER")
     refused("table10", many, "student half: a fusion model", chosen=["half"], changes=FAST)
-    unscored = caches.build_scores(None, data.open("scenes:320"), tmp_path / "listed", false=8)
+    unscored = fusion.build_scores(None, data.open("scenes:320"), tmp_path / "listed", false=8)
     refused("dcd", unscored, "made without a teacher", "crosstill cache TEACHER")
 
 

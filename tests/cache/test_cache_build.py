@@ -33,7 +33,7 @@ ROWS = 16  # in a shard, so that sixty scenes make several
 def short_shards(monkeypatch):
     import sys
 
-    monkeypatch.setattr(sys.modules["crosstill.cache.builder"], "SHARD_ROWS", ROWS)
+    monkeypatch.setattr(sys.modules["crosstill.cache.cache_builder"], "SHARD_ROWS", ROWS)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

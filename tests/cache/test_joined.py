@@ -12,8 +12,10 @@ import torch
 
 from crosstill import cache as caches
 from crosstill import data
-from crosstill.cache import Cache, ScoreCache, build, build_scores, join, joined
+from crosstill.cache import Cache, build, join, joined
 from crosstill.errors import ConfigError, CorruptError, MismatchError
+from crosstill.fusion.score_build import build_scores
+from crosstill.fusion.scores import ScoreCache
 from support import SmallJudge, SmallTeacher, flip
 from verbs import crosstill, refusal
 
@@ -171,9 +173,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("commits", [0, 1, 5, 9])
 def test_a_join_that_was_stopped_ends_with_the_same_bytes(two, tmp_path, monkeypatch, commits):
-    monkeypatch.setattr(sys.modules["crosstill.cache.builder"], "SHARD_ROWS", 32)
+    monkeypatch.setattr(sys.modules["crosstill.cache.cache_builder"], "SHARD_ROWS", 32)
     whole = contents(join(two, tmp_path / "whole").folder)
-    commit, left = caches.builder.Journal.commit, commits
+    commit, left = caches.cache_builder.Journal.commit, commits
 
     def dying(self, *arguments, **options):
         nonlocal left
@@ -183,7 +185,7 @@ def test_a_join_that_was_stopped_ends_with_the_same_bytes(two, tmp_path, monkeyp
         commit(self, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(caches.builder.Journal, "commit", dying)
+        patch.setattr(caches.cache_builder.Journal, "commit", dying)
         join(two, tmp_path / "cut")
     left = 1000
     assert contents(join(two, tmp_path / "cut").folder) == whole

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crosstill import cache, data, students, teachers
+from crosstill import data, fusion, students, teachers
 from crosstill.data import scenes as scenery
 from support import small_config
 from teachers import fusion_models
@@ -103,7 +103,7 @@ def test_texts_share_the_passes_of_a_build_that_was_not_stopped(photos, tmp_path
         teacher, "text_states", lambda texts: passes.append((*texts,)) or states(texts)
     )
     options = {"false": 8, "false_images": 1}
-    cache.build_scores(teacher, pairs, tmp_path / "whole", **options)
+    fusion.build_scores(teacher, pairs, tmp_path / "whole", **options)
     whole, shards = set(passes), iter(range(2))
 
     def stop_at_the_third(*arguments):
@@ -113,9 +113,9 @@ def test_texts_share_the_passes_of_a_build_that_was_not_stopped(photos, tmp_path
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(teacher, "score_pairs", stop_at_the_third)
-        cache.build_scores(teacher, pairs, tmp_path / "cut", **options)
+        fusion.build_scores(teacher, pairs, tmp_path / "cut", **options)
     passes.clear()
-    cache.build_scores(teacher, pairs, tmp_path / "cut", **options)
+    fusion.build_scores(teacher, pairs, tmp_path / "cut", **options)
     assert passes and set(passes) <= whole
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 

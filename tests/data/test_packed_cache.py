@@ -50,7 +50,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_shards(monkeypatch):
-    monkeypatch.setattr(sys.modules["crosstill.cache.builder"], "SHARD_ROWS", 16)
+    monkeypatch.setattr(sys.modules["crosstill.cache.cache_builder"], "SHARD_ROWS", 16)
 
 
 def opened(home: Path, form: str) -> data.Pairs:

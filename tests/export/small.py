@@ -17,8 +17,8 @@ from crosstill.export.export_folder import aside
 from crosstill.export.gates import Parity
 from crosstill.export.library_folders import LibraryFolder
 from crosstill.export.provenance import Provenance
-from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
+from crosstill.students.student_config import StudentConfig
 
 CAPTIONS = [
     f"A {one} {shape} left of a {other} {shape}."

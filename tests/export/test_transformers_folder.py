@@ -13,8 +13,8 @@ from crosstill.errors import ConfigError, ExportError
 from crosstill.export.card import Facts, Origin, card
 from crosstill.export.library_folders import TransformersFolder
 from crosstill.preprocess import Preprocess
-from crosstill.students.config import PRESETS
 from crosstill.students.student import Student
+from crosstill.students.student_config import PRESETS
 
 TRANSFORMERS = TransformersFolder()
 ALONE = """

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from crosstill.fusion.meter import Meter
-from crosstill.students.config import FusionConfig
+from crosstill.students.student_config import FusionConfig
 from crosstill.train import TrainConfig
 
 SHAPE = {"layers": 2, "width": 16, "heads": 2, "mlp": 16, "dropout": 0.0}

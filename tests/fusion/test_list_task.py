@@ -5,17 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from crosstill import cache as caches
-from crosstill import students, teachers
+from crosstill import fusion, students, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.fusion import lists
+from crosstill.fusion.list_task import ListTask, tower_states
 from crosstill.fusion.lists import ListStream, Ways
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.states import Sides
-from crosstill.fusion.task import ListTask, tower_states
 from crosstill.fusion.validation import MatchedSplit
 from crosstill.objectives.dcd import uncertainty_loss
-from crosstill.students.config import FusionConfig
+from crosstill.students.student_config import FusionConfig
 from crosstill.train import TrainConfig, optim, train
 from crosstill.train.distributed import Group
 from crosstill.train.step import Outcome
@@ -49,13 +48,13 @@ def teacher(towers, tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(teacher, scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores") / "scores"
-    return caches.build_scores(teachers.load(teacher), scenes, folder, false=12, false_images=6)
+    return fusion.build_scores(teachers.load(teacher), scenes, folder, false=12, false_images=6)
 
 
 @pytest.fixture(scope="module")
 def unscored(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidates") / "listed"
-    return caches.build_scores(None, scenes, folder, false=12, false_images=6)
+    return fusion.build_scores(None, scenes, folder, false=12, false_images=6)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from crosstill import recipes
-from crosstill.students.config import PRESETS
+from crosstill.students.student_config import PRESETS
 from verbs import TOML, crosstill
 
 NAMES = ("flickr30k", "coco")

@@ -9,11 +9,10 @@ import pytest
 from pages import Page
 
 from ablate.scored import score_cache
-from crosstill import cache as caches
-from crosstill import data, files, report, students
-from crosstill.cache import ScoreCache
+from crosstill import data, files, fusion, report, students
 from crosstill.errors import InputError, MismatchError
 from crosstill.fusion import validation
+from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.train import Run, TrainConfig, train
 from support import small_config
@@ -113,7 +112,7 @@ def test_the_untrained_student_is_the_one_before_training(home):
 
 
 def test_a_fusion_model_that_no_teacher_taught(home, tmp_path):
-    cache = caches.build_scores(None, data.open("scenes:60"), tmp_path / "listed", false=8)
+    cache = fusion.build_scores(None, data.open("scenes:60"), tmp_path / "listed", false=8)
     half = students.fuse("half", teacher=str(home / "meter"))
     changes = {"losses": {"info_nce": {"hardest": 3}}, "epochs": 1, "towers": "train"}
     train(half, cache, TrainConfig(**SETTINGS | changes), tmp_path / "run")

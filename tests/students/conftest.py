@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, MobileNetV1Config, MobileNetV1Model
 
-from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig
+from crosstill.students.student_config import ImageTowerConfig, StudentConfig, TextTowerConfig
 from crosstill.towers import vocabulary
 
 COLOURS = ["red", "blue", "green", "yellow", "violet"]

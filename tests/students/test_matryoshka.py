@@ -11,8 +11,8 @@ from crosstill.errors import ConfigError
 from crosstill.objectives.wrappers import cut
 from crosstill.recipes import distill
 from crosstill.students import matryoshka
-from crosstill.students.config import StudentConfig, parse
 from crosstill.students.student import Student
+from crosstill.students.student_config import StudentConfig, parse
 from crosstill.types import Features
 from support import FAST, SETTINGS, SmallTeacher, same, small_config
 

@@ -8,8 +8,8 @@ from transformers import AutoModel
 
 from crosstill import export, students
 from crosstill.errors import ConfigError
-from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
+from crosstill.students.student_config import StudentConfig
 from crosstill.towers import narrow
 
 CAPTIONS = families.CAPTIONS

@@ -18,9 +18,9 @@ from crosstill.cache import Cache
 from crosstill.errors import ConfigError, ModelError
 from crosstill.export.library_folders import SentenceTransformersFolder, TransformersFolder
 from crosstill.recipes import distill
-from crosstill.students.config import StudentConfig
 from crosstill.students.student import Student
-from crosstill.towers.build import pool
+from crosstill.students.student_config import StudentConfig
+from crosstill.towers.tower_parts import pool
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "students.md"
 ONE_STEP = (

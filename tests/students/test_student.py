@@ -17,10 +17,10 @@ from transformers import (
 
 from crosstill import files, students
 from crosstill.errors import ConfigError, CorruptError, MismatchError, ModelError
-from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig
 from crosstill.students.student import Student
+from crosstill.students.student_config import ImageTowerConfig, StudentConfig, TextTowerConfig
 from crosstill.teachers.base import Teacher
-from crosstill.towers import build, vocabulary
+from crosstill.towers import tower_parts, vocabulary
 
 DIM = 24
 SMALL = {
@@ -287,7 +287,7 @@ def test_a_trim_that_would_change_what_is_said(tmp_path: Path) -> None:
     tower = MPNetModel(config).eval()
     rows = [0, *range(2, len(tokenizer))]
     with pytest.raises(ModelError, match="would change what this mpnet says; set vocabulary"):
-        build.with_rows(tower, "mean", tokenizer, rows)
+        tower_parts.with_rows(tower, "mean", tokenizer, rows)
 
 
 def test_layers_of_a_cnn(pretrained: StudentConfig, captions: list[str]) -> None:

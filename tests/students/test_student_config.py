@@ -4,7 +4,7 @@ import pytest
 
 from crosstill.errors import ConfigError
 from crosstill.students import load_config
-from crosstill.students.config import PRESETS
+from crosstill.students.student_config import PRESETS
 
 TOML = """
 name = "mine"

@@ -21,7 +21,7 @@ from transformers import (
 
 from crosstill import images, students
 from crosstill.students.assembly import image_part
-from crosstill.students.config import ImageTowerConfig, StudentConfig
+from crosstill.students.student_config import ImageTowerConfig, StudentConfig
 
 FAMILIES = {family.type: family for family in IMAGE}
 SQUARE = {"height": 128, "width": 128}

@@ -14,7 +14,7 @@ from crosstill.teachers import beit3_released
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.beit3 import Beit3
 from crosstill.teachers.beit3_network import SIZES, Network, Shape
-from crosstill.towers.build import resized_positions
+from crosstill.towers.tower_parts import resized_positions
 from teachers.beit3_files import (
     BASE,
     BASE_384,

@@ -12,7 +12,7 @@ from crosstill.errors import ConfigError, ModelError
 from crosstill.fusion import meter_released
 from crosstill.fusion.meter import Meter
 from crosstill.fusion.meter_network import ClipVisual
-from crosstill.towers.build import resized_positions
+from crosstill.towers.tower_parts import resized_positions
 from crosstill.types import States
 from teachers.released_files import PRETRAIN, RETRIEVAL, STUDENT, on_meta, small, write_tokenizer
 from teachers.slow_meter import MEAN, STD, SlowMeter

@@ -35,7 +35,7 @@ import torch
 torch.set_num_threads(1)
 
 from crosstill.cli import main as crosstill  # noqa: E402
-from crosstill.fusion.task import ListTask  # noqa: E402
+from crosstill.fusion.list_task import ListTask  # noqa: E402
 from crosstill.train.task import PairTask  # noqa: E402
 
 TASKS = (PairTask, ListTask)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from crosstill import balance, recipes, students, teachers
-from crosstill.cache import Cache, build, build_scores, join
+from crosstill.cache import Cache, build, join
 from crosstill.files import sealed
+from crosstill.fusion.score_build import build_scores
 from crosstill.train import checkpoint
 from fusion.listed import meter_config, parameters
 from support import SmallTeacher, same, small_student

@@ -19,11 +19,12 @@ from crosstill import files
 from crosstill.ablate import grid, plan
 from crosstill.ablate.results import Cell, Row, Table, latex, markdown
 from crosstill.ablate.tables import TABLES
-from crosstill.cache import CacheBase, ScoreCache
+from crosstill.cache import CacheBase
 from crosstill.errors import InputError, RunError
 from crosstill.evaluate import bootstrap, teacher_recall
 from crosstill.evaluate.recall import Retrieval
 from crosstill.fusion import validation
+from crosstill.fusion.scores import ScoreCache
 
 __all__ = ["TABLES", "Table", "fill", "is_grid", "latex", "markdown", "read", "run"]
 

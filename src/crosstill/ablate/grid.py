@@ -22,13 +22,14 @@ import torch
 from crosstill import cache as caches
 from crosstill import files, progress, students
 from crosstill.ablate.plan import Job, Plan
-from crosstill.cache import CacheBase, ScoreCache
+from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, CrosstillError, DiskFullError, RunError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.recall import chances
 from crosstill.fusion import validation
 from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.scores import ScoreCache
 from crosstill.train import folder, train
 from crosstill.train.task import open_task
 

@@ -11,15 +11,16 @@ from typing import Any
 
 from crosstill import files, objectives, recipes, students
 from crosstill.ablate.tables import Design, Setting, design
-from crosstill.cache import CacheBase, ScoreCache
+from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
 from crosstill.fusion import validation
+from crosstill.fusion.scores import ScoreCache
 from crosstill.objectives.parts.memory import Queue
-from crosstill.students.config import FusionConfig, StudentConfig
+from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import TrainConfig
 from crosstill.train.config import parse
-from crosstill.train.task import open_task
+from crosstill.train.task import build_losses, named_losses, open_task
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def make(
     _check_images(cache, changes)
     configs = [_settings(setting, changes) for setting in what.rows]
     _check_used(table, configs, changes)
-    _check_lists(table, what, configs)
+    _check_lists(table, what, configs, cache)
     named = _students(table, what, chosen)
     listed = _are_fusion(named)
     filled = zip(what.rows, configs, named, strict=True)
@@ -234,13 +235,25 @@ def _check_cache(table: str, what: Design, cache: CacheBase) -> None:
         )
 
 
-def _check_lists(table: str, what: Design, configs: Sequence[TrainConfig]) -> None:
-    """Refuse a setting that undoes the difference of the rows."""
+def _check_lists(
+    table: str, what: Design, configs: Sequence[TrainConfig], cache: CacheBase
+) -> None:
+    """Refuse rows that a score cache cannot teach, or whose difference a setting undoes."""
     if what.lists and configs[0].teacher is not None:
         raise ConfigError(
             f"teacher = {configs[0].teacher}: one that scores beside the student always keeps the "
             f"hardest, so the rows of {table} would not differ; leave it out"
         )
+    if not isinstance(cache, ScoreCache):
+        return
+    for config in configs:
+        losses = named_losses(build_losses(cache, config))
+        blind = [name for name, loss in losses.items() if loss.lists is None]
+        if blind:
+            raise MismatchError(
+                f"{cache.folder} is a score cache, and rows of {table} learn from features "
+                f"({', '.join(blind)}); use the table dcd, or a cache of a dual encoder's features"
+            )
 
 
 def _are_fusion(named: Sequence[str]) -> bool:

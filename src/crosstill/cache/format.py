@@ -55,7 +55,7 @@ QUARANTINE = "quarantine.jsonl"
 
 # kinds of caches: file of the header → the class that opens it
 KINDS = {
-    "scores.json": "crosstill.cache.scores:ScoreCache",
+    "scores.json": "crosstill.fusion.scores:ScoreCache",
     HEADER: "crosstill.cache.format:Cache",
 }
 

@@ -23,8 +23,8 @@ import torch
 from torch.nn.functional import normalize
 
 from crosstill import files, progress
-from crosstill.cache import builder, format
-from crosstill.cache.build import DTYPES
+from crosstill.cache import cache_builder, format
+from crosstill.cache.feature_build import DTYPES
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ImageError, MismatchError
 from crosstill.types import Example
@@ -95,7 +95,7 @@ def join(
     return _JoinBuilder(opened, checked, out).make()
 
 
-class _JoinBuilder(builder.CacheBuilder[format.Cache]):
+class _JoinBuilder(cache_builder.CacheBuilder[format.Cache]):
     """Build a joined cache: rows of other caches take the place of a teacher's."""
 
     opens = format.Cache
@@ -110,15 +110,15 @@ class _JoinBuilder(builder.CacheBuilder[format.Cache]):
         own = {"teacher": teacher["identity"], "modalities": teacher["modalities"]}
         own["dtype"] = max((c.header["key"]["dtype"] for c in caches), key=list(DTYPES).index)
         key = first.header["key"] | own
-        super().__init__(_pairs(first), folder, teacher, key, builder.ReadOptions())
+        super().__init__(_pairs(first), folder, teacher, key, cache_builder.ReadOptions())
 
     def _image_shards(self) -> None:  # no photo is read
         for kind in self.description["modalities"]:
             rows = self.caches[0].header["rows"][kind]
-            first = len(self.journal.shards[kind]) * builder.SHARD_ROWS
+            first = len(self.journal.shards[kind]) * cache_builder.SHARD_ROWS
             with progress.bar(f"{kind} rows", rows, first) as bar:
-                for start in range(first, rows, builder.SHARD_ROWS):
-                    block = np.arange(start, min(start + builder.SHARD_ROWS, rows))
+                for start in range(first, rows, cache_builder.SHARD_ROWS):
+                    block = np.arange(start, min(start + cache_builder.SHARD_ROWS, rows))
                     self.journal.commit(kind, self._rows(kind, block), quarantined=[])
                     bar.advance(len(block))
 

@@ -118,7 +118,7 @@ def command(
 
 def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> CacheBase:
     """Build the cache that suits the teacher; refuse options of the other kind."""
-    from crosstill import cache
+    from crosstill import cache, fusion
     from crosstill.models import open as open_model
 
     model: Any = None if teacher == "none" else open_model(teacher)
@@ -133,13 +133,13 @@ def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> CacheB
         )
     if not scores:
         return cache.build(model, pairs, out, **given)
-    return cache.build_scores(model, pairs, out, **given | {"find": _finder(given.get("find"))})
+    return fusion.build_scores(model, pairs, out, **given | {"find": _finder(given.get("find"))})
 
 
 def _finder(find: str | None) -> Any:
     """Open what the option names: a way to draw, a cache of features, or a model."""
     from crosstill import cache
-    from crosstill.cache.candidates import FINDERS
+    from crosstill.fusion.candidates import FINDERS
     from crosstill.models import open as open_model
 
     if find is None or find in FINDERS:
@@ -166,7 +166,7 @@ def _describe(cache: CacheBase) -> None:
 
 
 def _held(cache: CacheBase) -> str:
-    from crosstill.cache import ScoreCache
+    from crosstill.fusion.scores import ScoreCache
 
     if not isinstance(cache, ScoreCache):
         return f"{cache.dim} wide" if cache.dim else "no features"

@@ -14,7 +14,7 @@ from crosstill.cli import common
 from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from crosstill.students.config import FusionConfig, StudentConfig
+    from crosstill.students.student_config import FusionConfig, StudentConfig
 
 
 def command(

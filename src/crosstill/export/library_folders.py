@@ -45,7 +45,7 @@ from crosstill.preprocess import Preprocess
 from crosstill.progress import quiet
 from crosstill.students.student import Student
 from crosstill.towers import narrow
-from crosstill.towers.build import describe, restore
+from crosstill.towers.tower_parts import describe, restore
 
 _HEADS = {"image_head": "visual_projection", "text_head": "text_projection"}
 _TOWERS = {"image_tower": "vision_model", "text_tower": "text_model"}

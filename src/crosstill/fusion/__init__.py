@@ -4,11 +4,16 @@
     families        ViLT, BLIP and BridgeTower of transformers; opening of any fusion model's folder
     meter           METER-shaped models, their networks and their released files
     students        fusion models to train
+    scores          caches of scores of chosen pairs; candidates and finders choose them, and
+                    score_build fills them
+    list_task       what a score cache teaches; lists are its batches, states what towers gave,
+                    validation its recall
     measure         scores and seconds of a whole split
     reranking       a dual encoder finds, a fusion model puts in order
 
 The distiller does not import this package. What it needs is found by name: the families in
-`crosstill.teachers.FAMILIES`, the measure in `crosstill.evaluate.compare.MEASURES`.
+`crosstill.teachers.FAMILIES`, the measure in `crosstill.evaluate.compare.MEASURES`, score caches
+in `crosstill.cache.format.KINDS`.
 """
 
 from __future__ import annotations
@@ -20,15 +25,28 @@ if TYPE_CHECKING:
     from crosstill.fusion.matcher import Matcher
     from crosstill.fusion.measure import Scored, score_matrix
     from crosstill.fusion.reranking import Reranked, rerank
+    from crosstill.fusion.score_build import build_scores
+    from crosstill.fusion.scores import ScoreCache
     from crosstill.fusion.students import build
 
-__all__ = ["Matcher", "Reranked", "Scored", "build", "rerank", "score_matrix"]
+__all__ = [
+    "Matcher",
+    "Reranked",
+    "ScoreCache",
+    "Scored",
+    "build",
+    "build_scores",
+    "rerank",
+    "score_matrix",
+]
 
 _PLACES = {
     "Matcher": "matcher",
     "Reranked": "reranking",
+    "ScoreCache": "scores",
     "Scored": "measure",
     "build": "students",
+    "build_scores": "score_build",
     "rerank": "reranking",
     "score_matrix": "measure",
 }

@@ -31,8 +31,8 @@ from crosstill.images import normalise
 from crosstill.progress import quiet
 from crosstill.teachers.heads import TYPES, image_outputs, text_outputs, text_positions
 from crosstill.towers import hub, processors
-from crosstill.towers.build import additive
 from crosstill.towers.processors import check_size
+from crosstill.towers.tower_parts import additive
 from crosstill.types import States
 
 # what stands beside config and weights: the tokenizer and the image processor, as they came

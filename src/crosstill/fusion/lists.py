@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill.cache import ScoreCache, Split, pixels
+from crosstill.cache import Split, pixels
 from crosstill.evaluate import frozen_images, frozen_texts
+from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.students.student import Student, Tokens
 from crosstill.train.batches import ahead

@@ -20,7 +20,7 @@ from crosstill.errors import CorruptError
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.meter_network import ClipVisual, CoAttention, Shape
 from crosstill.images import Preprocess, normalise
-from crosstill.towers import build, saved
+from crosstill.towers import saved, tower_parts
 from crosstill.types import States
 
 RECORD = "matcher.json"
@@ -85,7 +85,7 @@ class Meter(Matcher):
             hidden = hidden.flatten(2).transpose(1, 2)
         if self._pooling[side] == "cls":
             return hidden
-        pooled = build.pool(output, self._pooling[side], mask)
+        pooled = tower_parts.pool(output, self._pooling[side], mask)
         return torch.cat([pooled[:, None], hidden], dim=1)
 
     def project(self, states: States, side: str) -> States:
@@ -119,7 +119,7 @@ class Meter(Matcher):
     def save(self, folder: Path) -> None:
         described = {
             "image": _describe(self.image_tower),
-            "text": build.describe(self.text_tower.config),
+            "text": tower_parts.describe(self.text_tower.config),
         }
         record = {
             "family": self.family,
@@ -167,10 +167,10 @@ class Meter(Matcher):
 def _describe(tower: nn.Module) -> dict[str, Any]:
     if isinstance(tower, ClipVisual):
         return {"model_type": CLIP_VISUAL, **tower.config}
-    return build.describe(tower.config)
+    return tower_parts.describe(tower.config)
 
 
 def _restore(record: dict[str, Any], pooling: str) -> nn.Module:
     if record["model_type"] == CLIP_VISUAL:
         return ClipVisual(**{k: v for k, v in record.items() if k != "model_type"})
-    return build.assemble(build.restore(record), pooling)
+    return tower_parts.assemble(tower_parts.restore(record), pooling)

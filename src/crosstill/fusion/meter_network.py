@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crosstill.errors import ConfigError
-from crosstill.towers.build import grid_of
+from crosstill.towers.tower_parts import grid_of
 
 EPS = 1e-12  # of every LayerNorm in the stack; the towers have their own
 MASKED = -10_000.0  # added to the score of a padded key; exp of it is 0 in float32

@@ -21,8 +21,8 @@ from crosstill.fusion.meter import RECORD, Meter, Parts
 from crosstill.fusion.meter_network import ClipVisual, CoAttention, Shape
 from crosstill.preprocess import Preprocess
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
-from crosstill.towers import build, hub
-from crosstill.towers.build import grid_of, resized_positions
+from crosstill.towers import hub, tower_parts
+from crosstill.towers.tower_parts import grid_of, resized_positions
 
 __all__ = ["RECORD", "examine", "is_released", "load", "read_folder", "sizes"]
 
@@ -156,8 +156,10 @@ def read_folder(folder: Path) -> Meter:
 
 def sizes(model: Meter) -> dict[str, dict[str, Any]]:
     """Return what decides the shapes of a METER, by part; Hugging Face towers name themselves."""
-    image, text = model.image_tower, build.describe(model.text_tower.config)
-    described = image.config if isinstance(image, ClipVisual) else build.describe(image.config)
+    image, text = model.image_tower, tower_parts.describe(model.text_tower.config)
+    described = (
+        image.config if isinstance(image, ClipVisual) else tower_parts.describe(image.config)
+    )
     stack = model.fusion.shape.to_json()
     return {
         "image": {name: described[name] for name in _SIZES if name in described},

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, images
-from crosstill.cache import PixelStore, ScoreCache, Split, memo, pixels
+from crosstill.cache import PixelStore, Split, memo, pixels
 from crosstill.formats import by_length
 from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.scores import ScoreCache
 from crosstill.types import States
 
 BATCH = 128  # inputs of a tower in one go

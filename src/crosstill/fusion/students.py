@@ -19,8 +19,8 @@ from crosstill.fusion.meter import Meter, Parts
 from crosstill.fusion.meter_network import CoAttention, Shape
 from crosstill.models import open as open_model
 from crosstill.progress import quiet
-from crosstill.students.config import FusionConfig, load_config
 from crosstill.students.student import Student
+from crosstill.students.student_config import FusionConfig, load_config
 from crosstill.teachers.dual import DualEncoder
 from crosstill.towers import narrow, vocabulary
 

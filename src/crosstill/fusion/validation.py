@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill.cache import ScoreCache, Split
+from crosstill.cache import Split
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.embedding import cached_truth
 from crosstill.evaluate.recall import DEPTHS, Retrieval, chances_of_scores, from_scores
 from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.teachers.base import evaluating
 from crosstill.train.config import TrainConfig

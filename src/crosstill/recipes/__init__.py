@@ -17,7 +17,7 @@ from crosstill import cache as caches
 from crosstill import students
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, unknown
-from crosstill.students.config import FusionConfig, StudentConfig
+from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import Learner, Run, TrainConfig, train
 from crosstill.train import folder as runs
 from crosstill.train.distributed import leads

@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 
 from crosstill import images
-from crosstill.cache import Cache, CacheBase, ScoreCache, Split
+from crosstill.cache import Cache, CacheBase, Split
 from crosstill.errors import CrosstillError, InputError, MismatchError
 from crosstill.evaluate import CachedSplit, Evaluation, cost, teacher_recall
 from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
 from crosstill.fusion import validation
 from crosstill.fusion.matcher import Matcher
+from crosstill.fusion.scores import ScoreCache
 from crosstill.models import open as open_model
 from crosstill.report import curves
 from crosstill.students.student import Student

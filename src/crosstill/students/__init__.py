@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from crosstill.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
-    from crosstill.students.config import FusionConfig, StudentConfig
     from crosstill.students.student import Student
+    from crosstill.students.student_config import FusionConfig, StudentConfig
 
 __all__ = ["build", "fuse", "load", "load_config", "shorten"]
 
@@ -19,10 +19,10 @@ ALONE = 256  # embedding width where neither a teacher nor the configuration say
 
 
 def load_config(preset_or_toml: str | Path) -> StudentConfig | FusionConfig:
-    """Read a student's configuration: see `crosstill.students.config.load_config`."""
-    from crosstill.students import config
+    """Read a student's configuration: see `crosstill.students.student_config.load_config`."""
+    from crosstill.students import student_config
 
-    return config.load_config(preset_or_toml)
+    return student_config.load_config(preset_or_toml)
 
 
 def build(

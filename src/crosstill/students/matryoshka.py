@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crosstill.errors import ConfigError
 from crosstill.students.student import Student
-from crosstill.towers.build import ImagePart, TextPart
+from crosstill.towers.tower_parts import ImagePart, TextPart
 
 MOST = 20_000  # rows a side: far more than there are axes
 

@@ -16,7 +16,12 @@ from crosstill import artefacts, files
 from crosstill.errors import ConfigError, CorruptError
 from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
-from crosstill.students.config import ImageTowerConfig, StudentConfig, TextTowerConfig, parse
+from crosstill.students.student_config import (
+    ImageTowerConfig,
+    StudentConfig,
+    TextTowerConfig,
+    parse,
+)
 from crosstill.teachers.base import (
     Kind,
     embed_by_length,
@@ -27,7 +32,7 @@ from crosstill.teachers.base import (
     unit,
 )
 from crosstill.towers import narrow, saved
-from crosstill.towers.build import (
+from crosstill.towers.tower_parts import (
     ImagePart,
     TextPart,
     assemble,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crosstill.errors import ConfigError
-from crosstill.towers.build import grid_of
+from crosstill.towers.tower_parts import grid_of
 
 IMAGE, TEXT = "A", "B"
 

@@ -20,7 +20,7 @@ from crosstill.teachers import beit3
 from crosstill.teachers.beit3 import RECORD, Beit3
 from crosstill.teachers.beit3_network import SIZES, Network, Shape
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
-from crosstill.towers.build import grid_of, resized_positions
+from crosstill.towers.tower_parts import grid_of, resized_positions
 
 __all__ = ["RECORD", "examine", "is_released", "load", "read_folder", "sizes"]
 

@@ -26,8 +26,8 @@ from transformers import (
 from crosstill.errors import ModelError
 from crosstill.teachers.dual import DualEncoder
 from crosstill.towers import hub
-from crosstill.towers.build import additive
 from crosstill.towers.processors import check_size
+from crosstill.towers.tower_parts import additive
 
 PREFIX = "dual:"  # in front of a source: its contrastive heads, not what reads pairs
 TYPES = {"text": 0, "image": 1}  # rows of the token type embeddings

@@ -1,9 +1,9 @@
 """The kinds of teaching: what one kind of cache teaches one kind of student.
 
 A `Task` is all that the training loop needs of either. `PairTask` here teaches a dual encoder the
-rows of a feature cache; `crosstill.fusion.task.ListTask` teaches the candidate lists of a score
-cache. A Task's constructor makes the losses and the balancer and refuses settings and losses that
-the cache cannot serve, so that a grid can ask it about every row before the first run starts.
+rows of a feature cache; `ListTask` of `crosstill.fusion.list_task` teaches the candidate lists of
+a score cache. A Task's constructor makes the losses and the balancer and refuses settings and
+losses that the cache cannot serve, so that a grid can ask it about every row before a run starts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.recall import Retrieval
 from crosstill.objectives import Input, Objective
-from crosstill.students.config import FusionConfig, StudentConfig
 from crosstill.students.student import Student, Tokens
+from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import distributed, layers, widths
 from crosstill.train.batches import Batch, Stream
 from crosstill.train.config import TrainConfig

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from crosstill import artefacts, images, progress
-from crosstill.cache import builder, format
-from crosstill.cache.builder import CacheBuilder, ImageSource, ReadOptions
+from crosstill.cache import cache_builder, format
+from crosstill.cache.cache_builder import CacheBuilder, ImageSource, ReadOptions
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ImageError, ModelError, unknown
-from crosstill.fusion.matcher import FusionTeacher
 from crosstill.teachers.base import Teacher, embed_by_length
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
@@ -88,7 +87,7 @@ def build(  # noqa: PLR0913  (every option of a cache is an argument)
         strict=strict,
         teacher_licence=teacher_licence,
     )
-    if isinstance(teacher, FusionTeacher):
+    if teacher is not None and hasattr(teacher, "score"):  # a model that reads pairs
         raise ModelError(
             f"{teacher.name}: a fusion model scores pairs and has no features; make a score cache"
         )
@@ -162,11 +161,11 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
         if self.teacher is None or "text" not in self.teacher.modalities:
             return
         if not isinstance(self.teacher, FeaturesTeacher):
-            builder.tell_truncated(self.teacher, self.teacher.name, texts)
-        first = len(self.journal.shards["text"]) * builder.SHARD_ROWS
+            cache_builder.tell_truncated(self.teacher, self.teacher.name, texts)
+        first = len(self.journal.shards["text"]) * cache_builder.SHARD_ROWS
         with progress.bar("captions", len(texts), first) as bar:
-            for start in range(first, len(texts), builder.SHARD_ROWS):
-                shard = texts[start : start + builder.SHARD_ROWS]
+            for start in range(first, len(texts), cache_builder.SHARD_ROWS):
+                shard = texts[start : start + cache_builder.SHARD_ROWS]
                 features = _embed_texts(self.teacher, shard, self.options.batch_size, bar)
                 self.journal.commit("text", self._array([features]))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crosstill import cache, data, images
-from crosstill.cache import Cache, ScoreCache, build, build_scores, memo
+from crosstill.cache import Cache, build, memo
 from crosstill.data import scenes as scenery
 from crosstill.errors import (
     ConfigError,
@@ -23,6 +23,8 @@ from crosstill.errors import (
     ModelError,
 )
 from crosstill.files import locked
+from crosstill.fusion.score_build import build_scores
+from crosstill.fusion.scores import ScoreCache
 from support import SmallJudge, SmallTeacher, cut, flip
 
 FEW = {"false": 6, "false_images": 3}
@@ -32,8 +34,8 @@ FEW = {"false": 6, "false_images": 3}
 def short_shards():
     """Thirty scenes make four shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("crosstill.cache.score_build.SHARD_IMAGES", 8)
-        patch.setattr("crosstill.cache.score_build.CALL", 50)
+        patch.setattr("crosstill.fusion.score_build.SHARD_IMAGES", 8)
+        patch.setattr("crosstill.fusion.score_build.CALL", 50)
         yield
 
 
@@ -240,7 +242,7 @@ def test_a_resumed_build_asks_only_what_is_left(thirty, scored, tmp_path):
 def test_a_resumed_build_asks_the_pairs_that_it_had_chosen(thirty, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build_scores(SmallJudge(limit=10), thirty, tmp_path / "cut", **FEW)
-    monkeypatch.setattr("crosstill.cache.candidates.choose", None)  # would be called
+    monkeypatch.setattr("crosstill.fusion.candidates.choose", None)  # would be called
     build_scores(SmallJudge(), thirty, tmp_path / "cut", **FEW)
 
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from crosstill import students, teachers
-from crosstill.cache import ScoreCache
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.recall import Retrieval
 from crosstill.fusion.lists import FALSE, Asked, DualInputs, ListBatch, ListStream, Ways
 from crosstill.fusion.matcher import PAIRS, Matcher
+from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.fusion.validation import MatchedSplit
-from crosstill.students.config import FusionConfig, StudentConfig
 from crosstill.students.student import Student
+from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.step import Outcome, autocast, weigh

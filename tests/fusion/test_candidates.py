@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from crosstill.cache import candidates
-from crosstill.cache.candidates import Rated, Rows, Wanted, choose, numbered
+from crosstill.fusion import candidates
+from crosstill.fusion.candidates import Rated, Rows, Wanted, choose, numbered
 
 
 def rows_of(images: int, each: int = 3, splits: np.ndarray | None = None) -> Rows:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, images, progress
-from crosstill.cache import builder, candidates, finders, scores
+from crosstill.cache import cache_builder
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, DataError, ModelError
+from crosstill.fusion import candidates, finders, scores
 from crosstill.fusion.matcher import FusionTeacher, Matcher, Reader, score_pairs
 from crosstill.types import Example
 
@@ -99,7 +100,7 @@ def build_scores(  # noqa: PLR0913  (every option of a cache is an argument)
     return _ScoreBuilder(teacher, pairs, folder, options).make()
 
 
-class _ScoreBuilder(builder.CacheBuilder[scores.ScoreCache]):
+class _ScoreBuilder(cache_builder.CacheBuilder[scores.ScoreCache]):
     """Build a score cache."""
 
     opens = scores.ScoreCache
@@ -128,20 +129,20 @@ class _ScoreBuilder(builder.CacheBuilder[scores.ScoreCache]):
             "find": finders.identity(options.find),
             "seed": options.seed,
         }
-        reading = builder.ReadOptions(
+        reading = cache_builder.ReadOptions(
             seed=options.seed, strict=options.strict, teacher_licence=options.teacher_licence
         )
         super().__init__(pairs, folder, description, key, reading)
 
-    def _source(self) -> builder.ImageSource:
-        return builder.ImageSource(None if self.teacher is None else self.teacher.preprocess)
+    def _source(self) -> cache_builder.ImageSource:
+        return cache_builder.ImageSource(None if self.teacher is None else self.teacher.preprocess)
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
         texts, names = candidates.numbered([t for e in readable for t in e.captions])
         indptr, captions = self._pairs(readable, texts, names)
         if isinstance(self.teacher, Matcher):
             every = [text for example in readable for text in example.captions]
-            builder.tell_truncated(self.teacher, self.teacher.name, every)
+            cache_builder.tell_truncated(self.teacher, self.teacher.name, every)
         if self.teacher is not None:
             self._score_shards(readable, texts, indptr, names[captions])
         made = [*self.journal.stored("pairs"), *self.journal.stored("score")]

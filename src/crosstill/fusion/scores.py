@@ -62,7 +62,7 @@ class ScoreCache(format.CacheBase):
     file = HEADER
     version = FORMAT
     model = format.Header
-    task = "crosstill.fusion.task:ListTask"
+    task = "crosstill.fusion.list_task:ListTask"
     noun = "a score cache"
     contents = "scores of pairs"
     remedy = "a score cache with `crosstill cache` and a fusion model"

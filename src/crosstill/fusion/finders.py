@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, images, progress
-from crosstill.cache import candidates
 from crosstill.cache.format import Cache
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, MismatchError, unknown
+from crosstill.fusion import candidates
 from crosstill.teachers.base import Teacher, embed_by_length
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import ViltConfig, ViltForImageAndTextRetrieval, ViltImageProcessorPil
 
-from crosstill import cache, data, images, students, teachers
+from crosstill import cache, data, fusion, images, students, teachers
 from crosstill.data import scenes as scenery
 from crosstill.towers import vocabulary
 from support import small_config
@@ -56,7 +56,7 @@ def build(home: Path, teacher: object, *options: object) -> list[object]:
 
 def test_a_fusion_teacher_fills_a_score_cache_with_its_own_scores(home):
     scores = cache.open(home / "scores")
-    assert isinstance(scores, cache.ScoreCache) and scores.teacher["parameters"] > 1000
+    assert isinstance(scores, fusion.ScoreCache) and scores.teacher["parameters"] > 1000
     said = (home / "said").read_text()
     assert f"whole; 20 images (test 2, train 16, val 2), 100 captions, {len(scores.scores)}" in said
     assert "pairs (F = 4 false captions an image, 2 images a caption), teacher fusion" in said
