@@ -7,8 +7,10 @@ a record has the types of its model, an array is as large as its file.
 
 from __future__ import annotations
 
+import errno
 import re
 import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +30,7 @@ MAX_ARCHIVE = 1 << 28  # bytes of all arrays in an .npz
 _DAMAGED: tuple[type[Exception], ...] = (
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError),
     *(OverflowError, MemoryError, SyntaxError),
+    tokenize.TokenError,  # numpy reads an array's header as Python's tokens
     *(RuntimeError, zipfile.BadZipFile, zlib.error),  # also RecursionError, NotImplementedError
 )
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -206,7 +209,8 @@ def readable(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file
+        # of the disk, and not of a file that asks for a place before its start
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         text = " ".join(str(error).split())[:160] or type(error).__name__
         raise CorruptError(f"{path}: not readable ({text}); {ANEW}") from None

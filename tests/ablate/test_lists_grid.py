@@ -203,7 +203,7 @@ def test_a_cache_of_the_other_kind_is_refused_in_one_line(scored, many, toml, tm
         refused(table, scored, "score cache", "contrastive", "the table dcd", changes=FAST)
     refused("table6", scored, "score cache", chosen=["half"], changes=FAST)
     refused("dcd", many, "holds features", "make a score cache: crosstill cache TEACHER")
-    refused("table10", many, "student half: a fusion model", chosen=["half"], changes=FAST)
+    refused("table10", many, "is a fusion model", "score cache", chosen=["half"], changes=FAST)
     unscored = fusion.build_scores(None, data.open("scenes:320"), tmp_path / "listed", false=8)
     refused("dcd", unscored, "made without a teacher", "crosstill cache TEACHER")
 

@@ -24,7 +24,9 @@ pattern, left = sys.argv[1], int(sys.argv[2])
 
 def watch(event, arguments):
     global left
-    if event == "open" and pattern in os.path.basename(os.fsdecode(arguments[0])):
+    # what a decode worker is sent goes through a descriptor, which is a number
+    name = "" if isinstance(arguments[0], int) else os.fsdecode(arguments[0])
+    if pattern in os.path.basename(name):
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
