@@ -141,8 +141,9 @@ def test_stalled_bodies_of_one_address_lock_no_other_out_and_are_cut(server, pho
 
 
 def hang(server, stack, heads, bodies):
-    """Clients that have begun a head, their first or another, or a body."""
-    lines = [stack.enter_context(server.connect()) for _ in range(heads + bodies)]
+    """Clients of two addresses that have begun a head, their first or another, or a body."""
+    sources = [f"127.0.0.{2 + number % 2}" for number in range(heads + bodies)]
+    lines = [stack.enter_context(server.connect(source=source)) for source in sources]
     for number, line in enumerate(lines):
         if number >= heads:
             line.sendall(POST + b"Content-Length: 100000\r\n\r\n")
