@@ -38,7 +38,7 @@ class CrosstillError(Exception):
 
 
 class InputError(CrosstillError):
-    """The caller gave something that cannot work; nothing was changed on disk."""
+    """The caller gave something that cannot work."""
 
     exit_code = 2
 

@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from crosstill import data, files, report, students
-from crosstill.cache import Cache, build, join
+from crosstill.cache import Cache, build
 from crosstill.cli import report as verb
 from crosstill.data import scenes as scenery
 from crosstill.errors import ConfigError, CorruptError, DataError, InputError, MismatchError
@@ -26,7 +26,7 @@ from crosstill.evaluate import retrieval, tabular, teacher_recall
 from crosstill.report import curves, html_page, pictures, run_results, space
 from crosstill.train import Run, TrainConfig, train
 from crosstill.types import Features
-from support import SETTINGS, SmallTeacher, small_config, small_student
+from support import SETTINGS, small_config, small_student
 
 
 @pytest.fixture(scope="module")
@@ -322,19 +322,6 @@ def test_a_run_without_a_teacher_is_shown_alone(tmp_path):
     assert "No teacher's row" in shown.text and "Made from Python" in shown.text
     assert len(shown.all("li")) == 50
     assert "No step was logged (log_every = 1000)" in shown.text
-
-
-def test_a_wider_joined_teacher_is_not_drawn_in_the_students_space(tmp_path):
-    pairs = data.open("scenes:60")
-    each = [build(SmallTeacher(weights=w), pairs, tmp_path / f"c{w}") for w in (0, 1)]
-    cache = join(each, tmp_path / "cache")
-    settings = TrainConfig(**SETTINGS).changed(["epochs=1", "targets=each"])
-    student = students.build(small_config(), dim=16, captions=cache.texts)
-    train(student, cache, settings, tmp_path / "run")
-    text = report.write(tmp_path / "run").read_text()
-    shown = Page(text)
-    assert "feature@small-2" in text
-    assert "the student" in shown.text and "teacher and student together" not in shown.text
 
 
 def test_a_teacher_that_is_gone_or_changed_is_said_to_be(home, tmp_path):

@@ -3,6 +3,8 @@ import pytest
 from crosstill import recipes
 from crosstill.errors import ConfigError
 from crosstill.train import TrainConfig
+from crosstill.train.config import parse
+from crosstill.train.task import open_task
 
 
 def test_the_defaults_are_the_papers():
@@ -59,3 +61,9 @@ def test_a_wrong_change_is_one_line_that_names_it(change, message):
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="no recipe named 'dsmb'; did you mean 'dsmd'"):
         recipes.config("dsmb")
+
+
+def test_a_removed_setting_is_refused_by_name_and_older_runs_are_read(cached):
+    assert parse({"targets": "each"}).targets == "each"
+    with pytest.raises(ConfigError, match="targets = each: was removed, .* leave it out"):
+        open_task(cached, TrainConfig(targets="each"))

@@ -129,12 +129,10 @@ def test_every_balancer(home, tmp_path):
 
 def test_every_kind_of_cache(home, scenes, tmp_path):
     build(SmallTeacher(), scenes, home / "views", views=3)
-    each = ["targets=each", "balance=uncertainty"]
     heads = ["init_heads=ridge", "freeze=text", "chunk_size=5", "captions_per_image=2"]
     runs = {
         "joined": words(home, "joined", "dsmd", "balance=uncertainty"),
-        "each": words(home, "joined", "dsmd", *each),
-        "each-ridge": words(home, "joined", "kd", "targets=each", "init_heads=ridge"),
+        "joined-ridge": words(home, "joined", "kd", "init_heads=ridge"),
         "none": words(home, "none", "info_nce"),
         "scores": words(home, "scores", "dcd", "losses.dcd.hardest=3"),
         "drawn": words(home, "scores", "cprd", "losses.cprd.hardest=3", "drawn=8"),

@@ -62,7 +62,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(**options: Any) -> None:
-        place = Path(options.get("out") or options.get("mend") or ".")
+        place = Path(options.get("out") or ".")
         try:
             with files.writing(place):  # what writes by a path of its own tells that itself
                 verb(**options)

@@ -156,7 +156,7 @@ class CoAttention(nn.Module):
     """Everything of METER above its towers.
 
     Attributes:
-        shape: as given; its `layers` follow `keep_layers`.
+        shape: as given; its `layers` are those that a cut keeps.
     """
 
     def __init__(self, shape: Shape) -> None:

@@ -170,7 +170,7 @@ def write(path: Path, base: Path | None, rows: dict[str, Row]) -> Change:
     if base:
         shutil.copyfile(base, path)
     with guarded(path), closing(sqlite3.connect(path, isolation_level=None)) as db:
-        # It counts only once it is whole and flushed: see `generations`.
+        # It counts only once it is whole and flushed: see `index_folder`.
         db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_TABLES} BEGIN")
         added = _put(db, rows, _rows(db))
         removed = [n for (n,) in db.execute("SELECT id FROM photos EXCEPT SELECT photo FROM paths")]

@@ -3,7 +3,8 @@
     walk → what may have changed → read and decode (threads) → encode → publish
 
 A file whose size and times are as they were is not read, one whose bytes are known is not encoded.
-What was encoded is remembered at once (see `work`), so that a killed build loses a batch at most.
+What was encoded is remembered at once (see `builder_memory`), so that a killed build loses a batch
+at most.
 """
 
 from __future__ import annotations

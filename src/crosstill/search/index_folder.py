@@ -3,7 +3,7 @@
 index.json      seals itself; names the generation that counts and the SHA-256 of its files
 bundle-1234…/   the bundle, so that the folder is enough to search
 g-000003/       photos.sqlite and, where they are not in Milvus, the vectors; never changed
-work.sqlite     what the builder remembers: see `work`
+work.sqlite     what the builder remembers: see `builder_memory`
 quarantine.jsonl  files that were left out, and why
 
 A generation is written aside, flushed, renamed, and counts when the pointer names it. The one

@@ -41,7 +41,7 @@ class TrainConfig(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0 to lr
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
 
-    targets: Literal["joined"] = "joined"  # no choice any more; older runs and grids name it
+    targets: Literal["joined", "each"] = "joined"  # "each" only in older runs, which are read
     normalise: bool = True  # False: losses see the student's rows before their L2 normalisation
     init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.ridge_heads
     freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once

@@ -88,7 +88,7 @@ def learn(session: Session) -> None:
 
     Raises:
         NonFiniteError: a loss became NaN or infinite; a checkpoint to replay it was saved.
-        StoppedError: the user asked to stop; the state is saved.
+        KeyboardInterrupt, SystemExit: the user asked to stop; the state is saved.
     """
     config, task, optimizer = session.config, session.task, session.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -105,7 +105,7 @@ def learn(session: Session) -> None:
                 for options in optimizer.param_groups:
                     options["lr"] = session.lr()
                 optimizer.step()
-                task.after(batch)  # queues and maps
+                task.after(batch)  # queues and banks
 
                 session.position = {
                     "epoch": epoch,

@@ -315,9 +315,14 @@ def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> None:
     """Refuse settings that cannot work with any kind of student.
 
     Raises:
-        ConfigError: a precision that the device would emulate, or a batch that cannot be drawn.
+        ConfigError: a setting that was removed, a precision that the device would emulate, or a
+            batch that cannot be drawn.
         MismatchError: heads by least squares, and no image features to fit them to.
     """
+    if config.targets != "joined":
+        raise ConfigError(
+            f"targets = {config.targets}: was removed, joined rows are one teacher; leave it out"
+        )
     check_precision(config, group.device)
     group.check(config.batch_size)
     cache.split(config.val_split)
