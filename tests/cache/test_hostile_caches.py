@@ -87,11 +87,18 @@ def test_a_listing_does_not_lead_out_of_the_images(tmp_path):
         assert (f"{name} lies outside of --images" in said and "row" in said) or "line" in said
 
 
-@pytest.mark.parametrize("name", ["images.parquet", "captions.parquet"])
-def test_texts_that_are_no_utf8_are_refused(folder, name):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("images.parquet", b"\xff\xfe"),
+        ("images.parquet", b"bb962d914869b4\x0b3"),
+        ("captions.parquet", b"\xff\xfe"),
+    ],
+)
+def test_texts_that_are_no_utf8_and_ids_that_are_no_digests_are_refused(folder, name, text):
     table = pq.read_table(folder / name)
     column = {"images.parquet": "image_id", "captions.parquet": "text"}[name]
-    rotten = pa.array([b"\xff\xfe"] * len(table)).view(pa.string())
+    rotten = pa.array([text] * len(table)).view(pa.string())
     place = table.schema.get_field_index(column)
     pq.write_table(table.set_column(place, column, rotten), folder / name)
     digest = files.digest_file(folder / name)

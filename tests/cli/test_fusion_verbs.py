@@ -110,7 +110,7 @@ def test_wrong_input_is_one_line(home, tmp_path):
         (home / "features", "--student", "half", "--recipe", "dcd"): "score cache",
         (home / "scores", "--layers", "0,4", "--recipe", "dcd"): "fusion layers 0 to 3",
         (home / "scores", "--layers", "1,1", "--recipe", "dcd"): "fusion layers 0 to 3",
-        (home / "listed", "--student", "half", "--recipe", "dcd"): "no teacher to cut",
+        (home / "listed", "--student", "half", "--recipe", "info_nce"): "no teacher to cut",
         (home / "listed", "--student", home / "small.toml", "--recipe", "dcd"): "without a teacher",
         (home / "scores", "--student", "half", "--recipe", "dcd", "--set",
          "losses.dcd.hardest=13"): "hardest = 13",

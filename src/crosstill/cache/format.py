@@ -184,7 +184,9 @@ class CacheBase:
         self.owner = captions["image"].to_numpy()  # (T,) image row of each caption
         if len(self.owner) and not 0 <= self.owner.min() <= self.owner.max() < len(self.image_ids):
             raise CorruptError(f"{self.folder / CAPTIONS}: captions of no image; build it anew")
-        self.keys = torch.tensor([id_key(i) for i in self.image_ids], dtype=torch.int64)  # (I,)
+        with artefacts.readable(self.folder / IMAGES):  # an id need not be hexadecimal
+            keys = [id_key(image) for image in self.image_ids]
+        self.keys = torch.tensor(keys, dtype=torch.int64)  # (I,)
         with artefacts.readable(self.folder / self.file):
             self.read = data.reader(self.header["data"]["source"])
 
