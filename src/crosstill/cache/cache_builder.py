@@ -41,7 +41,7 @@ Opened = TypeVar("Opened", bound=format.CacheBase)
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How the images of a dataset are read."""
+    """Hold the settings by which a build reads the images of a dataset."""
 
     views: int = 1  # per image; view 0 is the plain photo
     augment: tuple[str, ...] = images.AUGMENTATIONS  # what makes the other views
