@@ -50,8 +50,6 @@ Imports only point up this list; a test holds that it agrees with the import con
 are loaded when they are first used, so `import crosstill` costs nothing.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,6 @@ says or refused with a `CorruptError`: a name never leads out of the folder, a l
 a record has the types of its model, an array is as large as its file.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 import stat

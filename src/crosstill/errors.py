@@ -19,8 +19,6 @@
 Every message is one line that says what was wrong, where, and what to do about it.
 """
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches

@@ -11,8 +11,6 @@ A listing that names a hidden file means it: only what is met in a folder or an 
 over.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

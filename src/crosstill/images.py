@@ -4,8 +4,6 @@ torch's antialiased filter does the resizing, since it is several times faster t
 pixels are those of `pixels.load`, bit for bit.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace

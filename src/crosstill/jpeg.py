@@ -8,8 +8,6 @@ before the end marker. A decoder that still wanted data then gives other pixels.
 The seconds and bytes that a photo takes here follow from its header, which is checked first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import struct

@@ -5,8 +5,6 @@ without external data reads no other file. How long a pass takes and how much me
 graph: see docs/reliability.md.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Iterator
 from pathlib import Path

@@ -11,8 +11,6 @@ integers, and pixels to 8 bits after either axis, width first. Sums of such inte
 floating point, so that a matrix product serves.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

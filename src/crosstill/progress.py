@@ -3,8 +3,6 @@
 What other libraries would write there is kept back by `quiet`.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

@@ -12,8 +12,6 @@ What each kind of pixel becomes:
 EXIF orientation is applied in every format that has it; unreadable EXIF counts as upright.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

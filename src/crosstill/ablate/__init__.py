@@ -7,8 +7,6 @@ A grid's folder:
     table4.md …     the finished tables
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run what a plan asks for, each run once, and go on where a killed grid was."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """From a table's rows to the runs that fill it."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ The figures beside them are the paper's RSUM on Flickr30k's 1,000 test images, f
 BERT-base student of BEiT-3. They are shown in a column of their own and never enter a comparison.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations

@@ -5,8 +5,6 @@ in, weights out; its state is saved with the checkpoint. To add one, write `bala
 one `Balancer`, or declare an entry point of another distribution: see `crosstill.plugins`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from crosstill import plugins

@@ -1,7 +1,5 @@
 """The base class of all balancers: loss values in, weights out, state in buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

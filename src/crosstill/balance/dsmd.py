@@ -11,8 +11,6 @@ the ones that fall slowest get the larger share. With L_m(k) loss m of n at step
 so that the weight given to loss m is w_m * scale_m. Nothing in it has a gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -8,8 +8,6 @@ A scaled loss is max_j L_j by construction, so every ratio is the same, the soft
 the temperature has no effect: each weighted loss is total / n * max_j L_j.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

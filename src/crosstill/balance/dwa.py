@@ -7,8 +7,6 @@ loss m in epoch t:
     r_m(t) = L_m(t-1) / L_m(t-2)        w_m(t) = n softmax(r(t) / T)_m
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Constant weights; all 1 is the "no balancer" row of DSMD's Table 5."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -10,8 +10,6 @@ common size, adjusted for how slowly it falls, loses weight, and the reverse:
 The step is that of the gradient of the L1 distance |w_m g_m - mean(w g) r_m^alpha|.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -6,8 +6,6 @@ Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", 
     total = sum of exp(-s) / 2 * L + s / 2    whose minimum over s is at s = log L
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -5,8 +5,6 @@ in the journal second, each atomically: a kill at any moment costs the shard in 
 else, and a build that goes on ends with the very bytes of a build that was never killed.
 """
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Run a teacher over a dataset once and keep its features in a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -16,8 +16,6 @@ A student's photos are made from the views in `views.parquet`, not drawn again, 
 what the teacher saw whatever a later version draws.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields

@@ -6,8 +6,6 @@ Each r is a unit row of one teacher, so the joined row is unit too, and the cosi
 rows is the weighted mean of the teachers' cosines.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -5,8 +5,6 @@ Photos are kept at a student's size as memory-mapped uint8, each view as the tea
 epoch then reads pixels at the speed of memory and never decodes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`crosstill ablate`: a table of the paper on your own data."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

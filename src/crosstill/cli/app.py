@@ -1,7 +1,5 @@
 """The verbs under one name, and what every one of them does with an error."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys

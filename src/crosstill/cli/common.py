@@ -1,7 +1,5 @@
 """Options that several verbs share, and how verbs speak."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """`crosstill demo`: the whole path on rendered scenes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`crosstill doctor`: is this machine ready, is this dataset sound?"""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`crosstill evaluate`: recall and cost of a model, beside its teacher's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`crosstill export`: a student as files that other software opens."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

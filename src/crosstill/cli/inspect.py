@@ -1,7 +1,5 @@
 """`crosstill inspect`: what a checkpoint holds, and whether it would load whole."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

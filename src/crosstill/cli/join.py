@@ -1,7 +1,5 @@
 """`crosstill join`: several teachers' caches of one dataset as one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

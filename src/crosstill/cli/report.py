@@ -1,7 +1,5 @@
 """`crosstill report`: a page that shows what a run or a grid came to."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`crosstill serve`: an index as a search box, over HTTP and in a browser."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

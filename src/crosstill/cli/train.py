@@ -1,7 +1,5 @@
 """`crosstill train`: distil a student from a cache."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

@@ -14,8 +14,6 @@
 Images without a split are put into train, val and test, 80/10/10, by their content.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import replace

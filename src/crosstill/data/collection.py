@@ -7,8 +7,6 @@ in each. The path of a packed image says all that reading it takes, so that any 
     train.parquet@12.57/dog.jpg             row 57 of row group 12
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

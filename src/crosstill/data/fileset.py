@@ -4,8 +4,6 @@ A photo folder holds images, each with a text file of the same name beside it: a
 Subfolders of any depth are read; first-level ones named train, val or test are the splits.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ The library downloads a dataset once and keeps it as Arrow files in its cache; t
 any others, by content and without the library.
 """
 
-from __future__ import annotations
-
 import os
 from importlib import import_module
 from pathlib import Path

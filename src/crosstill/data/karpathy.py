@@ -10,8 +10,6 @@ Read are `images[].id`, `file_name` and `annotations[].image_id`, `caption`; the
 the split and the folder of its images.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -11,8 +11,6 @@ flickr30k.val.jsonl) hold `image_path`, `image_id`, which counts anew in every s
 `text_segment`: the tokens of a caption as ids of beit3.spm, as pieces, or plain text.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import io

@@ -5,8 +5,6 @@ function of (seed, index): "scenes:200" is the start of "scenes:2000", and the f
 makes holds the same ids, captions and splits.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import random

@@ -12,8 +12,6 @@ read at its offset.
 process goes on from there at exactly the next sample.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

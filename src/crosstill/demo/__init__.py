@@ -5,8 +5,6 @@ of its size is distilled from the cache, and both are measured on scenes that ne
 Then the student is exported, those scenes are indexed, and it answers three queries.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

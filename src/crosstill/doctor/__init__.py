@@ -4,8 +4,6 @@ Here are the machine, and what is found in a dataset that opens: leaks, captions
 images; `missing` looks for listed files that are not where the listing says.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import platform
 import re

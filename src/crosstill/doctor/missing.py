@@ -6,8 +6,6 @@ Where there is none, the number of a caption behind the name (a.jpg#0, as in Fli
 escapes of a URL (%20) and another ending of JPEG (.jpeg for .jpg) are set right, in this order.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -5,8 +5,6 @@ answers. The unit is the image with all of its captions, since five captions of 
 five independent queries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ of a whole set count the model's own work: encoding of decoded pixels and plain 
 scores of all pairs. Reading and decoding photos does not count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

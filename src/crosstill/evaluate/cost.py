@@ -1,7 +1,5 @@
 """What a model costs: parameters, the time of one image and of one caption, and of a whole set."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

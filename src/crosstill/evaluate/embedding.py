@@ -1,7 +1,5 @@
 """Embeddings of a whole split, from photos on disk or from what a cache has decoded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 

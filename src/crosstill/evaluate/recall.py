@@ -10,8 +10,6 @@ form; the best and the worst order are reported as bounds. (Counting only strict
 candidates would give a collapsed model, whose scores are all the same, 100 %.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

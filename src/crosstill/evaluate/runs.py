@@ -1,7 +1,5 @@
 """Reading of `config.json` in the folder of a run, which a stranger may have made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

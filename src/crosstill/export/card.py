@@ -5,8 +5,6 @@ that, how to load it, and the command that made it. Where a licence forbids use 
 known, the card says so before anything else.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

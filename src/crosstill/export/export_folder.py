@@ -4,8 +4,6 @@ What is written lies beside its place under a temporary name. A kill leaves that
 else; whoever exports to the same place next sweeps it away.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

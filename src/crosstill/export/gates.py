@@ -6,8 +6,6 @@ a level of 255 may differ here and there, which is measured and bounded. A bundl
 pixels; its rows are compared by cosine (`compare`), and in 8 bits its recall is (`measure_recall`).
 """
 
-from __future__ import annotations
-
 import io
 import random
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ version 6 the library imports a module class of anyone else's only with that fla
 too). A list to encode holds texts or photos (PIL images, paths, addresses), not both.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Normalisation of the pixels and of the rows is part of the graphs, so that who r
 only resize and tokenize.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Find what a student came from: its run, its teacher, and the photos that measure its export."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

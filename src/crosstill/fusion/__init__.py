@@ -17,8 +17,6 @@ in `crosstill.cache.format.KINDS`, the Task in `ScoreCache.task`, students in `s
 METER's released files in `teachers.inspection`.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

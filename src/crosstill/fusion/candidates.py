@@ -10,8 +10,6 @@ split. A caption whose text is also one of the image's own is never false for th
 Rows are in the order of the ids, so the ids and the seed alone decide what is drawn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from zlib import crc32

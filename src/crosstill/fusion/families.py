@@ -6,8 +6,6 @@ BridgeTower  Xu et al., arXiv 2206.08657: bridges from the towers' last layers i
 METER        a folder of ours, see `crosstill.fusion.meter`
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Finders of false candidates: a seed, or a dual encoder whose highest cosines are taken."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

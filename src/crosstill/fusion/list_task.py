@@ -4,8 +4,6 @@ Each pair of a batch asks twice: its image ranks captions, its caption ranks ima
 listed pairs are in the student's graph.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol

@@ -5,8 +5,6 @@ alone is computed once, by the towers (`encode_images`, `encode_texts`) and by w
 does before the two meet (`project`). Every pair then costs one pass of `score_states`.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from abc import ABC, abstractmethod

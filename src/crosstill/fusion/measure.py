@@ -1,7 +1,5 @@
 """Scores and seconds of fusion models on a whole split: every pair, or those that are asked for."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Generator, Sequence, Sized
 from contextlib import nullcontext

@@ -4,8 +4,6 @@ Everything is said in the file's own names. Sizes are read from the tensors, so 
 under the same names loads as the released ones do; attention heads are always 64 wide.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

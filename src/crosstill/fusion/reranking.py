@@ -4,8 +4,6 @@ Both directions have candidates of their own: the k captions nearest to each ima
 nearest to each caption. All other candidates stay behind these, in the finder's order.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Score chosen pairs of a dataset with a fusion teacher, in shards that survive a kill."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ Rows are in the order of the image ids. Every caption is paired with its own ima
 many others as were asked for. Without a teacher the pairs are there and no scores.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What a fusion model's towers give, for training: kept once where they are frozen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Fusion models to train: on a dual encoder's towers, from scratch, or cut from a teacher."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

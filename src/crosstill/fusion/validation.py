@@ -4,8 +4,6 @@ The whole split would be images x captions passes after every epoch. Here only t
 cache lists are scored, so that recall is that of re-ranking; what is not listed counts as behind.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -4,8 +4,6 @@ A loss knows features and ids, never models. To add one, write `objectives/<name
 an entry point of another distribution: see `crosstill.plugins`. Nothing else lists it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from crosstill import plugins

@@ -5,8 +5,6 @@ whatever the widths of their layers.
 Needs a teacher that runs beside the student.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -4,8 +4,6 @@ CLIP-KD, arXiv 2307.12732. Its masked feature distillation (MFD) is not among th
 reads the features of masked photos, and is a loss of its own, `masked_feature`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 

@@ -11,8 +11,6 @@ The batch's t_i enter the queue after the optimizer step. The sum over k leaves 
 show the image of row i, which the paper keeps: see `mask_same_image`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

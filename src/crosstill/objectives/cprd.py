@@ -19,8 +19,6 @@ The rest is our reading, as only the abstract and summaries of the paper were at
   directions, and the contrastive loss of the labels is added with a weight of 1.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

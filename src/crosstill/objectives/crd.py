@@ -4,8 +4,6 @@ Tian et al., arXiv 1910.10699, section 3, the contrastive loss and its memory bu
 to tell the teacher's embedding of the row's own image from m embeddings of other images.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -26,8 +26,6 @@ teacher scores without gradient. The focal weight is not detached either: the st
 has a gradient of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -7,8 +7,6 @@ teacher, so DKD drops it and weighs the two parts apart:
     L = T² (alpha TCKD + beta NCKD)
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid

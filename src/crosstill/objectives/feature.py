@@ -5,8 +5,6 @@ DSMD, arXiv 2404.10838, eq. 8. The student copies the teacher's embeddings numbe
     L = mean over B and D of |v^s - v^t|  +  mean over B and D of |t^s - t^t|
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

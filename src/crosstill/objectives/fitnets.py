@@ -5,8 +5,6 @@ to the teacher's width, and its square error is the loss. Needs a teacher that r
 student.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Yim et al., "A Gift from Knowledge Distillation", CVPR 2017, eq. 1-2. The flow b
 two stages of a network is the Gram matrix of their features; the student copies the teacher's.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss

@@ -12,8 +12,6 @@ embeddings of student and teacher, within a modality and across. With v image ro
 Entries whose row and column show the same image are no negatives.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor

@@ -8,8 +8,6 @@ v_i and t_i the student's image and text row i, and tau the temperature:
 Over candidate lists it is the loss that METER (arXiv 2111.02387) is fine-tuned with for retrieval.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ so works with the vectors of images alone. CLIP's image vectors lie in a narrow 
 and `similarity` are nearly 0 for any student inside that cone, and this loss is not.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Hinton et al., arXiv 1503.02531, section 2. The classes are the batch's own capt
 and the batch's own images for a caption.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from crosstill.objectives.base import Objective

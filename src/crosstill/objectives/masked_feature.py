@@ -4,8 +4,6 @@ CLIP-KD, arXiv 2307.12732, section 3: the student sees a photo with patches blan
 give the embedding that the teacher has of the whole one.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn.functional import mse_loss
 

@@ -4,8 +4,6 @@ Park et al., arXiv 1904.05068, eq. 5-10. The student copies the shape of the tea
 cloud, its distances up to one scale and its angles, not the place of any point.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss

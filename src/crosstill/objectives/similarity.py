@@ -5,8 +5,6 @@ DSMD, arXiv 2404.10838, eq. 9. The student's embeddings point where the teacher'
     L = 1 - (mean_i cos(v^s_i, v^t_i) + 1) / 2  +  1 - (mean_i cos(t^s_i, t^t_i) + 1) / 2
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

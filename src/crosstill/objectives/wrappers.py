@@ -4,8 +4,6 @@ A wrapper takes over what its loss declares, but for candidate lists: scores of 
 that could be cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

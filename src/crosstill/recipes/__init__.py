@@ -5,8 +5,6 @@ published as an addition to a task's own loss keeps that loss here: `info_nce` o
 `flickr30k` and `coco` are DSMD's whole setting on these datasets, see docs/reproduce.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Callable, Mapping, Sequence

@@ -6,8 +6,6 @@ table.tex      and for a paper (booktabs)
 report.json    the figures of a run, or metrics.json those of a grid
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Curves of a run's log (events.jsonl): losses, weights and RSUM, read and drawn."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

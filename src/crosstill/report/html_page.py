@@ -1,7 +1,5 @@
 """A page as plain blocks, and its HTML. Every text is escaped: captions come from anywhere."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

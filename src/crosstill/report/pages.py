@@ -1,7 +1,5 @@
 """The pages of reports: of one run, and of a grid with the runs behind its tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A picture is drawn at the width of a phone; pages lay several side by side where
 so letters keep their size everywhere.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import math

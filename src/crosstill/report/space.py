@@ -4,8 +4,6 @@ One PCA is fitted on the points of both models together, so that neither is favo
 pictures have the same axes; they have the same limits and the same point of view, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module

@@ -5,8 +5,6 @@ see it. It can be lost: files are then read again, and vectors taken from the la
 row has a checksum, all of which are compared when the memory is opened.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -6,8 +6,6 @@ photo that it belongs to. What half of them do not reach is a poor score for a q
 is there, and more than a query reaches that has nothing to do with the photos.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -5,8 +5,6 @@ which the vectors know it, is never given to another photo, however many generat
 Paths are stored as bytes, since a disk knows no other names.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sqlite3

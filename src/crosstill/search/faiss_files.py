@@ -5,8 +5,6 @@ and it believes sizes and links between vectors without looking. Only the two ki
 `faiss_vectors` writes are let through, and only where every size and every link in them fits.
 """
 
-from __future__ import annotations
-
 import mmap
 import struct
 from pathlib import Path

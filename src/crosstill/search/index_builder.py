@@ -7,8 +7,6 @@ What was encoded is remembered at once (see `builder_memory`), so that a killed 
 at most.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -10,8 +10,6 @@ A generation is written aside, flushed, renamed, and counts when the pointer nam
 before is kept until the next switch, for those who are just opening it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Write the generations of an index, each from the one before."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """Vectors in Milvus: a cluster by its URI, or a Milvus Lite file for one process at a time."""
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import re

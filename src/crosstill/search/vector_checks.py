@@ -1,7 +1,5 @@
 """Check the rows that go into an index of vectors, and rank those that come out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec

@@ -7,8 +7,6 @@ Neither library is imported before an index of its kind is opened. Another distr
 further kinds: the place NAME://... opens the entry point NAME of the group that `INDEXES` names.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal, Protocol
 

@@ -1,7 +1,5 @@
 """Verify an index: every file, every vector, every photo."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shlex

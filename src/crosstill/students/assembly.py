@@ -1,7 +1,5 @@
 """Building of untrained students: towers are read or started, then get their heads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

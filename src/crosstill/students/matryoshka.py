@@ -12,8 +12,6 @@ says of both cuts (eq. 1 of the paper, with the weights 1 / |widths|). The full 
 among them and is not turned, so that whoever compares student and teacher need not know of this.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Protocols of models and teachers, and the small steps that all teachers share."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ model.safetensors    the weights in float32, under their released names
 beit3.spm            the tokenizer
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ Tasks", arXiv 2208.10442. At every multiway point `A` holds the weights of image
 texts. Retrieval runs the two apart: what is fused, where both meet in one attention, is not here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

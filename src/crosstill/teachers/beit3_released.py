@@ -4,8 +4,6 @@ Known are the layouts of the public retrieval and contrastive (`itc`) files. Siz
 the tensors, so that a small model under the same names loads as the released ones do.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -3,8 +3,6 @@
 <s> 0, padding 1, </s> 2, unknown 3; any other piece has its SentencePiece id plus one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ caller says so, and then by torch's restricted unpickler, which makes tensors an
 and runs nothing that a file names. This is the one file of crosstill that reads pickles.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 import zipfile

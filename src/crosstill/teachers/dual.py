@@ -1,7 +1,5 @@
 """Any Hugging Face dual encoder as a teacher; what its family needs is found by its config."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

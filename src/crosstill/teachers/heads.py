@@ -6,8 +6,6 @@ BLIP-2       Li et al., arXiv 2301.12597: `Blip2ForImageTextRetrieval`
 BridgeTower  Xu et al., arXiv 2206.08657: `BridgeTowerForContrastiveLearning`
 """
 
-from __future__ import annotations
-
 import logging
 from itertools import accumulate
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a checkpoint holds, and whether it would load whole; and conversion to a folder of ours."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module

@@ -4,8 +4,6 @@ A source is a folder or a hub id, "owner/name" or "owner/name@revision". Whateve
 hub is first brought to disk, so that everything else here reads folders.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

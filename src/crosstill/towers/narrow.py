@@ -6,8 +6,6 @@ the squares of the singular values that are left out. ALBERT (arXiv 1909.11942, 
 trained with such a table from the start.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

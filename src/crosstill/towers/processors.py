@@ -6,8 +6,6 @@ a warning: `fit`. The processors of some families do what a `Preprocess` can say
 key: a crop given as a share, a second normalisation, blue before red.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

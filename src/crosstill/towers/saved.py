@@ -7,8 +7,6 @@ tokenizer.json           the tokenizer, as transformers saves it
 tokenizer_config.json
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

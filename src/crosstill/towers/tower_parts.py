@@ -1,7 +1,5 @@
 """Hugging Face towers: read from a folder, cut to their first layers, rebuilt, and pooled."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Trimming keeps the special tokens, every token of a single character, and those 
 captions use; so any text still encodes, and the captions encode to the very same tokens.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """From rows to tensors: the batches of a run, made one ahead of the step that needs them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ A checkpoint is one safetensors file and a sealed JSON beside it with the file's
 in that order: a checkpoint without its JSON does not count. Nothing is pickled.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import random

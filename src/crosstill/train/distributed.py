@@ -5,8 +5,6 @@ slices are gathered and every process computes the same loss on the whole batch,
 balancer or a hard negative never sees less than a single process would.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,8 +9,6 @@ events.jsonl     one line a logged step or epoch
 metrics.json     the finished run's summary
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

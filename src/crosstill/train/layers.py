@@ -4,8 +4,6 @@ Most losses read embeddings, which a cache holds. A few read intermediate layers
 teacher has to run beside the student, or the student's embeddings of damaged photos.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """The optimizer and its learning rate, which is a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from typing import Protocol

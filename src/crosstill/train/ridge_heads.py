@@ -8,8 +8,6 @@ pooled states X to the teacher's features Y, with the penalty in units of X's me
     W = (X^T X + penalty · N · mean(X^2) · I)^-1 X^T Y
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -4,8 +4,6 @@ Nothing is skipped to resume and nothing depends on workers or processes: asking
 epoch and step gives the same rows.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """The parts of a training step that every Task shares: weights, chunks, precision."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -6,8 +6,6 @@ a score cache. A Task's constructor makes the losses and the balancer and refuse
 losses that the cache cannot serve, so that a grid can ask it about every row before a run starts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, Protocol

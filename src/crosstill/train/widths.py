@@ -3,8 +3,6 @@
 `crosstill.students.matryoshka` explains the widths.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ Entries that show the query's own image are never negatives: every function here
 the images, or a mask made of them, and leaves such entries out.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

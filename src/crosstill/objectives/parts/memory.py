@@ -3,8 +3,6 @@
 `Queue` holds the newest rows of any images, `Bank` one row of each training image.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

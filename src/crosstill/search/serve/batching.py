@@ -1,7 +1,5 @@
 """Compute queries in batches, with a bound on how many there are at once."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence

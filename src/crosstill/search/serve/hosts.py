@@ -6,8 +6,6 @@ Starlette's TrustedHostMiddleware compares that with a fixed list, which can hol
 127.0.0.0/8 nor the address that a connection came in at.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ A request has three spans: its body arrives, its answer is thought out, its answ
 first two have an end here; the third, as the request's head before it, in `wire`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections import Counter

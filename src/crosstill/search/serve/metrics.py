@@ -1,7 +1,5 @@
 """Counters of the server, in Prometheus's text form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector

@@ -4,8 +4,6 @@ An id is the SHA-256 of a photo's bytes: what is sent is read once, hashed, and 
 so that whatever lies at the photo's path by now, nothing else gets out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

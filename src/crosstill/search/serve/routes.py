@@ -1,7 +1,5 @@
 """The application: JSON routes, health, photos and the page under one roof."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -4,8 +4,6 @@ Everything works with forms and links alone; `static/page.js` adds drop, paste, 
 All addresses are relative, so that the page also works under a path of a proxy.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

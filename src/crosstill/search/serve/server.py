@@ -1,7 +1,5 @@
 """`crosstill serve`: open an index and serve it over HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import ipaddress

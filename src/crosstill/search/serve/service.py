@@ -4,8 +4,6 @@ Searches that wait at the same time share one pass through the text tower and on
 index: see `answer`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """All limits of the server."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 MIB = 2**20

@@ -1,7 +1,5 @@
 """Read the photo in a request's body, in memory: nothing is written to disk."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from fastapi import HTTPException, Request
