@@ -19,7 +19,7 @@ import torch
 
 from crosstill import cache, data, fusion, students
 from crosstill.students.student_config import FusionConfig
-from crosstill.train import TrainConfig, optim
+from crosstill.train import TrainConfig, step
 from crosstill.train.task import open_task
 
 SCENES, IMAGES, FALSE, KEPT = 100, 16, 63, 7
@@ -61,7 +61,7 @@ def one(place: Path, kind: str) -> int:
     task = open_task(listed, config)
     task.fit(student)
     task.start(student)
-    optimizer = optim.build((student, task.losses), task.balance, config)
+    optimizer = step.build_optimizer((student, task.losses), task.balance, config)
     _, batch, _ = next(task.batches(0, 0))
     if not judged:  # captions of each image only, as above
         batch.lists.pop("text")

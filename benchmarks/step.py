@@ -23,7 +23,7 @@ from benchmarks.timing import medians, report
 from crosstill import cache, data, students
 from crosstill.images import Preprocess
 from crosstill.students.student_config import StudentConfig
-from crosstill.train import TrainConfig, optim
+from crosstill.train import TrainConfig, step
 from crosstill.train.batches import Batch, Stream
 from crosstill.train.distributed import Group
 from crosstill.train.task import Task, open_task
@@ -82,7 +82,7 @@ def main() -> dict[str, float]:
         task = open_task(told, config)
         task.fit(student)
         task.start(student)
-        optimizer = optim.build((student, task.losses), task.balance, config)
+        optimizer = step.build_optimizer((student, task.losses), task.balance, config)
         plain = torch.optim.AdamW(bare.parameters(), lr=config.lr)
         ready = stream.batch(0, 0)
         numbers: Iterator[int] = count()

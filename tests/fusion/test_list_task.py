@@ -15,7 +15,7 @@ from crosstill.fusion.states import Sides
 from crosstill.fusion.validation import MatchedSplit
 from crosstill.objectives.dcd import uncertainty_loss
 from crosstill.students.student_config import FusionConfig
-from crosstill.train import TrainConfig, optim, train
+from crosstill.train import TrainConfig, step, train
 from crosstill.train.distributed import Group
 from crosstill.train.step import Outcome
 from crosstill.types import States
@@ -133,7 +133,7 @@ def task_of(model, cache, config) -> ListTask:
 
 
 def take_step(task, model, batch) -> Outcome:
-    optimizer = optim.build((model, task.losses), task.balance, task.config)
+    optimizer = step.build_optimizer((model, task.losses), task.balance, task.config)
     outcome = task.backward(batch)
     optimizer.step()
     return outcome

@@ -3,13 +3,13 @@ import signal
 
 import pytest
 
-from crosstill.train import interrupt
+from crosstill.train import checkpoint
 
 
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not(monkeypatch):
     left = []
-    monkeypatch.setattr(interrupt.os, "_exit", left.append)
-    with interrupt.stop_signals() as stop:
+    monkeypatch.setattr(checkpoint.os, "_exit", left.append)
+    with checkpoint.stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked and not left
         with pytest.raises(KeyboardInterrupt):
@@ -19,7 +19,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(monkeypatch
 
 
 def test_sigterm_ends_with_143():
-    with interrupt.stop_signals() as stop:
+    with checkpoint.stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(SystemExit) as left:
             stop.obey()

@@ -23,7 +23,7 @@ from crosstill.files import locked
 from crosstill.objectives import feature
 from crosstill.train import checkpoint, train
 from crosstill.train import loop as module
-from crosstill.train.sampler import Sampler
+from crosstill.train.batches import Sampler
 from crosstill.train.task import PairTask
 from support import SmallTeacher, same, small_student
 

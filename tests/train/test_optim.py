@@ -1,7 +1,7 @@
 import pytest
 
 from crosstill.train import TrainConfig
-from crosstill.train.optim import lr_at
+from crosstill.train.step import lr_at
 
 
 def test_the_papers_step_schedule():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from crosstill.errors import ConfigError
-from crosstill.train.sampler import Sampler
+from crosstill.train.batches import Sampler
 
 
 def epoch(sampler: Sampler, number: int) -> list[int]:

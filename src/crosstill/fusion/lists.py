@@ -19,10 +19,9 @@ from crosstill.evaluate import frozen_images, frozen_texts
 from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.students.student import Student, Tokens
-from crosstill.train.batches import ahead
+from crosstill.train.batches import Picked, Sampler, ahead
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
-from crosstill.train.sampler import Picked, Sampler
 
 FALSE = 63  # F, candidates of a list that a teacher beside the student scores, as DCD has it
 

@@ -1,9 +1,14 @@
-"""From rows to tensors: the batches of a run, made one ahead of the step that needs them."""
+"""Draw the pairs of each step, and make them tensors one step ahead.
+
+Which pairs a step sees is a pure function of (seed, epoch, step): nothing is skipped to resume and
+nothing depends on workers or processes.
+"""
 
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -11,14 +16,73 @@ import torch
 from torch import Tensor
 
 from crosstill.cache import Cache, PixelStore, Split, pixels
+from crosstill.errors import ConfigError
 from crosstill.evaluate import frozen_images, frozen_texts
 from crosstill.students.student import Student, Tokens
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
-from crosstill.train.sampler import Picked, Sampler
 from crosstill.types import Features
 
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The rows of one batch, as positions in the split."""
+
+    captions: np.ndarray  # (B,)
+    images: np.ndarray  # (B,) the image of each caption
+    views: np.ndarray  # (B,) which view of that image
+
+
+class Sampler:
+    """Every caption once an epoch, in groups of `captions_per_image` captions of one image.
+
+    With `steps`, an epoch ends after so many of its steps; the next one draws anew.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        captions_per_image: int,
+        seed: int,
+        views: int = 1,
+        steps: int | None = None,
+    ) -> None:
+        pairs = len(split.owner)
+        if batch_size > pairs:
+            raise ConfigError(
+                f"batch_size = {batch_size} is more than the {pairs} pairs of split "
+                f"{split.name!r}; use --set batch_size={pairs}"
+            )
+        whole = pairs // batch_size  # the odd rest waits for another epoch's order
+        self.steps_per_epoch = min(steps or whole, whole)
+        self._split, self._size, self._group = split, batch_size, captions_per_image
+        self._seed, self._views = seed, views
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def pick(self, epoch: int, step: int) -> Picked:
+        """Return the rows of one step of one epoch."""
+        order, views = self._epoch(epoch)
+        captions = order[step * self._size : (step + 1) * self._size]
+        images = self._split.owner[captions]
+        return Picked(captions, images, views[images])
+
+    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw all captions in this epoch's order, and this epoch's view of each image."""
+        random = np.random.default_rng([self._seed, epoch])
+        shuffled = random.permutation(len(self._split.owner))
+        by_image = shuffled[np.argsort(self._split.owner[shuffled], kind="stable")]
+        owner = self._split.owner[by_image]
+        starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
+        within = np.arange(len(owner)) - np.repeat(starts, np.diff(np.r_[starts, len(owner)]))
+        # captions of one group share one random key and so stay together
+        opens = within % self._group == 0
+        group = np.cumsum(opens) - 1
+        key = random.permutation(int(opens.sum()))[group]
+        views = random.integers(self._views, size=len(self._split.images))
+        return by_image[np.argsort(key, kind="stable")], views
 
 
 @dataclass(frozen=True)
@@ -63,7 +127,7 @@ class Stream:
             self._pooled_texts = frozen_texts(student, cache, split)
 
     def batch(self, epoch: int, step: int) -> Batch:
-        """The batch of one step: a pure function of its arguments."""
+        """Make the batch of one step: a pure function of its arguments."""
         picked = self.sampler.pick(epoch, step)
         rows = self.split.captions[picked.captions]
         images = self.split.images[picked.images]
@@ -82,7 +146,7 @@ class Stream:
         return _to(batch, self.group.device)
 
     def ahead(self, epoch: int, first: int) -> Iterator[tuple[int, Batch, float]]:
-        """(step, batch, seconds waited for it) from step `first` to the end of the epoch."""
+        """Yield (step, batch, seconds waited for it) from step `first` to the end of the epoch."""
         yield from ahead(self.batch, epoch, range(first, self.sampler.steps_per_epoch))
 
     def _image_input(self, seen: np.ndarray) -> Tensor:
@@ -106,7 +170,7 @@ class Stream:
 def ahead(
     make: Callable[[int, int], Made], epoch: int, steps: range
 ) -> Iterator[tuple[int, Made, float]]:
-    """(step, batch, seconds waited for it): the next batch is made while one is in use."""
+    """Yield (step, batch, seconds waited for it): the next batch is made while one is in use."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(make, epoch, steps[0]) if steps else None
         for step in steps:

@@ -1,14 +1,20 @@
-"""All that a run needs to go on as if it had never stopped.
+"""Stop a run after a step, and keep all that it needs to go on as if it had never stopped.
 
 A checkpoint is one safetensors file and a sealed JSON beside it with the file's SHA-256, written
-in that order: a checkpoint without its JSON does not count. Nothing is pickled.
+in that order: a checkpoint without its JSON does not count. Nothing is pickled. Ctrl-C and SIGTERM
+end a run after the step in hand, with a checkpoint.
 """
 
 import json
 import logging
+import os
 import random
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
@@ -99,7 +105,7 @@ def tidy(folder: Path, step: int, keep: int) -> None:
 
 
 def load_latest(folder: Path) -> State | None:
-    """The newest checkpoint that is whole; None if none was ever finished.
+    """Load the newest checkpoint that is whole; None if none was ever finished.
 
     A damaged one is named in the log and the one before it is used.
 
@@ -119,7 +125,7 @@ def load_latest(folder: Path) -> State | None:
 
 
 def load(record: Path) -> State:
-    """The state behind one checkpoint's JSON, each of `PIECES` present."""
+    """Load the state behind one checkpoint's JSON, each of `PIECES` present."""
     path = record.with_suffix(".safetensors")
     about = artefacts.read(record, _Record, {1, FORMAT})
     artefacts.check_files(path.parent, {path.name: about.data_sha256})
@@ -138,7 +144,7 @@ def _name(step: int) -> str:
 
 
 def _records(folder: Path) -> list[Path]:
-    """The JSON files of all checkpoints, the oldest first."""
+    """List the JSON files of all checkpoints, the oldest first."""
     return sorted(path for path in folder.glob(f"{STEP}.json") if path.is_file())
 
 
@@ -150,7 +156,7 @@ def seed_rng(seed: int) -> None:
 
 
 def rng_state() -> State:
-    """The state of every generator that `seed_rng` starts."""
+    """Return the state of every generator that `seed_rng` starts."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -173,8 +179,47 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
+class Stop:
+    """Record whether a signal asked the run to stop, and which."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember the first signal; the second one ends the process at once."""
+        if self.asked:
+            os._exit(128 + number)
+        self.signal = number
+        log.info("stopping after this step; a checkpoint is being saved")
+
+    def obey(self) -> None:
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.asked:
+            raise SystemExit(128 + (self.signal or 0))
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn Ctrl-C and SIGTERM into a question that the loop asks after each step."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    earlier = {s: signal.signal(s, stop.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
 def _metadata(path: Path) -> Any:
-    """The JSON tree in a safetensors file's header."""
+    """Read the JSON tree in a safetensors file's header."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return json.loads(json.loads(file.read(size))["__metadata__"]["state"])

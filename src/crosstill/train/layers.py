@@ -18,8 +18,8 @@ from crosstill.models import open as open_model
 from crosstill.objectives import Objective
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
+from crosstill.train.batches import Picked
 from crosstill.train.config import TrainConfig
-from crosstill.train.sampler import Picked
 from crosstill.types import Hidden
 
 WORDS = ("first", "middle", "last")
@@ -181,9 +181,9 @@ def reading(losses: nn.ModuleDict, kind: str) -> dict[str, Objective]:
 
 
 def blank(photos: Tensor, patch: int, ratio: float, mean: Iterable[float]) -> Tensor:
-    """Photos (I, 3, H, W) uint8 with a share of their patches, drawn at random, in `mean`.
+    """Blank a share of the patches of photos (I, 3, H, W) uint8, drawn at random, in `mean`.
 
-    The mean is what becomes 0 after normalisation.
+    The colour `mean` becomes 0 after normalisation.
     """
     count, _, height, width = photos.shape
     rows, columns = height // patch, width // patch
@@ -197,13 +197,13 @@ def blank(photos: Tensor, patch: int, ratio: float, mean: Iterable[float]) -> Te
 
 
 def patch_size(student: Student) -> int | None:
-    """Side of the image tower's patches in pixels; None for a tower without."""
+    """Return the side of the image tower's patches in pixels; None for a tower without."""
     size = getattr(student.image_tower.config, "patch_size", None)
     return size if isinstance(size, int) else None
 
 
 def as_map(output: Tensor) -> Tensor:
-    """(B, C, H, W) from a map, or from (B, L, C) tokens of a square image, class token or not."""
+    """Return (B, C, H, W) from a map, or from (B, L, C) tokens with or without a class token."""
     if output.ndim == 4:
         return output
     side = math.isqrt(output.shape[1])
@@ -237,7 +237,7 @@ def _open(source: str, cache: Cache) -> Teacher:
 
 
 def _teachers(cache: Cache) -> list[dict[str, Any]]:
-    """What filled a cache; of a joined one, any of its teachers can be looked into."""
+    """List the teachers of a cache; a joined one has several."""
     return list(cache.teacher.get("parts") or [cache.teacher])
 
 
@@ -246,6 +246,6 @@ def _sources(cache: Cache) -> str:
 
 
 def _image_tower(teacher: Any) -> Any:
-    """That of a student, or of a Hugging Face dual encoder; None if there is none."""
+    """Return the image tower of a student or a Hugging Face dual encoder; None without one."""
     inner = getattr(teacher, "model", None)
     return getattr(teacher, "image_tower", None) or getattr(inner, "vision_model", None)

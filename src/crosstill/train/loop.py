@@ -17,12 +17,11 @@ from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.recall import Retrieval
 from crosstill.teachers.base import truncation_note
-from crosstill.train import checkpoint, distributed, folder, optim
+from crosstill.train import checkpoint, distributed, folder
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Learner, Run
-from crosstill.train.interrupt import stop_signals
-from crosstill.train.step import Outcome
+from crosstill.train.step import Outcome, build_optimizer, lr_at, parameter_names
 from crosstill.train.task import Task, open_task
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def learn(session: Session) -> None:
     config, task, optimizer = session.config, session.task, session.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     session.student.train()
-    with stop_signals() as stop, session.bar() as bar:
+    with checkpoint.stop_signals() as stop, session.bar() as bar:
         for epoch in range(session.position["epoch"], config.epochs):
             clock = Clock()
             for step, batch, waited in task.batches(epoch, session.position["step"]):
@@ -196,7 +195,7 @@ class Session:
         task.losses.to(group.device)
         task.balance.to(group.device)
         task.start(self.student)
-        self.optimizer = optim.build((student, task.losses), task.balance, config)
+        self.optimizer = build_optimizer((student, task.losses), task.balance, config)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
         self._origin = _origin(path, task)
@@ -215,7 +214,7 @@ class Session:
     def lr(self, before: int = 0) -> float:
         """Return the learning rate of the next step, or of one of those before it."""
         step = self.position["total"] - before
-        return optim.lr_at(step, self.task.steps_per_epoch, self.config)
+        return lr_at(step, self.task.steps_per_epoch, self.config)
 
     @contextmanager
     def replayable(self, batch: Any) -> Iterator[None]:
@@ -350,7 +349,7 @@ class Session:
     def _names(self) -> dict[str, Any]:
         """Name the rows of a checkpoint, its run, and what its last bits depend on."""
         task = self.task
-        parameters = optim.names(student=self.student, losses=task.losses, balance=task.balance)
+        parameters = parameter_names(student=self.student, losses=task.losses, balance=task.balance)
         return {
             "losses": list(self.task.balance.tasks),
             "parameters": parameters,

@@ -34,7 +34,7 @@ Side = Callable[[Student, Cache, Split], tuple[Tensor, Tensor]]
 
 
 def _kept(student: Student, cache: Cache, split: Split, side: str, rows: Side) -> Tensor:
-    """The map of one side, which depends on nothing that a run could change."""
+    """Return the map of one side, which depends on nothing that a run could change."""
     head = getattr(student, f"{side}_head")
     bias = head.bias is not None
     key = files.digest_json([student.tower_digest(side), bias, PENALTY, MOST])
@@ -44,13 +44,13 @@ def _kept(student: Student, cache: Cache, split: Split, side: str, rows: Side) -
 
 
 def _of_images(student: Student, cache: Cache, split: Split) -> tuple[Tensor, Tensor]:
-    """The tower's and the teacher's rows of the photos."""
+    """Return the tower's and the teacher's rows of the photos."""
     photos = pool_images(student, pixels(cache, split, student.preprocess))[:MOST]
     return photos, cache.image_features(split.images[:MOST])
 
 
 def _of_texts(student: Student, cache: Cache, split: Split) -> tuple[Tensor, Tensor]:
-    """The tower's and the teacher's rows of the captions, or of their photos for lack of those."""
+    """Return the rows of tower and teacher for the captions; without text features, the photos'."""
     rows = _spread(split)
     texts = pool_texts(student, student.tokenize([cache.texts[row] for row in rows]))
     if "text" in cache.modalities:
@@ -59,27 +59,27 @@ def _of_texts(student: Student, cache: Cache, split: Split) -> tuple[Tensor, Ten
 
 
 def _spread(split: Split) -> np.ndarray:
-    """Rows of captions, evenly spread, because neighbouring ones describe the same image."""
+    """Pick rows of captions, evenly spread, because neighbouring ones describe the same image."""
     rows = split.captions[np.linspace(0, len(split.captions) - 1, MOST).astype(int)]
     return split.captions if len(split.captions) <= MOST else rows
 
 
 def solve(x: Tensor, y: Tensor, penalty: float = PENALTY) -> Tensor:
-    """Ridge regression of y (N, D) on x (N, W): the (W, D) map, in float64."""
+    """Solve the ridge regression of y (N, D) on x (N, W): the (W, D) map, in float64."""
     x, y = x.double(), y.double()
     ridge = penalty * len(x) * x.square().mean() * torch.eye(x.shape[1], dtype=x.dtype)
     return torch.linalg.solve(x.T @ x + ridge, x.T @ y)
 
 
 def _fit(x: Tensor, y: Tensor, bias: bool) -> Tensor:
-    """The map of a head, float64; a bias is the map of a column of ones."""
+    """Fit the map of a head, float64; a bias is the map of a column of ones."""
     x = x.cpu()
     return solve(torch.cat([x, torch.ones(len(x), 1)], dim=1) if bias else x, y)
 
 
-def _put(head: nn.Linear, found: Tensor) -> None:
-    """Set a head to a map."""
-    found = found.to(head.weight)
-    head.weight.copy_(found[: head.in_features].T)
+def _put(head: nn.Linear, solution: Tensor) -> None:
+    """Set a head to a solved map, its last row to the bias."""
+    solution = solution.to(head.weight)
+    head.weight.copy_(solution[: head.in_features].T)
     if head.bias is not None:
-        head.bias.copy_(found[-1])
+        head.bias.copy_(solution[-1])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,15 +21,16 @@ from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.recall import Retrieval
 from crosstill.objectives import Input, Objective
+from crosstill.objectives.wrappers import PerWidth
+from crosstill.students import matryoshka
 from crosstill.students.student import Student, Tokens
 from crosstill.students.student_config import FusionConfig, StudentConfig
-from crosstill.train import distributed, layers, widths
-from crosstill.train.batches import Batch, Stream
+from crosstill.train import distributed, layers
+from crosstill.train.batches import Batch, Sampler, Stream
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.layers import PairedLayers
 from crosstill.train.ridge_heads import ridge_heads
-from crosstill.train.sampler import Sampler
 from crosstill.train.step import Outcome, autocast, backward_in_chunks, check_precision, weigh
 from crosstill.types import Features
 
@@ -186,7 +188,7 @@ class PairTask:
     def fit(self, student: Student) -> None:
         if student.kind != "encoder":
             raise self._no_lists(student.name)
-        widths.fit(student, self.losses, self.cache, self.config)
+        _wrap_widths(student, self.losses, self.cache, self.config)
         if self.cache.dim is not None and student.dim != self.cache.dim:
             raise MismatchError(
                 f"the student's embedding width is {student.dim} and the teacher's is "
@@ -373,3 +375,43 @@ def named_rows(cache: CacheBase, config: TrainConfig, picked: Any) -> tuple[list
         [cache.image_ids[row] for row in split.images[picked.images]],
         [cache.texts[row] for row in split.captions[picked.captions]],
     )
+
+
+def _wrap_widths(
+    student: Student, losses: nn.ModuleDict, cache: Cache, config: TrainConfig
+) -> None:
+    """Set a new student's axes, and wrap its losses of embeddings for each of its widths.
+
+    Losses that read layers stay as they are: layers have no widths. Nothing happens to a student
+    of one width.
+    """
+    if not student.config.widths:
+        return
+    if cache.dim not in (None, student.dim):
+        return  # the check of the widths refuses it next
+    if cache.modalities and torch.equal(student.axes.cpu(), torch.eye(student.dim)):
+        student.axes.copy_(_principal_axes(cache, config.train_split))
+    keys = cache.keys[cache.split(config.train_split).images]
+    for name, options in config.losses.items():
+        loss: Any = losses[name]
+        if loss.reads.kind == "hidden":
+            continue
+        parts = {
+            width: objectives.build(name, dim=width, seed=config.seed, keys=keys, **options)
+            for width in student.widths[:-1]
+        }
+        losses[name] = PerWidth(loss, parts, student.axes.detach().clone(), config.normalise)
+
+
+def _principal_axes(cache: Cache, split: str) -> Tensor:
+    """Compute the principal axes of a split's teacher features, from evenly spread rows."""
+    rows, sides = cache.split(split), []
+    if "image" in cache.modalities:
+        sides.append(cache.image_features(rows.images[_evenly(len(rows.images))]))
+    if "text" in cache.modalities:
+        sides.append(cache.text_features(rows.captions[_evenly(len(rows.captions))]))
+    return matryoshka.axes(sides)
+
+
+def _evenly(count: int) -> np.ndarray:
+    return np.linspace(0, count - 1, min(count, matryoshka.MOST)).astype(int)
