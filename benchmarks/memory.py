@@ -32,7 +32,7 @@ def prepare(place: Path) -> None:
     listed = fusion.build_scores(None, data.open(f"scenes:{SCENES}"), place / "listed", **counts)
     students.build("tiny-teacher", dim=64, captions=listed.texts).save(place / "dual")
     towers = FusionConfig(fusion="meter", towers=str(place / "dual"), shape=SHAPE)
-    students.fuse(towers).save(place / "teacher")
+    fusion.build(towers).save(place / "teacher")
 
 
 def peak() -> int:
@@ -57,7 +57,7 @@ def one(place: Path, kind: str) -> int:
         teacher=str(place / "teacher") if judged else None,
         drawn=FALSE,
     )
-    student = students.fuse("half", teacher=str(place / "teacher"))
+    student = fusion.build("half", teacher=str(place / "teacher"))
     task = open_task(listed, config)
     task.fit(student)
     task.start(student)

@@ -30,7 +30,7 @@ EXPORTED = {
     "recipes": "RECIPES choose config distill resumed",
     "report": "write",
     "search": "MAX_TOP Built Hit Photo Searcher Verdict build combine verify",
-    "students": "build fuse load load_config shorten",
+    "students": "build load load_config shorten",
     "teachers": "FAMILIES load",
     "train": "Learner Run TrainConfig train",
 }

@@ -1,21 +1,16 @@
 """Opening of models: one function for anything that a user calls a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
+
+import torch
 
 from crosstill import artefacts, files, students, teachers
 from crosstill.cache import is_cache
 from crosstill.errors import ModelError
 from crosstill.students.student import RECORD
 from crosstill.teachers import heads
-from crosstill.teachers.base import Model, Teacher
-
-if TYPE_CHECKING:
-    import torch
-
-    from crosstill.fusion.matcher import Matcher
+from crosstill.teachers.base import Model, PairModel, Teacher
 
 Want = Literal["any", "live", "encoder", "matcher"]
 
@@ -29,7 +24,7 @@ def open(
 @overload
 def open(
     source: str | Path, want: Literal["matcher"], device: torch.device | None = None
-) -> Matcher: ...
+) -> PairModel: ...
 
 
 @overload

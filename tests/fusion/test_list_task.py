@@ -37,7 +37,7 @@ def towers(cached, tmp_path_factory):
 def teacher(towers, tmp_path_factory):
     """A METER-shaped teacher's folder; its head is loud enough to tell candidates apart."""
     folder = tmp_path_factory.mktemp("teacher") / "meter"
-    model = students.fuse(meter_config(towers, layers=4), seed=1)
+    model = fusion.build(meter_config(towers, layers=4), seed=1)
     with torch.no_grad():
         for weight in parameters(model, "fusion"):
             weight.mul_(4)
@@ -59,7 +59,7 @@ def unscored(scenes, tmp_path_factory):
 
 @pytest.fixture
 def half(teacher):
-    return students.fuse("half", teacher=str(teacher))
+    return fusion.build("half", teacher=str(teacher))
 
 
 def stream(cache, inputs, config, hardest=3, names=("image", "text")):
@@ -190,7 +190,7 @@ def test_kept_states_are_those_of_the_towers(scored, half):
 
 
 def test_towers_can_learn_too(unscored, towers):
-    model = students.fuse(meter_config(towers))
+    model = fusion.build(meter_config(towers))
     config = settings(towers="train")
     made = task_of(model, unscored, config)
     batch = stream(unscored, sides(unscored, model), config).batch(0, 0)
@@ -271,7 +271,7 @@ def test_a_loss_without_a_teacher_encodes_no_lists(scored, cached):
 
 def test_an_interrupted_run_ends_with_the_same_bits(scored, teacher, tmp_path, monkeypatch):
     config = settings(**DCD, save_every=1)
-    make = lambda: students.fuse("half", teacher=str(teacher))  # noqa: E731
+    make = lambda: fusion.build("half", teacher=str(teacher))  # noqa: E731
     whole = train(make(), scored, config, tmp_path / "whole")
     calls = iter(range(100))
     real = ListStream.batch
@@ -328,8 +328,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
 def test_a_judge_on_other_towers_is_refused(unscored, cached, teacher, half, tmp_path):
     other = tmp_path / "other"
     small_student(cached).save(other / "dual")
-    students.fuse(meter_config(other / "dual"), seed=5).cut([0]).save(other / "meter")
-    model = students.fuse(meter_config(other / "dual"), seed=5)
+    fusion.build(meter_config(other / "dual"), seed=5).cut([0]).save(other / "meter")
+    model = fusion.build(meter_config(other / "dual"), seed=5)
     with torch.no_grad():
         next(model.text_tower.parameters()).add_(1)
     model.save(other / "moved")
@@ -340,7 +340,7 @@ def test_a_judge_on_other_towers_is_refused(unscored, cached, teacher, half, tmp
 
 def test_the_batch_itself_can_be_the_lists_and_each_pair_runs_once(unscored, towers):
     config = settings(losses={"info_nce": {"hardest": 7}}, negatives="batch")
-    model = students.fuse(meter_config(towers)).eval()
+    model = fusion.build(meter_config(towers)).eval()
     batch = stream(unscored, sides(unscored, model), config, hardest=7).batch(0, 0)
     own = batch.picked.images
     for way, rows in (("image", batch.picked.captions), ("text", batch.picked.images)):
@@ -364,7 +364,7 @@ def test_a_meter_shaped_model_begins_in_the_joint_space(cached, tmp_path):
     """Its first tokens, transformed, are the dual encoder's embeddings along some directions."""
     dual = small_student(cached, dropout=0.0).eval()
     dual.save(tmp_path / "dual")
-    model = students.fuse(meter_config(tmp_path / "dual", width=dual.dim, heads=2)).eval()
+    model = fusion.build(meter_config(tmp_path / "dual", width=dual.dim, heads=2)).eval()
     pixels = torch.randint(0, 256, (3, 3, *dual.preprocess.size), dtype=torch.uint8)
     texts = ["a red circle", "two squares beside a star", "blue"]
     image, text = model.image_states(pixels).hidden[:, 0], model.text_states(texts).hidden[:, 0]
@@ -377,22 +377,22 @@ def test_a_meter_shaped_model_begins_in_the_joint_space(cached, tmp_path):
     anywhere = FusionConfig(
         fusion="meter", towers=str(tmp_path / "dual"), shape=SHAPE, start="random"
     )
-    random = students.fuse(anywhere).fusion.cross_modal_image_transform.weight
+    random = fusion.build(anywhere).fusion.cross_modal_image_transform.weight
     assert random.std() < 0.03
 
 
 def test_layers_out_of_range_and_wrong_sources_are_refused(teacher, towers, tmp_path):
     for layers in ((0, 4), (-1,), (), (1, 1)):
         with pytest.raises(ConfigError, match="fusion layers 0 to 3"):
-            students.fuse(FusionConfig(fusion="cut", layers=layers), teacher=str(teacher))
+            fusion.build(FusionConfig(fusion="cut", layers=layers), teacher=str(teacher))
     with pytest.raises(ModelError, match=r"student|no fusion model"):
-        students.fuse("half", teacher=str(towers))
+        fusion.build("half", teacher=str(towers))
     with pytest.raises(ConfigError, match="no teacher to cut"):
-        students.fuse("half")
+        fusion.build("half")
     with pytest.raises(ModelError, match="no dual encoder"):
-        students.fuse(meter_config(teacher))
+        fusion.build(meter_config(teacher))
     with pytest.raises(ConfigError, match="heads"):
-        students.fuse(meter_config(towers, heads=3))
+        fusion.build(meter_config(towers, heads=3))
     bad = tmp_path / "bad.toml"
     bad.write_text('fusion = "meter"\ntowers = "x"\nlayer = 3\n')
     with pytest.raises(ConfigError, match="layer"):
@@ -412,7 +412,7 @@ def test_a_vilt_from_scratch_trains_and_reloads(unscored, tmp_path):
             "patch_size": 8,
         },
     )
-    model = students.fuse(config, captions=unscored.texts)
+    model = fusion.build(config, captions=unscored.texts)
     before = copy.deepcopy(model.state_dict())
     run = train(model, unscored, settings(towers="train"), tmp_path / "run")
     after = run.matcher.state_dict()

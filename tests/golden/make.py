@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-from crosstill import data, students, teachers  # noqa: E402
+from crosstill import data, fusion, teachers  # noqa: E402
 from crosstill.cache import build, join  # noqa: E402
 from crosstill.data import scenes  # noqa: E402
 from crosstill.fusion.score_build import build_scores  # noqa: E402
@@ -59,7 +59,7 @@ def make_caches(home: Path) -> None:
     join([narrow, wide], home / "joined", [3, 1])
     build(SmallTeacher(), pairs, home / "views", views=2)
     small_student(narrow).save(home / "dual")
-    meter = students.fuse(meter_config(home / "dual", layers=2), seed=1)
+    meter = fusion.build(meter_config(home / "dual", layers=2), seed=1)
     with torch.no_grad():
         for weight in parameters(meter, "fusion"):
             weight.mul_(4)

@@ -34,7 +34,7 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("report")
     cache = score_cache(home, 60)
     dual = students.build(small_config(), dim=16, captions=cache.texts)
-    half = students.fuse("half", teacher=cache.teacher["source"])
+    half = fusion.build("half", teacher=cache.teacher["source"])
     for name, student in {"dual": dual, "fused": half}.items():
         train(student, cache, TrainConfig(**SETTINGS), home / name)
         report.write(home / name)
@@ -105,7 +105,7 @@ def test_it_says_that_recall_is_among_candidates_and_so_do_its_tables(home):
 
 def test_the_untrained_student_is_the_one_before_training(home):
     cache = ScoreCache(home / "scores")
-    val, half = cache.split("val"), students.fuse("half", teacher=cache.teacher["source"])
+    val, half = cache.split("val"), fusion.build("half", teacher=cache.teacher["source"])
     half.freeze_towers()
     recall = validation.MatchedSplit(cache, val, Sides(half, cache, val)).recall(half)
     assert figures(home / "fused")["untrained"]["rsum"] == pytest.approx(recall.rsum)
@@ -113,7 +113,7 @@ def test_the_untrained_student_is_the_one_before_training(home):
 
 def test_a_fusion_model_that_no_teacher_taught(home, tmp_path):
     cache = fusion.build_scores(None, data.open("scenes:60"), tmp_path / "listed", false=8)
-    half = students.fuse("half", teacher=str(home / "meter"))
+    half = fusion.build("half", teacher=str(home / "meter"))
     changes = {"losses": {"info_nce": {"hardest": 3}}, "epochs": 1, "towers": "train"}
     train(half, cache, TrainConfig(**SETTINGS | changes), tmp_path / "run")
     text = Page(report.write(tmp_path / "run").read_text()).text

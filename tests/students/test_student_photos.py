@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from crosstill import images, students
-from crosstill.students.assembly import image_part
+from crosstill.students import image_part
 from crosstill.students.student_config import ImageTowerConfig, StudentConfig
 
 FAMILIES = {family.type: family for family in IMAGE}

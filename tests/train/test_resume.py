@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosstill import balance, recipes, students, teachers
+from crosstill import balance, fusion, recipes, teachers
 from crosstill.cache import Cache, build, join
 from crosstill.files import sealed
 from crosstill.fusion.score_build import build_scores
@@ -41,7 +41,7 @@ def home(cached, scenes, tmp_path_factory) -> Path:
     join([cached, wide], home / "joined", [3, 1])
     build(None, scenes, home / "none")
     small_student(cached).save(home / "dual")
-    meter = students.fuse(meter_config(home / "dual", layers=4), seed=1)
+    meter = fusion.build(meter_config(home / "dual", layers=4), seed=1)
     with torch.no_grad():
         for weight in parameters(meter, "fusion"):
             weight.mul_(4)  # a head that is loud enough to tell candidates apart

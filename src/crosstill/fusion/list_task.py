@@ -19,6 +19,7 @@ from crosstill.fusion.lists import FALSE, Asked, DualInputs, ListBatch, ListStre
 from crosstill.fusion.matcher import PAIRS, Matcher
 from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
+from crosstill.fusion.students import build
 from crosstill.fusion.validation import MatchedSplit
 from crosstill.students.student import Student
 from crosstill.students.student_config import FusionConfig, StudentConfig
@@ -78,7 +79,7 @@ class ListTask:
         if isinstance(description, StudentConfig):
             return students.build(description, captions=captions, seed=config.seed)
         source = self.cache.teacher["source"]
-        return students.fuse(description, captions, config.seed, source)
+        return build(description, captions, config.seed, source)
 
     def fit(self, student: Student | Matcher) -> None:
         self._check_kind(student.kind, student.name)

@@ -152,7 +152,8 @@ def run(
     """
     if top < 1:
         raise ConfigError(f"--top {top}: re-rank at least 1 of each query's candidates")
-    judge, first = open_model(source, "matcher"), open_model(finder, "encoder")
+    judge: Any = open_model(source, "matcher")
+    first = open_model(finder, "encoder")
     depths = [k for k in (*DEPTHS, *FURTHER) if k < top] + [top]
     with one_thread() if efficiency else nullcontext():
         result = rerank(first, judge, pairs, depths, blend, strict)

@@ -1,28 +1,27 @@
 """Small dual encoders: what they are made of, how they are built, saved and loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from crosstill.data.pairs import read_licence
 from crosstill.errors import ConfigError, MismatchError
+from crosstill.students.matryoshka import shorten
+from crosstill.students.student import Student
+from crosstill.students.student_config import (
+    ImageTowerConfig,
+    StudentConfig,
+    TextTowerConfig,
+    TowerConfig,
+    load_config,
+)
+from crosstill.towers import hub, narrow, processors, tower_parts, vocabulary
 
-if TYPE_CHECKING:
-    from crosstill.students.student import Student
-    from crosstill.students.student_config import FusionConfig, StudentConfig
-
-__all__ = ["build", "fuse", "load", "load_config", "shorten"]
+__all__ = ["build", "load", "load_config", "shorten"]
 
 ALONE = 256  # embedding width where neither a teacher nor the configuration says one
-
-
-def load_config(preset_or_toml: str | Path) -> StudentConfig | FusionConfig:
-    """Read a student's configuration: see `crosstill.students.student_config.load_config`."""
-    from crosstill.students import student_config
-
-    return student_config.load_config(preset_or_toml)
 
 
 def build(
@@ -38,16 +37,14 @@ def build(
         dim: D, the width of the teacher's embeddings; None takes the configuration's, or 256
             for a student without a teacher.
         captions: the training captions, for vocabularies that are trimmed to or learnt from them.
-        seed: of all that starts at random; equal seeds give equal weights.
+        seed: of all that starts at random; equal seeds give equal weights. The caller's random
+            state is left as it was.
 
     Raises:
         ConfigError: a configuration that cannot be, or that needs captions and got none.
         MismatchError: the configuration asks for another width than `dim`.
         ModelError: a source that does not load.
     """
-    # transformers takes seconds to import, and `crosstill --help` should not wait for it.
-    from crosstill.students import assembly
-
     config = load_config(student) if isinstance(student, str | Path) else student
     if config.kind == "matcher":
         raise ConfigError(f"student {config.name}: a fusion model, which learns from a score cache")
@@ -62,29 +59,63 @@ def build(
             f"student {config.name}: widths up to {config.widths[-1]} do not fit embeddings "
             f"of {width}; give smaller ones"
         )
-    return assembly.assemble(config.model_copy(update={"dim": width}), captions, seed)
-
-
-def fuse(
-    student: FusionConfig | str | Path,
-    captions: Sequence[str] = (),
-    seed: int = 0,
-    teacher: str | None = None,
-) -> Any:
-    """Build a fusion model to train: see `crosstill.fusion.build`."""
-    # such models are an annex, found by name only
-    return import_module("crosstill.fusion.students").build(student, captions, seed, teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        image, text = image_part(config.image), text_part(config.text, captions)
+        # Drawn anew, so that the heads do not depend on how the towers came about.
+        torch.manual_seed(seed + 1)
+        return Student(config.model_copy(update={"dim": width}), image, text)
 
 
 def load(folder: str | Path) -> Student:
     """Load a student that was saved: see `crosstill.students.student.Student.load`."""
-    from crosstill.students.student import Student
-
     return Student.load(Path(folder))
 
 
-def shorten(student: Student, width: int) -> Student:
-    """Cut a student's embeddings: see `crosstill.students.matryoshka.shorten`."""
-    from crosstill.students import matryoshka
+def image_part(config: ImageTowerConfig) -> tower_parts.ImagePart:
+    """Read or start an image tower; its preprocess is that of its source: see `processors.fit`.
 
-    return matryoshka.shorten(student, width)
+    Raises:
+        ConfigError, ModelError: a tower that cannot be built, read, cut or pooled as asked.
+    """
+    if config.source is None:
+        tower = tower_parts.assemble(_started(config), config.pooling)
+        tower_parts.check_class_token(tower, config.pooling)
+        return tower_parts.ImagePart(tower, processors.default(tower.config), None)
+    folder = hub.locate(config.source)
+    tower = tower_parts.read(folder, "image", config.pooling, config.layers)
+    tower_parts.check_class_token(tower, config.pooling)
+    return tower_parts.ImagePart(tower, processors.fit(folder, tower), read_licence(folder))
+
+
+def text_part(config: TextTowerConfig, captions: Sequence[str]) -> tower_parts.TextPart:
+    """Read or start a text tower; the captions train or trim its vocabulary.
+
+    Raises:
+        ConfigError, ModelError: a tower that cannot be built, read, cut or trimmed as asked.
+    """
+    licence = None
+    if config.source is None:
+        start = _started(config)
+        tokenizer = vocabulary.train(captions, start.vocab_size)
+        tower_parts.name_tokens(start, tokenizer)
+        tower = tower_parts.assemble(start, config.pooling)
+    else:
+        folder = hub.locate(config.source)
+        tokenizer = vocabulary.plain(hub.read_tokenizer(folder))
+        tower = tower_parts.read(folder, "text", config.pooling, config.layers)
+        licence = read_licence(folder)
+        if config.vocabulary == "trim":
+            tokenizer, rows = vocabulary.trim(tokenizer, captions)
+            tower = tower_parts.with_rows(tower, config.pooling, tokenizer, rows)
+    if config.narrow is not None:
+        narrow.fit(tower, config.narrow)
+    return tower_parts.TextPart(tower, tokenizer, licence)
+
+
+def _started(config: TowerConfig) -> Any:
+    """Build the configuration of a tower that starts at random, cut to its layers."""
+    start = tower_parts.restore(dict(config.config or {}))
+    if config.layers is not None:
+        tower_parts.keep_layers(start, config.layers)
+    return start

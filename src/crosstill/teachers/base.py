@@ -57,6 +57,14 @@ class Model(Protocol):
         ...
 
 
+class PairModel(Model, Protocol):
+    """A model that reads an image and a text together and scores how well the two match."""
+
+    def score(self, images: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        """Score image i with text i: uint8 pixels and texts of P pairs → (P,) logits."""
+        ...
+
+
 @runtime_checkable
 class Teacher(Protocol):
     """A frozen model that turns images, texts or both into unit-norm rows of one space.
