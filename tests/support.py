@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from crosstill.cache import Cache
 from crosstill.images import Preprocess
 from crosstill.students.student import Student
 from crosstill.students.student_config import StudentConfig
+
+PATIENCE = 120.0  # seconds by the clock after which a test believes that something hangs
 
 SETTINGS = {
     "epochs": 2,
@@ -191,3 +195,12 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
             make(place)
             done.touch()
     return place
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """Look at a condition until it holds, however busy the machine is; return what it is then."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -17,22 +18,26 @@ from crosstill.errors import InputError
 from verbs import refusal
 
 LOADED = """
-import sys
+import json, sys
 from crosstill.cli.app import app
-try:
-    app(sys.argv[1:])
-finally:
-    print({"torch", "transformers"} & sys.modules.keys() or "nothing")
+for words in json.load(sys.stdin):
+    try:
+        app(words)
+    except SystemExit as end:
+        heavy = {"torch", "transformers"} & sys.modules.keys()
+        print(end.code, heavy or "nothing")
 """
 
 
-def refused(*words: object) -> str:
-    """The line of a verb that ends with 2 and has loaded neither torch nor transformers."""
-    command = [sys.executable, "-c", LOADED, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "nothing\n"), (done.stdout, done.stderr)
-    (line,) = done.stderr.splitlines()
-    return line
+def refused(*commands: list[object]) -> list[str]:
+    """The lines of verbs that end with 2 and load neither torch nor transformers."""
+    words = json.dumps([list(map(str, command)) for command in commands])
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, input=words, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2 nothing"] * len(commands), (done.stdout, done.stderr)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(commands), lines
+    return lines
 
 
 @contextlib.contextmanager
@@ -67,55 +72,40 @@ def verbs(cached: Cache, out: Path) -> dict[str, list[object]]:
     }
 
 
-VERBS = (
-    "cache",
-    "join",
-    "train",
-    "export",
-    "index",
-    "report",
-    "ablate",
-    "inspect",
-    "demo",
-)
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_place_that_cannot_be_written_to(cached, tmp_path, verb):
+def test_a_place_that_cannot_be_written_to(cached, tmp_path):
     (tmp_path / "file").touch()
-    under = tmp_path / "file/deep/out"
-    line = refused(*verbs(cached, under)[verb])
-    assert line == f"error: {under}: cannot write there (Not a directory)"
+    reason = "Permission denied" if os.geteuid() else "Read-only file system"
     with read_only(tmp_path / "closed") as closed:
-        for out in (closed, closed / "deep/out"):
-            line = refused(*verbs(cached, out)[verb])
-            reason = "Permission denied" if os.geteuid() else "Read-only file system"
-            assert line == f"error: {out}: cannot write there ({reason})"
+        places = {tmp_path / "file/deep/out": "Not a directory", closed: reason}
+        places[closed / "deep/out"] = reason
+        commands = {out: verbs(cached, out) for out in places}
+        lines = refused(*(words for table in commands.values() for words in table.values()))
+    for out, reason in places.items():
+        for verb in commands[out]:
+            assert lines.pop(0) == f"error: {out}: cannot write there ({reason})", verb
     assert not list(tmp_path.rglob("out"))
 
 
-@pytest.mark.parametrize(
-    "words", [["doctor"], ["evaluate", "MODEL"], ["cache", "none"], ["export", "RUN", "--data"]]
-)
-def test_a_dataset_that_is_not_there(tmp_path, words):
-    data, out = tmp_path / "none.json", ["--out", tmp_path / "out"]
-    line = refused(*words, data, *(out if words[0] in ("cache", "export") else []))
-    assert line == f"error: {data}: no such file or folder; give a dataset"
-
-
-@pytest.mark.parametrize("words", [["train"], ["ablate", "table2"], ["join"], ["cache", "verify"]])
-def test_a_cache_that_is_not_there(tmp_path, words):
-    (tmp_path / "photos").mkdir()
-    out = [] if words[-1] == "verify" else ["--out", tmp_path / "out"]
-    line = refused(*words, tmp_path / "photos", *out)
+def test_what_is_not_there(tmp_path):
+    data, out, photos = tmp_path / "none.json", ["--out", tmp_path / "out"], tmp_path / "photos"
+    photos.mkdir()
+    no_data = f"error: {data}: no such file or folder; give a dataset"
     with pytest.raises(InputError) as expected:
-        cache.open(tmp_path / "photos")
-    assert line == f"error: {expected.value}"
+        cache.open(photos)
+    no_cache = f"error: {expected.value}"
+    cases = [
+        (["doctor", data], no_data),
+        (["evaluate", "MODEL", data], no_data),
+        (["cache", "none", data, *out], no_data),
+        (["export", "RUN", "--data", data, *out], no_data),
+        (["train", photos, *out], no_cache),
+        (["ablate", "table2", photos, *out], no_cache),
+        (["join", photos, *out], no_cache),
+        (["cache", "verify", photos], no_cache),
+        (["report", tmp_path / "a"], f"error: {tmp_path / 'a'}: no such folder"),
+    ]
+    assert refused(*(words for words, _ in cases)) == [line for _, line in cases]
     assert not (tmp_path / "out").exists()
-
-
-def test_a_report_of_nothing(tmp_path):
-    assert refused("report", tmp_path / "a") == f"error: {tmp_path / 'a'}: no such folder"
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF])

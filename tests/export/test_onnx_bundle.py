@@ -1,8 +1,11 @@
+import shutil
+
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from crosstill import bundle as bundles
 from crosstill import cache, data, evaluate, export, recipes, students, teachers
 from crosstill.bundle import Bundle, calibration
 from crosstill.errors import ConfigError, ExportError, ModelError
@@ -23,6 +26,16 @@ def run(tmp_path_factory):
 def bundle(run, tmp_path_factory):
     """Its bundle in fp32, and what the gates said."""
     return export.onnx(run, tmp_path_factory.mktemp("bundle") / "fp32", command="crosstill export")
+
+
+def written(monkeypatch, folder):
+    """Have an export take the graphs of this bundle for those that it writes."""
+
+    def copy(student, new):
+        for name in (bundles.IMAGE, bundles.TEXT):
+            shutil.copy(folder / name, new / name)
+
+    monkeypatch.setattr(onnx_bundle, "write_graphs", copy)
 
 
 def test_the_bundle_is_the_student(run, bundle):
@@ -53,6 +66,7 @@ def test_the_card_says_what_counts(run, bundle):
 
 
 def test_eight_bits_are_judged_by_recall(run, bundle, tmp_path, monkeypatch):
+    written(monkeypatch, bundle.folder)
     monkeypatch.setattr(
         onnx_bundle, "_TABLE", 1
     )  # so that the small table of embeddings is rounded
@@ -72,14 +86,23 @@ def test_eight_bits_are_judged_by_recall(run, bundle, tmp_path, monkeypatch):
     assert calibration(opened)[0].shape[1] == run.best.dim
 
 
-def test_too_great_a_loss_is_refused_with_figures(run, tmp_path, monkeypatch):
+def test_too_great_a_loss_is_refused_with_figures(run, bundle, tmp_path, monkeypatch):
+    written(monkeypatch, bundle.folder)
     monkeypatch.setattr(gates.Recalls, "loss", property(lambda self: 0.0123))
     with pytest.raises(ExportError, match=r"int8 loses 1\.23% of the RSUM .* allows 1\.00%"):
         export.onnx(run, tmp_path / "out", int8=True)
     assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
 
 
-def test_another_graph_is_refused_with_figures(run, tmp_path, monkeypatch):
+def test_another_graph_is_refused_with_figures(run, bundle_folder, tmp_path, monkeypatch):
+    written(monkeypatch, bundle_folder)  # of a student that was not trained
+    with pytest.raises(ExportError, match=r"not the student: least cosine .*at least 0\.99999"):
+        export.onnx(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_lost_mask_is_refused_with_figures(run, tmp_path, monkeypatch):
     def without_mask(tower, input_ids, attention_mask):
         return tower.student.embed_text(tower.student.pool_text(input_ids, input_ids * 0 + 1))
 
@@ -89,7 +112,8 @@ def test_another_graph_is_refused_with_figures(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_student_alone_has_no_recall(cached, tmp_path):
+def test_a_student_alone_has_no_recall(cached, bundle_folder, tmp_path, monkeypatch):
+    written(monkeypatch, bundle_folder)
     made = export.onnx(small_student(cached), tmp_path / "alone")
     assert calibration(Bundle.open(made.folder)) is None
     with pytest.raises(ConfigError, match="--int8: is judged by its recall.*give --data"):
@@ -117,6 +141,7 @@ def test_wrong_input(run, bundle, tmp_path):
         export.onnx(run, tmp_path / "mine")
 
 
+@pytest.mark.slow
 def test_a_convolutional_student(cached, tmp_path):
     """A ResNet has batch norms and no pooler of rows."""
     tiny = students.build("tiny", dim=16, captions=cached.texts)

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -29,17 +30,19 @@ assert set(model.prompts.values()) <= {""} and model.default_prompt_name is None
 assert model.get_embedding_dimension() == 24
 texts = ["a red cube", "", "Ünïcode 🎈", "a blue ball left of a red cube " * 9]
 path = sys.argv[2]
+photo = Image.open(path)
+photo.load()
 rows = {
     "text": model.encode(texts, convert_to_tensor=True),
     "query": model.encode_query(texts, convert_to_tensor=True),
     "one": model.encode(texts[3], convert_to_tensor=True)[None],
-    "image": model.encode([Image.open(path)], convert_to_tensor=True),
+    "image": model.encode([photo], convert_to_tensor=True),
     "path": model.encode([path], convert_to_tensor=True),
-    "document": model.encode_document([Image.open(path)], convert_to_tensor=True),
+    "document": model.encode_document([photo], convert_to_tensor=True),
 }
 assert model.similarity(rows["text"], rows["image"]).shape == (4, 1)
 try:
-    model.encode([texts[0], Image.open(path)])
+    model.encode([texts[0], photo])
 except ValueError as error:
     assert "separately" in str(error), error
 else:
@@ -55,7 +58,10 @@ def _photo(path: Path) -> torch.Tensor:
     return noise.permute(2, 0, 1)[None]
 
 
-def test_it_loads_where_crosstill_is_absent_and_without_trust(tmp_path: Path) -> None:
+@alone
+def test_it_loads_where_crosstill_is_absent_and_without_trust(
+    alone: Callable[..., None], tmp_path: Path
+) -> None:
     student = small("resnet", poolings="pooler mean", max_length=12, bias=True)
     write(SENTENCES, student, tmp_path / "out", CARD)
     pixels = _photo(tmp_path / "photo.png")
@@ -68,7 +74,17 @@ def test_it_loads_where_crosstill_is_absent_and_without_trust(tmp_path: Path) ->
         torch.testing.assert_close(found[name].norm(dim=1), torch.ones(len(rows)))
 
 
-@pytest.mark.parametrize(("image", "text"), [*product(["mean", "cls", "pooler"], repeat=2)])
+# each pooling once of each tower; all pairs of them are slow
+POOLINGS = {("mean", "cls"), ("cls", "pooler"), ("pooler", "mean")}
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        pytest.param(*pair, marks=[] if pair in POOLINGS else pytest.mark.slow)
+        for pair in product(["mean", "cls", "pooler"], repeat=2)
+    ],
+)
 def test_every_pooling(image: str, text: str, tmp_path: Path) -> None:
     student = small(poolings=f"{image} {text}", bias=image == "cls")
     parity = write(SENTENCES, student, tmp_path / "out", CARD)

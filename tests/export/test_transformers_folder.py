@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def test_the_presets_for_this_form() -> None:
     assert TRANSFORMERS.fits(students.build("tiny", 24, CAPTIONS)) != []
 
 
-def test_plain_transformers_loads_it_where_crosstill_is_absent(tmp_path: Path) -> None:
+@alone
+def test_plain_transformers_loads_it_where_crosstill_is_absent(
+    alone: Callable[..., None], tmp_path: Path
+) -> None:
     student = small("mobilenet_v2", max_length=12)
     write(TRANSFORMERS, student, tmp_path / "out", CARD)
     noise = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)  # of the size that it takes
@@ -111,13 +115,15 @@ def test_a_preprocess_that_no_processor_does(preprocess: Preprocess, word: str) 
     assert word in reason
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(
-    ("resize", "shorter", "kind"),
+    ("resize", "shorter", "kind", "interpolation"),
     [
-        ("squash", None, "ViTImageProcessor"),
-        ("crop", None, "CLIPImageProcessor"),
-        ("crop", 41, "CLIPImageProcessor"),
+        ("squash", None, "ViTImageProcessor", "bicubic"),
+        ("crop", None, "CLIPImageProcessor", "bilinear"),
+        ("crop", 41, "CLIPImageProcessor", "bicubic"),
+        pytest.param("squash", None, "ViTImageProcessor", "bilinear", marks=pytest.mark.slow),
+        pytest.param("crop", None, "CLIPImageProcessor", "bicubic", marks=pytest.mark.slow),
+        pytest.param("crop", 41, "CLIPImageProcessor", "bilinear", marks=pytest.mark.slow),
     ],
 )
 def test_the_preprocess_goes_along(
@@ -182,7 +188,7 @@ def _wrong_pixels(student: Student, folder: Path) -> None:
 _save = TRANSFORMERS.save
 
 
-@pytest.mark.parametrize("wrong", [_wrong_row, _wrong_pixels])
+@pytest.mark.parametrize("wrong", [_wrong_row, pytest.param(_wrong_pixels, marks=pytest.mark.slow)])
 def test_a_failed_gate_keeps_what_was_there(
     wrong: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
