@@ -325,12 +325,9 @@ def test_report_of_a_run_and_of_what_is_none(home, tmp_path):
     assert "not finished" in line and "--resume" in line
 
 
-def test_ablate_prints_its_table_and_the_report_shows_it(many, home, tmp_path):
+def test_ablate_prints_its_table(many, home, tmp_path):
     options = [part for change in FAST for part in ("--set", change)]
     verb = ["ablate", "table6", many.folder, "--out", tmp_path / "grid", *student(home)]
     told = crosstill(*verb, "--seeds", 2, *options)
     assert "| not normalised |" in told.stdout and "± " in told.stdout
     assert told.stdout.strip() == (tmp_path / "grid/table6.md").read_text().strip()
-    crosstill("report", tmp_path / "grid")
-    page = (tmp_path / "grid/report.html").read_text()
-    assert "L2 normalisation" in page and "crosstill" in page

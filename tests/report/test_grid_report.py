@@ -9,15 +9,15 @@ import pytest
 import torch
 from pages import ATTACK, Page
 
-from crosstill import ablate, data, report
+from crosstill import ablate, report
 from crosstill.ablate import plan
 from crosstill.ablate.results import Cell, Row, Table, latex, markdown
-from crosstill.cache import build
 from crosstill.errors import InputError
 from crosstill.evaluate.bootstrap import Difference
 from crosstill.evaluate.recall import retrieval
 from crosstill.report import pages
-from support import SmallTeacher
+from support import FAST
+from verbs import TOML, crosstill
 
 WEIGHTS = {"fixed": 1.0, "dwa": 1.25, "dsmd": 40.0}
 
@@ -150,28 +150,19 @@ def test_a_run_that_is_gone_is_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory) -> Path:
+def grid(many, tmp_path_factory) -> Path:
     """A table of two rows, really run."""
     home = tmp_path_factory.mktemp("grid")
-    cache = build(SmallTeacher(), data.open("scenes:330"), home / "cache")
-    (home / "small.toml").write_text(STUDENT)
-    changes = ["epochs=1", "batch_size=100", "log_every=1", "losses.contrastive.queue_size=100"]
-    options = {"chosen": [str(home / "small.toml")], "changes": changes, "seeds": (0,)}
-    made = plan.make("table6", cache, command="crosstill ablate table6", **options)
-    ablate.fill(made, cache, home / "grid")
+    (home / "small.toml").write_text(TOML)
+    options = {"chosen": [str(home / "small.toml")], "changes": list(FAST), "seeds": (0,)}
+    made = plan.make("table6", many, command="crosstill ablate table6", **options)
+    ablate.fill(made, many, home / "grid")
     return home / "grid"
 
 
-TOWER = "hidden_size = 16\nnum_hidden_layers = 1\nnum_attention_heads = 2\nintermediate_size = 16\n"
-STUDENT = (
-    'name = "small"\n[image.config]\nmodel_type = "vit"\nimage_size = 16\npatch_size = 8\n'
-    f'{TOWER}[text.config]\nmodel_type = "bert"\n{TOWER}'
-)
-
-
 def test_a_real_grid(grid):
-    path = report.write(grid)
-    assert path == grid / "report.html"
+    path = grid / "report.html"
+    assert crosstill("report", grid).stdout.strip() == str(path)
     (table,) = ablate.read(grid)
     text = Page(path.read_text()).text
     assert all(" ".join(cells) in text for cells in table.cells()[1])
