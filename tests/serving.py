@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-QUICK = 10.0  # seconds in which anything is answered, on a busy machine
+from support import PATIENCE, wait_for
+
 COMMAND = [sys.executable, "-m", "crosstill", "serve"]
 
 
@@ -42,7 +43,7 @@ class Server:
     def log(self) -> str:
         return self._errors.read_text()
 
-    def connect(self, timeout: float = QUICK, source: str = "") -> socket.socket:
+    def connect(self, timeout: float = PATIENCE, source: str = "") -> socket.socket:
         """A connection, from another loopback address where `source` names one."""
         here = (source, 0) if source else None
         return socket.create_connection(("127.0.0.1", self.port), timeout, here)
@@ -55,7 +56,7 @@ class Server:
             lines.append(f"Content-Length: {len(body)}")
         return self.raw("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
-    def raw(self, request: bytes, timeout: float = QUICK) -> Reply:
+    def raw(self, request: bytes, timeout: float = PATIENCE) -> Reply:
         """Whatever these bytes are, sent while the answer is awaited; read to its end."""
         with self.connect(timeout) as line:
             sender = threading.Thread(target=_send, args=(line, request))
@@ -78,6 +79,23 @@ class Server:
         text = self.ask("/metrics").body.decode()
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
+
+    def cpu(self) -> float:
+        """Seconds of a processor that it has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def wait_until_it_stops(self) -> None:
+        """Wait until it has been told to stop, and so listens no more."""
+        wait_for(lambda: not self.listens())
+
+    def listens(self) -> bool:
+        """Whether it takes connections."""
+        try:
+            self.connect().close()
+        except ConnectionError:
+            return False
+        return True
 
     def memory(self) -> int:
         """Resident bytes."""
@@ -114,7 +132,7 @@ def serving(
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(PATIENCE)
         finally:
             process.kill()
             process.stdout.close()
@@ -131,7 +149,7 @@ def proxied(server: Server, prefix: str = "/photos") -> Iterator[str]:
                 return
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             with closing(
-                http.client.HTTPConnection("127.0.0.1", server.port, timeout=QUICK)
+                http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
             ) as line:
                 kind = {"Content-Type": self.headers["content-type"]} if body else {}
                 line.request(self.command, self.path[len(prefix) :], body or None, kind)
@@ -188,7 +206,7 @@ def form(data: bytes, name: str = "image", kind: str = "image/png", **fields: st
     return {"body": b"".join(parts), "content_type": f"multipart/form-data; boundary={edge}"}
 
 
-def last_words(line: socket.socket, within: float) -> bytes | None:
+def last_words(line: socket.socket, within: float = PATIENCE) -> bytes | None:
     """What the other side still says before it closes; None where it does not close in time."""
     said, until = b"", time.monotonic() + within
     while (left := until - time.monotonic()) > 0:

@@ -8,14 +8,15 @@ import pytest
 
 from crosstill.search.serve.photo_store import Store
 from crosstill.search.serve.settings import Settings
-from serving import QUICK, form, serving
+from serving import form, serving
+from support import PATIENCE
 
 KIB, MIB = 2**10, 2**20
 
 
 def ask_many(server, photo, count, start=0):
     """Different words each time; every tenth request is a photo, another tenth a thumbnail."""
-    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=QUICK)
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     request = form(photo)
     for number in range(start, start + count):
         if number % 10 == 0:
@@ -42,7 +43,7 @@ def check_slope(server, photo, warm, count):
 
 def test_memory_does_not_grow_with_requests(index_folder, photo, tmp_path):
     with serving(index_folder, tmp_path) as server:
-        check_slope(server, photo, warm=500, count=1500)
+        check_slope(server, photo, warm=200, count=400)
 
 
 @pytest.mark.slow

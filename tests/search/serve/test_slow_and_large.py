@@ -1,18 +1,16 @@
 """Bodies without end, and clients that never finish: R22 and R23."""
 
-import os
 import select
 import socket
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import pytest
 
-from serving import QUICK, form, last_words, reply, serving
+from serving import form, last_words, reply, serving
+from support import PATIENCE, wait_for
 
 MIB = 2**20
-WITHIN = 15.0  # seconds in which a slow client is cut
 POST = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 
 
@@ -47,9 +45,18 @@ def fresh(index_folder, tmp_path_factory):
         yield running, folder / "scratch"
 
 
-@pytest.mark.parametrize("target", [b"/search", b"/", b"/nowhere"])
-@pytest.mark.parametrize("kind", ["raw", "form"])
-def test_a_stream_of_300_mb_is_cut(fresh, target, kind):
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("raw", b"/search"),
+        ("form", b"/"),
+        ("raw", b"/nowhere"),
+        pytest.param("form", b"/search", marks=pytest.mark.slow),
+        pytest.param("raw", b"/", marks=pytest.mark.slow),
+        pytest.param("form", b"/nowhere", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stream_of_300_mb_is_cut(fresh, kind, target):
     """Chunked: no header says how much will come."""
     server, scratch = fresh
     head = POST.replace(b"/search", target) + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -62,7 +69,7 @@ def test_a_stream_of_300_mb_is_cut(fresh, target, kind):
         found = reply(line)
         assert found.status == (404 if target == b"/nowhere" else 413), found
         assert found.headers["connection"] == "close"
-        assert last_words(line, within=5) is not None
+        assert last_words(line) is not None
     assert server.metric("crosstill_received_bytes_total") - read <= 21 * MIB
     assert server.peak() - before < 64 * MIB
     assert list(scratch.iterdir()) == []
@@ -104,24 +111,22 @@ def test_bodies_held_at_once_are_bounded(server, photo):
             for line in lines
         }
         turned_away = []
-        until = time.monotonic() + QUICK
-        while any(left.values()) and not turned_away and time.monotonic() < until:
+        while not turned_away:
             turned_away, writable, _ = select.select(
-                list(left), [line for line in left if left[line]], [], 1
+                list(left), [line for line in left if left[line]], [], PATIENCE
             )
+            assert turned_away or writable
             for line in writable:
                 left[line] = left[line][line.send(left[line][: 2**20]) :]
-        turned_away = turned_away or select.select(list(left), [], [], 1)[0]
-        assert turned_away
         turned_away[0].setblocking(True)
         found = reply(turned_away[0])
         assert found.status == 503 and found.headers["retry-after"] == "1"
         assert server.ask("/search", "POST", **form(photo)).status in (200, 503)
-    time.sleep(0.2)
-    assert server.ask("/search", "POST", **form(photo)).status == 200
+    wait_for(lambda: server.ask("/search", "POST", **form(photo)).status == 200)
 
 
-def test_stalled_bodies_of_one_address_lock_no_other_out_and_are_cut(server, photo):
+@pytest.mark.parametrize("to_the_end", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_stalled_bodies_of_one_address_lock_no_other_out_and_are_cut(server, photo, to_the_end):
     """Eight bodies of 20 MiB, of which 200 bytes do not come: as much as the server will hold."""
     whole = form(photo)
     request = POST.replace(b"image/png", whole["content_type"].encode())
@@ -135,7 +140,9 @@ def test_stalled_bodies_of_one_address_lock_no_other_out_and_are_cut(server, pho
         with server.connect(source="127.0.0.2") as other:
             other.sendall(request)
             assert reply(other).status == 200
-        statuses = [(last_words(line, within=3 * WITHIN) or b"open")[:12] for line in lines]
+        if not to_the_end:  # which takes ten seconds; other tests see slow clients cut
+            return
+        statuses = [(last_words(line) or b"open")[:12] for line in lines]
     assert set(statuses) <= {b"HTTP/1.1 408", b"HTTP/1.1 503", b""}, statuses
     assert statuses.count(b"HTTP/1.1 408") == 4
 
@@ -207,13 +214,11 @@ def check_slow_clients(server, heads, bodies, queries):
                 with suppress(OSError):
                     line.send(b"x")
         for line in lines:
-            said = last_words(line, began + WITHIN - time.monotonic())
+            said = last_words(line)
             assert said is not None and said.startswith(b"HTTP/1.1 408 "), said
         assert time.monotonic() - began > 5  # they had a fair chance
-        assert last_words(quiet, within=1) == b""
-        while not is_cut(unheard):
-            assert time.monotonic() - began < WITHIN
-            time.sleep(0.1)
+        assert last_words(quiet) == b""
+        wait_for(lambda: is_cut(unheard))
     assert server.search(q="a circle")["results"]
     return sorted(crowded)
 
@@ -263,27 +268,27 @@ def test_connections_are_bounded_by_the_files_a_process_may_open(index_folder, t
             assert found.json == {"error": "too many connections; try again soon"}
             assert found.headers["x-content-type-options"] == "nosniff"
         stack.close()
-        until = time.monotonic() + QUICK
-        while server.ask("/healthz").status == 503:
-            assert time.monotonic() < until
+        wait_for(lambda: server.ask("/healthz").status != 503)
         assert server.metric('crosstill_rejected_total{limit="connections"}') >= 1
 
 
-def test_one_address_cannot_take_all_connections(index_folder, tmp_path):
+@pytest.mark.parametrize("to_the_end", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_address_cannot_take_all_connections(index_folder, tmp_path, to_the_end):
     with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
         lines = [at_work(server, stack, "127.0.0.2") for _ in range(20)]
         assert healthy(server) == 200
         with server.connect(source="127.0.0.2") as line:
             assert reply(line).status == 503
-        for line in lines:
-            assert last_words(line, within=WITHIN).startswith(b"HTTP/1.1 408 ")
+        for line in lines if to_the_end else ():
+            assert last_words(line).startswith(b"HTTP/1.1 408 ")
 
 
-def test_connections_that_idle_make_room(index_folder, tmp_path):
-    """A thousand, opened again as soon as they are cut, some with half a head."""
+@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.slow)])
+def test_connections_that_idle_make_room(index_folder, tmp_path, count):
+    """So many where forty fit, opened again as soon as they are cut, some with half a head."""
     with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
         lines = []
-        for number in range(1000):
+        for number in range(count):
             lines.append(stack.enter_context(server.connect(source="127.0.0.2")))
             if number % 3 == 0:
                 lines[-1].sendall(HEALTH)
@@ -294,15 +299,8 @@ def test_connections_that_idle_make_room(index_folder, tmp_path):
                 assert healthy(server, "127.0.0.2") == 200
             if number >= 100:
                 lines[number - 100].close()
-        assert server.metric('crosstill_rejected_total{limit="idle"}') >= 900
+        assert server.metric('crosstill_rejected_total{limit="idle"}') >= count - 100
         assert server.metric('crosstill_rejected_total{limit="connections"}') == 0
-
-
-def cost(server):
-    """Seconds of a processor that the server has used."""
-    text = Path(f"/proc/{server.process.pid}/stat").read_text()
-    fields = text.rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +308,7 @@ def cost(server):
 )
 def test_chunks_of_one_byte_stop_nobody(server, chunk):
     """Eight clients with 3 MB of such chunks each: 24 million would take h11 a minute."""
-    pieces, before, rest = chunk * (60_000 // len(chunk)), cost(server), 0.0
+    pieces, before, rest = chunk * (60_000 // len(chunk)), server.cpu(), 0.0
     with ExitStack() as stack:
         lines = [stack.enter_context(server.connect()) for _ in range(8)]
         for line in lines:
@@ -321,9 +319,9 @@ def test_chunks_of_one_byte_stop_nobody(server, chunk):
                 with suppress(OSError):  # cut, or not read any more
                     line.send(pieces)
         assert healthy(server) == 200
-        rest = cost(server) - before
+        rest = server.cpu() - before
         for line in lines:
-            said = last_words(line, within=WITHIN)
+            said = last_words(line)
             assert said == b"" or said.startswith(b"HTTP/1.1 413 "), said
     assert rest < 2.0  # of a processor
     assert server.metric('crosstill_rejected_total{limit="small chunks"}') >= 8
@@ -346,11 +344,9 @@ def test_who_says_that_it_is_all_still_gets_the_answers(server, photo, count):
     with server.connect() as line:
         line.sendall((head + photo) * count)
         line.shutdown(socket.SHUT_WR)
-        said = last_words(line, QUICK)
+        said = last_words(line)
     assert said is not None and said.count(b"HTTP/1.1 200 OK") == count
-    began = time.monotonic()
-    with server.connect() as line:  # who stops within a request is not waited for
+    with server.connect() as line:  # who stops within a request is cut without an answer
         line.sendall(head + photo[:100])
         line.shutdown(socket.SHUT_WR)
-        assert last_words(line, QUICK) == b""
-    assert time.monotonic() - began < 5
+        assert last_words(line) == b""

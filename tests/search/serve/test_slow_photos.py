@@ -8,11 +8,13 @@ from contextlib import suppress
 import pytest
 
 from serving import serving
+from support import PATIENCE, wait_for
 
 SLOW = b"P3\n8 8\n255\n" + b"# a\n" * 1_000_000 + b"1 " * 192  # minutes of Python
 PHOTOS = 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_server_full_of_slow_photos_stops(index_folder, tmp_path, number, code):
     with serving(index_folder, tmp_path) as server:
@@ -24,10 +26,11 @@ def test_a_server_full_of_slow_photos_stops(index_folder, tmp_path, number, code
         askers = [threading.Thread(target=send) for _ in range(PHOTOS)]
         for asker in askers:
             asker.start()
-        askers[0].join(2)  # by now some are being decoded and the others wait
+        # one is being decoded and the others wait
+        wait_for(lambda: server.metric("crosstill_queue") > PHOTOS / 2)
         server.process.send_signal(number)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert server.process.wait(60) == code
+        assert server.process.wait(PATIENCE) == code
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         for asker in askers:
             asker.join()
