@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosstill import data, export
+from crosstill import data, export, recipes
 from crosstill.bundle import Bundle, Encoder
 from crosstill.cache import Cache, build
 from crosstill.data import Pairs
 from crosstill.students.student import Student
 from crosstill.train import TrainConfig
-from support import SETTINGS, SmallTeacher, once, small_student
+from support import FAST, SETTINGS, SmallTeacher, once, small_student
 
 torch.set_num_threads(1)
 
@@ -69,6 +69,25 @@ def bundle_folder(cached, scenes, tmp_path_factory) -> Path:
         export.onnx(small_student(cached), place, pairs=scenes.split("val"), split="val")
 
     return once(tmp_path_factory, "bundle", make)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    """A short run, finished, beside its cache; read it, never write to it."""
+
+    def make(place: Path) -> None:
+        cached = build(
+            SmallTeacher(), data.open("scenes:60", licence="cc-by-nc-4.0"), place / "cache"
+        )
+        recipes.distill(small_student(cached), cached, "clip_kd", out=place / "run", changes=FAST)
+
+    return once(tmp_path_factory, "finished", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def run_bundle(run_folder, tmp_path_factory) -> Path:
+    """The best of that run as a bundle."""
+    return once(tmp_path_factory, "run-bundle", lambda place: export.onnx(run_folder, place))
 
 
 @pytest.fixture(scope="session")

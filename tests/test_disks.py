@@ -60,24 +60,34 @@ def mount(place: Path, size: int, how: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """What the verbs read: photos, teachers, caches, a run, a bundle, a released file."""
+    """What a few verbs read: photos, a teacher, its cache, a run."""
     home = tmp_path_factory.mktemp("home")
     scenery.write(home / "photos", 40)
+    students.build(small_config(), dim=16, captions=captions(home)).save(home / "teacher")
+    (home / "small.toml").write_text(TOML)
+    photos, student = home / "photos/dataset.json", ["--student", home / "small.toml", *FAST]
+    crosstill("cache", home / "teacher", photos, "--out", home / "of-teacher")
+    crosstill("train", home / "of-teacher", "--out", home / "run", *student)
+    return home
+
+
+def captions(home: Path) -> list[str]:
     pairs = data.open(home / "photos/dataset.json")
-    texts = [text for example in pairs.examples for text in example.captions]
-    students.build(small_config(), dim=16, captions=texts).save(home / "teacher")
-    fusion_models.save("vilt", home / "vilt", texts)
+    return [text for example in pairs.examples for text in example.captions]
+
+
+@pytest.fixture(scope="module")
+def furnished(home) -> Path:
+    """The same with what the other verbs read: vectors, caches, a bundle, a released file."""
+    fusion_models.save("vilt", home / "vilt", captions(home))
     (home / "vectors").mkdir()
-    names = sorted(Path(example.path).name for example in pairs.examples)
+    names = sorted(path.name for path in (home / "photos").glob("*.png"))
     rows = np.random.default_rng(0).normal(size=(40, 300)).astype(np.float32)
     np.save(home / "vectors/vectors.npy", rows)
     (home / "vectors/filenames.txt").write_text("\n".join(names) + "\n")
-    (home / "small.toml").write_text(TOML)
-    for name in ("teacher", "vectors"):
-        crosstill("cache", home / name, home / "photos/dataset.json", "--out", home / f"of-{name}")
-    crosstill("cache", home / "vilt", home / "photos/dataset.json", "--out", home / "scores", *FEW)
-    student = ["--student", home / "small.toml", *FAST]
-    crosstill("train", home / "of-teacher", "--out", home / "run", *student)
+    photos = home / "photos/dataset.json"
+    crosstill("cache", home / "vectors", photos, "--out", home / "of-vectors")
+    crosstill("cache", home / "vilt", photos, "--out", home / "scores", *FEW)
     crosstill("export", home / "run", "--out", home / "bundle")
     exports.small().save(home / "pooled")
     crosstill("cache", home / "teacher", "scenes:320", "--out", home / "many")
@@ -167,15 +177,17 @@ def again(verb: str, words: list[object], out: Path) -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_on_disks_of_many_sizes(home, tmp_path, verb):
+def test_on_disks_of_many_sizes(furnished, tmp_path, verb):
     """Until one is large enough: refused in one line, then the same command ends as anywhere."""
     small, failed = tmp_path / "small", 0
     whole = tmp_path / "whole"
     (whole / "out").mkdir(parents=True)
-    assert run(verbs(home, whole / "out")[verb])[0] == 0, run(verbs(home, whole / "out")[verb])
+    assert run(verbs(furnished, whole / "out")[verb])[0] == 0, run(
+        verbs(furnished, whole / "out")[verb]
+    )
     for size in SIZES:
         with disk(small, size) as resize:
-            words = verbs(home, small / "out")[verb]
+            words = verbs(furnished, small / "out")[verb]
             code, line = run(words)
             if code == 0:
                 break
@@ -216,12 +228,12 @@ def of_a_copy(home: Path, out: Path, copy: Path) -> list[object]:
 
 
 @pytest.mark.slow
-def test_an_earlier_export_stays_whole_on_a_full_disk(home, tmp_path):
+def test_an_earlier_export_stays_whole_on_a_full_disk(furnished, tmp_path):
     with disk(tmp_path / "small", LARGE) as resize:
-        shutil.copytree(home / "bundle", tmp_path / "small/out")
+        shutil.copytree(furnished / "bundle", tmp_path / "small/out")
         before = contents(tmp_path / "small/out")
         resize(sum(map(len, before.values())) + 100 * KB)
-        code, line = run(verbs(home, tmp_path / "small/out")["export onnx"])
+        code, line = run(verbs(furnished, tmp_path / "small/out")["export onnx"])
         assert code == 1 and re.search(f"^error: {tmp_path}/small/out{ROOM}", line), line
         assert contents(tmp_path / "small/out") == before
 
@@ -245,7 +257,7 @@ def limited(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("verb", ["train", "export sentence"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("export sentence", marks=pytest.mark.slow)])
 def test_a_file_larger_than_is_allowed(home, tmp_path, verb):
     words = verbs(home, tmp_path / "out")[verb]
     with limited(40 * KB):
@@ -265,9 +277,11 @@ def test_decoding_is_refused_before_it_begins(home, tmp_path):
     assert run(again("train", words, tmp_path / "run"))[0] == 0
 
 
-def test_a_full_disk_behind_standard_output(home):
+def test_a_full_disk_behind_standard_output(bundle_folder, tmp_path):
     """One line and exit code 1, without what Python says when its last write fails."""
-    words = [sys.executable, "-m", "crosstill", "cache", "verify", str(home / "of-teacher")]
+    scenery.write(tmp_path / "photos", 2)
+    crosstill("index", bundle_folder, tmp_path / "photos", "--out", tmp_path / "index")
+    words = [sys.executable, "-m", "crosstill", "index", "verify", tmp_path / "index"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     (line,) = done.stderr.splitlines()
@@ -314,13 +328,13 @@ def killed(words: list[object], renames: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_a_kill_within_a_write_leaves_is_swept(home, tmp_path, verb):
+def test_what_a_kill_within_a_write_leaves_is_swept(furnished, tmp_path, verb):
     """Whatever a library had written beside its path goes when the same is written again."""
     kills = 0
     for renames in (1, 2, 3, 5, 8, 13):
         out = tmp_path / str(renames) / "out"
         out.parent.mkdir()
-        words = verbs(home, out)[verb]
+        words = verbs(furnished, out)[verb]
         if not killed(words, renames):
             break
         kills += 1

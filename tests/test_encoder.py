@@ -12,6 +12,7 @@ from crosstill import export
 from crosstill.bundle import BATCH, Bundle, Encoder
 from crosstill.data import scenes as rendered
 from crosstill.errors import CorruptError, ImageError
+from export.small import take_graphs
 from support import small_student
 
 TEXTS = ["a red circle", "", "two blue squares beside a green triangle " * 9, "\ud800 odd", "x"]
@@ -82,8 +83,9 @@ def test_images_are_the_students(encoder, trained, count):
 
 
 def test_in_eight_bits_a_row_does_not_depend_on_its_company(
-    bundle_folder, cached, scenes, tmp_path
+    bundle_folder, cached, scenes, tmp_path, monkeypatch
 ):
+    take_graphs(monkeypatch, bundle_folder)
     made = export.onnx(
         small_student(cached), tmp_path / "int8", int8=True, max_loss=1.0, pairs=scenes.split("val")
     )

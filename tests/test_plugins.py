@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,21 +113,28 @@ def test_the_loss_is_found_and_its_test_passes(installed):
         test()
 
 
-def test_another_distribution_works_from_the_command_line(site, tmp_path):
+def in_processes(site: Path, *arguments: object) -> None:
+    """Run a verb in a process of its own."""
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "crosstill", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def here(site: Path, *arguments: object) -> None:
+    """Run a verb in this process."""
+    crosstill(*arguments)
+
+
+@pytest.mark.parametrize("how", [here, pytest.param(in_processes, marks=pytest.mark.slow)])
+def test_another_distribution_works_from_the_command_line(installed, tmp_path, how):
     """Its teacher and its data format fill a cache, its loss and its balancer train on that."""
     (tmp_path / "small.toml").write_text(TOML)
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
-
-    def run(*arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "crosstill", *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    run = partial(how, installed)
     teacher, cache = prompted(tmp_path / "teacher"), tmp_path / "cache"
     run("cache", teacher, album(tmp_path / "photos"), "--out", cache)
     header = json.loads((cache / "cache.json").read_text())

@@ -4,25 +4,18 @@ import json
 
 import pytest
 
-from crosstill import cache, data, recipes
-from support import FAST, SmallTeacher, small_student
+from crosstill import cache
+from export.small import take_graphs
 from verbs import crosstill, refusal
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short finished run with its cache."""
-    place = tmp_path_factory.mktemp("run")
-    told = cache.build(SmallTeacher(), data.open("scenes:60"), place / "cache")
-    return recipes.distill(
-        small_student(told), told, "clip_kd", out=place / "run", changes=FAST
-    ).folder
-
-
-@pytest.fixture(scope="module")
-def bundle(run, tmp_path_factory):
+def bundle(run_folder, run_bundle, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "bundle"
-    done = crosstill("export", run, "--to", "onnx", "--out", out, "--data-licence", "cc-by-nc-4.0")
+    licence = ("--data-licence", "cc-by-nc-sa-4.0")
+    with pytest.MonkeyPatch.context() as patch:
+        take_graphs(patch, run_bundle)
+        done = crosstill("export", run_folder, "--to", "onnx", "--out", out, *licence)
     assert done.stdout.strip() == str(out)
     assert "fp32: least cosine 1.0000000" in done.stderr and "RSUM" in done.stderr
     return out
@@ -30,11 +23,13 @@ def bundle(run, tmp_path_factory):
 
 def test_the_card_has_the_licence_that_was_given(bundle):
     card = (bundle / "README.md").read_text()
-    assert "cc-by-nc-4.0" in card and "Not for commercial use" in card
+    assert "cc-by-nc-sa-4.0" in card and "Not for commercial use" in card
 
 
-def test_a_bundle_is_evaluated_beside_its_run(run, bundle):
-    done = crosstill("evaluate", run, "scenes:60", "--split", "val", "--beside", bundle, "--json")
+def test_a_bundle_is_evaluated_beside_its_run(run_folder, bundle):
+    done = crosstill(
+        "evaluate", run_folder, "scenes:60", "--split", "val", "--beside", bundle, "--json"
+    )
     found = json.loads(done.stdout)
     assert found["beside"][0]["rsum"] == pytest.approx(found["rsum"], abs=1e-6)
     assert found["beside"][0]["parameters"] == found["parameters"]
@@ -46,9 +41,11 @@ def test_a_bundle_is_a_teacher(bundle, tmp_path):
     assert told.dim == 16 and told.teacher["identity"]["family"] == "crosstill-bundle"
 
 
-def test_wrong_input(run, bundle, tmp_path):
-    out = tmp_path / "out"
-    assert "no form of export named 'onxx'" in refusal("export", run, "--to", "onxx", "--out", out)
+def test_wrong_input(run_folder, bundle, tmp_path):
+    run, out = run_folder, tmp_path / "out"
+    assert "no form of export named 'onxx'" in refusal(
+        "export", run_folder, "--to", "onxx", "--out", out
+    )
     assert "has no 8-bit form" in refusal(
         "export", run, "--to", "transformers", "--int8", "--out", out
     )
@@ -63,8 +60,8 @@ def test_wrong_input(run, bundle, tmp_path):
     assert not out.exists()
 
 
-def test_a_run_that_is_not_finished(run, tmp_path):
+def test_a_run_that_is_not_finished(run_folder, tmp_path):
     half = tmp_path / "half"
     half.mkdir()
-    (half / "config.json").write_bytes((run / "config.json").read_bytes())
+    (half / "config.json").write_bytes((run_folder / "config.json").read_bytes())
     assert "the run is not finished" in refusal("export", half, "--out", tmp_path / "out")

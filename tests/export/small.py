@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from crosstill import students
+from crosstill import bundle, students
+from crosstill.export import onnx_bundle
 from crosstill.export.base import Options
 from crosstill.export.export_folder import aside
 from crosstill.export.gates import Parity
@@ -115,6 +117,16 @@ def write(form: LibraryFolder, student: Student, out: Path, text: str = CARD) ->
         form.write(source, new, facts, Options())
         (new / "README.md").write_text(text, encoding="utf-8")
     return form.check(student, out)
+
+
+def take_graphs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have exports to ONNX take the graphs of this bundle for those that they write."""
+
+    def copy(student: Student, new: Path) -> None:
+        for name in (bundle.IMAGE, bundle.TEXT):
+            shutil.copy(folder / name, new / name)
+
+    monkeypatch.setattr(onnx_bundle, "write_graphs", copy)
 
 
 def said_by(card: str, folder: Path) -> str:

@@ -1,41 +1,29 @@
-import shutil
-
 import numpy as np
 import onnx
 import pytest
 import torch
+from small import take_graphs
 
-from crosstill import bundle as bundles
-from crosstill import cache, data, evaluate, export, recipes, students, teachers
+from crosstill import data, evaluate, export, students, teachers
 from crosstill.bundle import Bundle, calibration
 from crosstill.errors import ConfigError, ExportError, ModelError
 from crosstill.export import gates, onnx_bundle, provenance
-from support import FAST, SmallTeacher, small_student
+from crosstill.train import Run
+from support import small_student
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short run, finished, with its cache."""
-    place = tmp_path_factory.mktemp("run")
-    pairs = data.open("scenes:60", licence="cc-by-nc-4.0")
-    told = cache.build(SmallTeacher(), pairs, place / "cache")
-    return recipes.distill(small_student(told), told, "clip_kd", out=place / "run", changes=FAST)
+def run(run_folder):
+    return Run(run_folder)
 
 
 @pytest.fixture(scope="module")
-def bundle(run, tmp_path_factory):
-    """Its bundle in fp32, and what the gates said."""
-    return export.onnx(run, tmp_path_factory.mktemp("bundle") / "fp32", command="crosstill export")
-
-
-def written(monkeypatch, folder):
-    """Have an export take the graphs of this bundle for those that it writes."""
-
-    def copy(student, new):
-        for name in (bundles.IMAGE, bundles.TEXT):
-            shutil.copy(folder / name, new / name)
-
-    monkeypatch.setattr(onnx_bundle, "write_graphs", copy)
+def bundle(run, run_bundle, tmp_path_factory):
+    """The run's bundle in fp32, and what the gates said."""
+    out = tmp_path_factory.mktemp("bundle") / "fp32"
+    with pytest.MonkeyPatch.context() as patch:
+        take_graphs(patch, run_bundle)
+        return export.onnx(run, out, command="crosstill export")
 
 
 def test_the_bundle_is_the_student(run, bundle):
@@ -66,7 +54,7 @@ def test_the_card_says_what_counts(run, bundle):
 
 
 def test_eight_bits_are_judged_by_recall(run, bundle, tmp_path, monkeypatch):
-    written(monkeypatch, bundle.folder)
+    take_graphs(monkeypatch, bundle.folder)
     monkeypatch.setattr(
         onnx_bundle, "_TABLE", 1
     )  # so that the small table of embeddings is rounded
@@ -87,7 +75,7 @@ def test_eight_bits_are_judged_by_recall(run, bundle, tmp_path, monkeypatch):
 
 
 def test_too_great_a_loss_is_refused_with_figures(run, bundle, tmp_path, monkeypatch):
-    written(monkeypatch, bundle.folder)
+    take_graphs(monkeypatch, bundle.folder)
     monkeypatch.setattr(gates.Recalls, "loss", property(lambda self: 0.0123))
     with pytest.raises(ExportError, match=r"int8 loses 1\.23% of the RSUM .* allows 1\.00%"):
         export.onnx(run, tmp_path / "out", int8=True)
@@ -95,7 +83,7 @@ def test_too_great_a_loss_is_refused_with_figures(run, bundle, tmp_path, monkeyp
 
 
 def test_another_graph_is_refused_with_figures(run, bundle_folder, tmp_path, monkeypatch):
-    written(monkeypatch, bundle_folder)  # of a student that was not trained
+    take_graphs(monkeypatch, bundle_folder)  # of a student that was not trained
     with pytest.raises(ExportError, match=r"not the student: least cosine .*at least 0\.99999"):
         export.onnx(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -113,7 +101,7 @@ def test_a_lost_mask_is_refused_with_figures(run, tmp_path, monkeypatch):
 
 
 def test_a_student_alone_has_no_recall(cached, bundle_folder, tmp_path, monkeypatch):
-    written(monkeypatch, bundle_folder)
+    take_graphs(monkeypatch, bundle_folder)
     made = export.onnx(small_student(cached), tmp_path / "alone")
     assert calibration(Bundle.open(made.folder)) is None
     with pytest.raises(ConfigError, match="--int8: is judged by its recall.*give --data"):
