@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from benchmarks.timing import medians
-from crosstill.teachers.beit3_network import SIZES, Network
+from crosstill.teachers.beit3 import SIZES, Network
 
 TOKENS = 16  # of a caption
 WIDTH = 768  # of the student's heads: as wide as the base teacher's

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from crosstill import images, pixels
 from crosstill.errors import ImageError
-from crosstill.pixels import resize
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess, resize
 
 WAYS = {
     "squash": Preprocess(size=(32, 48)),

@@ -8,12 +8,10 @@ The floor, which needs no torch:
     files       atomic writes, checksums, locks
     artefacts   names, records and arrays that a stranger may have written
     progress    bars on stderr
-    preprocess  how a model wants its images: size, cut, filter, normalisation
     rasters     Pillow's formats, decoded strip by strip
     decoding    worker processes that decode, within one budget of memory
     jpeg        JPEG, whole or refused
-    pixels      bytes → upright RGB → resized, one path for the whole project
-    onnx_files  checks of ONNX graphs before they run
+    pixels      how a model wants its images; bytes → upright RGB → resized, one path for all
     bundle      exported students: the files, and the encoder that runs them
 
 The distiller, which imports no annex:
@@ -23,9 +21,9 @@ The distiller, which imports no annex:
     data        sources → examples
     towers      Hugging Face towers and processors, of which models are made
     teachers    frozen big models
-    cache       a teacher's outputs on disk
     students    image tower + text tower + heads
     models      opening of anything that is called a model
+    cache       a teacher's outputs on disk
     objectives  one loss a file, wrappers beside them
     balance     one balancer a file: weights of several losses
     evaluate    recall and cost

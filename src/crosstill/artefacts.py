@@ -24,6 +24,7 @@ from crosstill.errors import CorruptError, CrosstillError
 
 ANEW = "do not use it, or make it anew"
 MAX_ARCHIVE = 1 << 28  # bytes of all arrays in an .npz
+CACHES = ("scores.json", "cache.json")  # headers of the kinds of finished caches
 
 _DAMAGED: tuple[type[Exception], ...] = (
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError),
@@ -44,6 +45,11 @@ Name = Annotated[str, AfterValidator(_plain)]  # of a file in the folder itself
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Digests = dict[Name, Sha256]  # of files, by their names
 Identity = dict[str, str]
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Tell whether a folder holds a finished cache of any kind."""
+    return any((Path(folder) / header).is_file() for header in CACHES)
 
 
 class Record(BaseModel):
@@ -215,12 +221,13 @@ def readable(path: Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def foreign(path: Path, complaint: str) -> Iterator[None]:
+def foreign(path: Path, complaint: str, advice: str = "export it anew") -> Iterator[None]:
     """Turn whatever another library raises over a file into one line that names the file.
 
     Args:
         path: the file.
         complaint: what it is not, such as "not a tokenizer".
+        advice: what to do about it.
 
     Raises:
         CorruptError: in place of all that the block raises.
@@ -233,4 +240,4 @@ def foreign(path: Path, complaint: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         line = " ".join(str(error).split())[:160]
-        raise CorruptError(f"{path}: {complaint} ({line}); export it anew") from None
+        raise CorruptError(f"{path}: {complaint} ({line}); {advice}") from None

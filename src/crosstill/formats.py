@@ -6,6 +6,7 @@ r"""Rules for file names and texts, the same for folders, shards, tables, vector
     texts            UTF-8, with or without a byte-order mark
     lengths          texts of similar length share a pass
     lines            end at \n, \r\n or \r and nowhere else: U+2028 is part of a caption
+    tables           written as Markdown, for people or for pages, and as LaTeX
 
 A listing that names a hidden file means it: only what is met in a folder or an archive is passed
 over.
@@ -14,7 +15,7 @@ over.
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from crosstill.errors import DataError
 
@@ -42,6 +43,19 @@ UNSUPPORTED = {
 BAD_TEXT = "corrupt captions: not UTF-8"  # the reason why a caption file is left out
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
+# what LaTeX writes otherwise
+_SIGNS = {
+    **{sign: "\\" + sign for sign in "&%_#${}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "→": r"$\to$",
+    "±": r"$\pm$",
+    "★": r"$\star$",
+    "τ": r"$\tau$",
+    "−": "$-$",
+    "–": "--",
+}
 
 
 def ending(name: str) -> str:
@@ -50,7 +64,7 @@ def ending(name: str) -> str:
 
 
 def hidden(path: str) -> bool:
-    """Whether a file or a folder along a relative path is hidden, or is left by macOS's zip."""
+    """Tell whether a part of a relative path is hidden, or is left by macOS's zip."""
     parts = path.split("/")
     return any(
         part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts
@@ -129,3 +143,44 @@ def by_length(lengths: Iterable[int], size: int) -> list[list[int]]:
     counts = list(lengths)
     order = sorted(range(len(counts)), key=counts.__getitem__)
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table; all columns but the first are numbers, at the right."""
+    rule = ["---", *("--:" for _ in heads[1:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, rule, *body])
+
+
+def aligned(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table whose columns line up as text; all but the first are numbers."""
+    widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(_line(cells, widths) for cells in [heads, rule, *body])
+
+
+def latex(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Format a LaTeX tabular (booktabs)."""
+    first, *rows = (
+        " & ".join("".join(_SIGNS.get(sign, sign) for sign in cell) for cell in cells) + r" \\"
+        for cells in [heads, *body]
+    )
+    lines = [
+        "% " + " ".join(title.split()),
+        rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+        r"\toprule",
+        first,
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "| " + " | ".join([first, *rest]) + " |"

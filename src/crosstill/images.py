@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from crosstill import pixels
 from crosstill.errors import ImageError
-from crosstill.pixels import FORMATS, MAX_PIXELS, MAX_SIDE, Quarantine
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import FORMATS, MAX_PIXELS, MAX_SIDE, Preprocess, Quarantine
 from crosstill.types import Example
 
 __all__ = [
@@ -66,7 +65,7 @@ class View:
 def draw_view(
     image_id: str, view: int, seed: int, kinds: Collection[str] = AUGMENTATIONS
 ) -> View | None:
-    """The seeded random view number `view` of an image; view 0 is the plain image: None.
+    """Draw the seeded view number `view` of an image; view 0 is the plain image: None.
 
     A pure function. Crops have an area of 0.5 to 1 and a ratio of 3/4 to 4/3 of the image's own;
     every other view is mirrored; brightness, contrast and saturation vary by a quarter. Kinds
@@ -136,7 +135,7 @@ def try_load(
 
 
 def normalise(values: Tensor, preprocess: Preprocess) -> Tensor:
-    """(pixels / 255 - mean) / std: uint8 (B, 3, H, W) → float32 (B, 3, H, W)."""
+    """Compute (pixels / 255 - mean) / std: uint8 (B, 3, H, W) → float32 (B, 3, H, W)."""
     mean, std = torch.tensor((preprocess.mean, preprocess.std)).view(2, 3, 1, 1).to(values.device)
     return (values.float() / 255 - mean) / std
 

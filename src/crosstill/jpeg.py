@@ -70,18 +70,20 @@ class _Frame:
         """Bytes that decoding takes: pixels of 4 bytes, turned, resized, and coefficients."""
         size = self.width * self.height
         widest = max(h * v for h, v in self.parts.values())
-        held = 2 * sum(h * v for h, v in self.parts.values()) / widest if self.in_scans else 0
-        return int(size * (5 + held + (4 if self.orientation > 1 or len(self.parts) == 4 else 0)))
+        waiting = 2 * sum(h * v for h, v in self.parts.values()) / widest if self.in_scans else 0
+        return int(
+            size * (5 + waiting + (4 if self.orientation > 1 or len(self.parts) == 4 else 0))
+        )
 
     @property
     def orientation(self) -> int:
-        found = _exif_orientation(self.exif)
-        if found is None and (told := re.search(rb'tiff:Orientation(?:="|>)([0-9])', self.xmp)):
-            found = int(told[1])
-        return found or 1
+        number = _exif_orientation(self.exif)
+        if number is None and (match := re.search(rb'tiff:Orientation(?:="|>)([0-9])', self.xmp)):
+            number = int(match[1])
+        return number or 1
 
     def lacks(self, size: int) -> bool:
-        """Whether a file of `size` bytes cannot hold all of the pixels."""
+        """Tell whether a file of `size` bytes cannot hold all of the pixels."""
         if self.coding in _HUFFMAN and 8 * size < (self.width // 8) * (self.height // 8):
             return True  # every block takes a bit at least
         left = {part: [-1] * 64 for part in self.parts}
@@ -152,7 +154,7 @@ def _without_ink(ink: np.ndarray) -> np.ndarray:
 
 
 def _digest(data: bytes, path: str) -> bytes | None:
-    """The SHA-256 of a file's pixels by Pillow; None where it refuses them."""
+    """Return the SHA-256 of a file's pixels by Pillow; None where it refuses them."""
     try:
         with decoding.decode(data, path) as upright:
             return hashlib.sha256(upright.data).digest()
@@ -202,12 +204,12 @@ def _frame(data: bytes, path: str) -> _Frame | None:
 
 
 def _segments(data: bytes, path: str) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of the body of a JPEG's segments, its end marker included."""
+    """Yield marker, start and end of a JPEG's segments, its end marker included."""
     at = 2
     for _ in range(MAX_SEGMENTS):
-        if not (found := _MARKER.match(data, at)):
+        if not (match := _MARKER.match(data, at)):
             return
-        marker, start = found[1][0], found.end()
+        marker, start = match[1][0], match.end()
         if marker == _EOI:
             yield marker, start, start
             return
@@ -217,7 +219,7 @@ def _segments(data: bytes, path: str) -> Iterator[tuple[int, int, int]]:
 
 
 def _exif_orientation(tiff: bytes) -> int | None:
-    """The orientation in the first directory of EXIF; None where it says nothing."""
+    """Read the orientation in the first directory of EXIF; None where it says nothing."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return None

@@ -1,4 +1,4 @@
-"""Opening of models: one function for anything that a user calls a model."""
+"""Opening of models: whatever a user calls a model, and the record of the run that made it."""
 
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -6,11 +6,13 @@ from typing import Any, Literal, overload
 import torch
 
 from crosstill import artefacts, files, students, teachers
-from crosstill.cache import is_cache
-from crosstill.errors import ModelError
-from crosstill.students.student import RECORD
-from crosstill.teachers import heads
+from crosstill.errors import CorruptError, ModelError
+from crosstill.students.student import RECORD, Student
+from crosstill.teachers import dual
 from crosstill.teachers.base import Model, PairModel, Teacher
+
+CONFIG = "config.json"
+FORMAT = 2  # 1 did not keep the order of the losses
 
 Want = Literal["any", "live", "encoder", "matcher"]
 
@@ -63,8 +65,8 @@ def open(source: str | Path, want: Want = "any", device: torch.device | None = N
             "(METER, ViLT, BLIP, BridgeTower, or a run whose student is one)"
         )
     if want == "encoder" and model.kind != "encoder":
-        if model.source and heads.has_heads(Path(model.source)):
-            return heads.load(Path(model.source), model.name, device)
+        if model.source and dual.has_heads(Path(model.source)):
+            return dual.load(Path(model.source), model.name, device)
         raise ModelError(
             f"{source}: a fusion model, which reads pairs and has no embeddings; give a dual "
             "encoder here, and the fusion model to `crosstill evaluate` or as a teacher of scores"
@@ -72,14 +74,21 @@ def open(source: str | Path, want: Want = "any", device: torch.device | None = N
     return model
 
 
-def _open(source: str | Path, device: torch.device | None) -> Model:
+def open_student(source: str | Path) -> Student | None:
+    """Open a student's folder, a run's best student, or RUN@64; None where there is none."""
     folder, width = split_width(source)
     for candidate in (folder, folder / "best"):
         if (candidate / RECORD).is_file():
             student = students.load(candidate)
-            student = student if device is None else student.to(device)
             return student if width is None else students.shorten(student, width)
-    if is_cache(folder):
+    return None
+
+
+def _open(source: str | Path, device: torch.device | None) -> Model:
+    student = open_student(source)
+    if student is not None:
+        return student if device is None else student.to(device)
+    if artefacts.is_cache(split_width(source)[0]):
         raise ModelError(f"{source}: a cache, not a model; give a run, a student or a teacher")
     model: Model = teachers.load(str(source), device)
     return model
@@ -102,3 +111,46 @@ def split_width(source: str | Path) -> tuple[Path, int | None]:
     if width.isdecimal() and Path(name).is_dir() and not Path(source).exists():
         return Path(name), int(width)
     return Path(source), None
+
+
+class _Cache(artefacts.Record):
+    folder: str
+    digest: str
+
+
+class _Teacher(artefacts.Record):
+    name: str | None = None  # of none, where a run had no teacher
+    source: str | None = None
+    licence: str | None = None
+    kind: str | None = None
+    modalities: list[str] | None = None
+
+
+class _Data(artefacts.Record):
+    name: str
+    licence: str | None = None
+
+
+class _Record(artefacts.Record):
+    settings: dict[str, Any]  # crosstill.train.config says which there are
+    losses: list[str] | None = None
+    cache: _Cache
+    teacher: _Teacher
+    data: _Data
+    command: str
+    versions: dict[str, str]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what `config.json` says of a run, which a stranger may have made.
+
+    Its settings are not checked.
+
+    Raises:
+        CorruptError: it is missing, a link or damaged, a newer crosstill wrote it, or a field is
+            not what it should be.
+    """
+    path = artefacts.member(folder, CONFIG)
+    if not path.is_file():
+        raise CorruptError(f"{path}: the file is missing; restore it from a copy")
+    return artefacts.read(path, _Record, {1, FORMAT}).model_dump()

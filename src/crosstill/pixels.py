@@ -1,4 +1,4 @@
-"""Decode photos to upright RGB and resize them to a model's size, in numpy.
+"""How a model wants its images, and the one path of photos to such pixels, in numpy.
 
 Training, caching, evaluation, indexing and serving all decode here, so that a teacher, its
 student and the search box see the same pixels. JPEG is decoded in this process (`jpeg`),
@@ -14,15 +14,17 @@ floating point, so that a matrix product serves.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, get_type_hints
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from crosstill import decoding, files, jpeg
-from crosstill.errors import ImageError
-from crosstill.preprocess import Preprocess
+from crosstill.errors import ConfigError, ImageError, unknown
 from crosstill.rasters import FORMATS, MAX_PIXELS, MAX_SIDE, OVERSIZE, OVERTIME, check_size
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "MAX_SIDE",
+    "Preprocess",
     "Quarantine",
     "check_size",
     "decode",
@@ -65,6 +68,109 @@ _REACH = {"bilinear": 1.0, "bicubic": 2.0}  # of the filter, in pixels of the sm
 _STRIP = 256  # rows of the source whose width is resized at a time: a large photo need not be held
 _BLOCK = 16  # rows of the result that share one product; few, since most weights are zero
 _EXACT = 2**24  # float32 holds every integer up to here
+
+_LARGEST = 4096  # pixels of what a model takes
+_RULES = (
+    1  # of `Preprocess`: raise it when the same bytes give other pixels: it is part of every digest
+)
+_LATER = {"longer": None, "multiple": 1}  # came after the first caches: said only where they count
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a model wants its images.
+
+    Attributes:
+        size: height and width, in pixels, of what the model takes; with "fit", of a square image,
+            and of views.
+        resize: "squash" goes straight to `size`; "crop" brings the shorter side to `shorter`
+            and cuts `size` from the centre, as CLIP does; "fit" brings the shorter side to
+            `shorter` and cuts nothing, as ViLT does, so that images differ in size.
+        shorter: pixels, for "crop" and "fit"; None means the longer one of `size`.
+        interpolation: the antialiased filter.
+        mean, std: per channel, of pixels in 0..1.
+        longer: pixels, for "crop" and "fit": the image is made smaller yet where its longer side
+            would pass this; None sets no bound.
+        multiple: pixels, for "crop" and "fit": both sides are rounded down to multiples of it.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resize: Literal["squash", "crop", "fit"] = "squash"
+    shorter: int | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    longer: int | None = None
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        least = self.shorter or max(self.size, default=0)
+        squashes = self.resize == "squash"
+        fits = {
+            "size": len(self.size) == 2 and 0 < min(self.size) <= max(self.size) <= _LARGEST,
+            "resize": self.resize in ("squash", "crop", "fit"),
+            "shorter": self.shorter is None or self.shorter >= max(self.size),
+            "interpolation": self.interpolation in ("bicubic", "bilinear"),
+            "mean": len(self.mean) == 3,
+            "std": len(self.std) == 3 and min(self.std) > 0,
+            "longer": self.longer is None or (not squashes and self.longer >= least),
+            "multiple": self.multiple == 1 or (not squashes and 1 < self.multiple <= least),
+        }
+        for name in (name for name, fit in fits.items() if not fit):
+            raise ConfigError(f"preprocess {name}: {getattr(self, name)!r} is not possible")
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width an image is resized to, before anything is cut."""
+        if self.resize == "squash":
+            return self.size
+        shorter, least = self.shorter or max(self.size), min(height, width)
+        if self.resize == "crop" and self.longer is None and self.multiple == 1:
+            return shorter * height // least, shorter * width // least
+        # The order of these steps is that of ViLT's processor, to the last bit.
+        tall, wide = (
+            float(shorter) if side == least else shorter / least * side for side in (height, width)
+        )
+        scale = min(1.0, (self.longer or max(tall, wide)) / max(tall, wide))
+        return self._rounded(tall * scale), self._rounded(wide * scale)
+
+    def _rounded(self, side: float) -> int:
+        return max(self.multiple, int(side + 0.5) // self.multiple * self.multiple)
+
+    def to_json(self) -> dict[str, Any]:
+        record = json.loads(json.dumps(asdict(self)))
+        return {k: v for k, v in record.items() if k not in _LATER or v != _LATER[k]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read what `to_json` gave; keys that are absent take their defaults."""
+        for key in value.keys() - cls.__dataclass_fields__.keys():
+            raise unknown("preprocess key", key, cls.__dataclass_fields__)
+        plain: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in value.items()}
+        try:
+            _types().model_validate(plain)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ConfigError(
+                f"preprocess {first['loc'][0]}: {first['msg']}; export or save the model anew"
+            ) from None
+        return cls(**plain)  # not what was validated, in which 0 has become 0.0
+
+    def digest(self) -> str:
+        """Return the SHA-256 of what decides the pixels, the rules of `images` included."""
+        return files.digest_json({"rules": _RULES, **self.to_json()})
+
+
+@cache
+def _types() -> type[BaseModel]:
+    """Return a model of the types of all fields, none of which is converted."""
+    hints = get_type_hints(Preprocess)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], field.default) for field in dataclass_fields(Preprocess)
+    }
+    return create_model("Types", __config__=ConfigDict(strict=True), **fields)
 
 
 def decode(data: bytes, path: str) -> np.ndarray:
@@ -189,7 +295,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.
 
 
 def _turned(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (N, M, C) → (M, N, C). Four channels move as one number, several times as fast."""
+    """Turn uint8 (N, M, C) → (M, N, C). Four channels move as one number, several times as fast."""
     if pixels.shape[2] == 4 and pixels.flags.c_contiguous:
         words = pixels.view(np.uint32)[:, :, 0]
         return np.ascontiguousarray(words.T)[:, :, None].view(np.uint8)

@@ -11,16 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import rich.progress as rich
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +23,7 @@ QUIET = 10.0  # seconds that must pass before a job is worth a line in a log fil
 class Bar:
     """One bar; `advance` moves it and replaces the note at its end."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    def __init__(self, progress: rich.Progress, task: rich.TaskID) -> None:
         self._progress, self._task = progress, task
         self._began, self._logged = time.monotonic(), 0
 
@@ -62,16 +54,16 @@ def bar(label: str, total: int, done: int = 0) -> Iterator[Bar]:
     """Show a bar with count, rate and time left while the block runs."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.fields[rate]}"),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[note]}"),
     )
     silent = _hidden or not console.is_terminal
-    with Progress(*columns, console=console, disable=silent) as progress:
+    with rich.Progress(*columns, console=console, disable=silent) as progress:
         task = progress.add_task(label, total=total, completed=done, rate="", note="")
         yield Bar(progress, task)
 

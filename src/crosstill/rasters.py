@@ -269,7 +269,7 @@ def _strips(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def _range(image: Image.Image) -> tuple[float, float]:
-    """What becomes black and white of a mode of more than eight bits."""
+    """Return the values that become black and white, of a mode of more than eight bits."""
     lows, highs, whole = [], [], True
     for strip in _strips(image):
         grey = np.asarray(strip)

@@ -35,7 +35,7 @@ class States(NamedTuple):
     mask: Tensor  # (B, L) int64, 0 where padded
 
     def take(self, rows: Tensor) -> States:
-        """The asked rows, cut to the longest of them."""
+        """Take rows, cut to the longest of them."""
         mask = self.mask[rows]
         longest = int(mask.sum(1).max()) if len(mask) else 0
         return States(self.hidden[rows, :longest], mask[:, :longest])
@@ -75,10 +75,10 @@ class Example:
 
 
 def image_id(data: bytes) -> str:
-    """The id of an image: the SHA-256 of its file's bytes, in hexadecimal."""
+    """Return the id of an image: the SHA-256 of its file's bytes, in hexadecimal."""
     return sha256(data).hexdigest()
 
 
 def id_key(image: str) -> int:
-    """The first 63 bits of an id: what losses and queues compare instead of 64 characters."""
+    """Return the first 63 bits of an id, which losses compare in place of 64 characters."""
     return int(image[:16], 16) >> 1

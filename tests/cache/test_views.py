@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crosstill import files, images
-from crosstill.cache import Cache, build, pixels
+from crosstill.cache import Cache, build, build_features, pixels
 from crosstill.cache.format import VIEWS
 from crosstill.errors import ConfigError, CorruptError, MismatchError
 from crosstill.images import Preprocess, View
@@ -92,7 +92,7 @@ def test_another_augmentation_is_another_cache(scenes, tmp_path):
 
 
 def test_one_view_is_the_photo_whatever_augments(scenes, tmp_path):
-    cache = build(SmallTeacher(), scenes, tmp_path / "c", augment=("flip",))
+    cache = build_features(SmallTeacher(), scenes, tmp_path / "c", augment=("flip",))
     assert "augment" not in cache.header["key"] and not (tmp_path / "c" / VIEWS).exists()
     assert build(SmallTeacher(), scenes, tmp_path / "c").digest == cache.digest
 

@@ -194,7 +194,7 @@ def test_the_hub_without_a_network_is_one_line(monkeypatch):
 def test_the_hub_without_its_library_names_the_extra(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(
-        "crosstill.data.hub_datasets.import_module",
+        "crosstill.data.parquet.import_module",
         lambda name: (_ for _ in ()).throw(ImportError(name)) if name == "datasets" else real(name),
     )
     with pytest.raises(DataError, match=r'pip install "crosstill\[hub\]"'):

@@ -8,7 +8,7 @@ from crosstill import export
 from crosstill.data.pairs import read_licence
 from crosstill.export.card import Facts, Origin, Rounding, Score, standing
 from crosstill.export.card import card as card_of
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess
 
 FORMS = export.FORMS.names()
 FREE = Facts(

@@ -15,7 +15,7 @@ from crosstill import images
 from crosstill.errors import ConfigError, ExportError
 from crosstill.export.card import Facts, Origin, card
 from crosstill.export.library_folders import SentenceTransformersFolder, TransformersFolder
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess
 
 TRANSFORMERS = TransformersFolder()
 SENTENCES = SentenceTransformersFolder()

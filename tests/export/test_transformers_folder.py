@@ -13,7 +13,7 @@ from crosstill import images, students, teachers
 from crosstill.errors import ConfigError, ExportError
 from crosstill.export.card import Facts, Origin, card
 from crosstill.export.library_folders import TransformersFolder
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess
 from crosstill.students.student import Student
 from crosstill.students.student_config import PRESETS
 

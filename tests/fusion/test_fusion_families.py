@@ -23,8 +23,7 @@ from crosstill.fusion.families import Blip, BridgeTower, Pretrained, Vilt
 from crosstill.fusion.matcher import FusionTeacher
 from crosstill.images import normalise
 from crosstill.teachers.base import Teacher
-from crosstill.teachers.dual import DualEncoder
-from crosstill.teachers.heads import BlipDual, BridgeTowerDual
+from crosstill.teachers.dual import BlipDual, BridgeTowerDual, DualEncoder
 from teachers import fusion_models
 from teachers.fusion_models import TEXTS
 

@@ -13,7 +13,7 @@ from crosstill.fusion.lists import ListStream, Ways
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.states import Sides
 from crosstill.fusion.validation import MatchedSplit
-from crosstill.objectives.dcd import uncertainty_loss
+from crosstill.objectives.dcd import variant_loss
 from crosstill.students.student_config import FusionConfig
 from crosstill.train import TrainConfig, step, train
 from crosstill.train.distributed import Group
@@ -162,7 +162,7 @@ def test_the_loss_is_dcds_over_the_lists_and_only_fusion_learns(scored, half):
     batch = stream(scored, sides(scored, half), config, names=("image",)).batch(0, 0)
     task = task_of(half.eval(), scored, config)
     said = task.rank(batch)
-    expected = uncertainty_loss(
+    expected = variant_loss(
         said.student["image"].detach(),
         said.teacher["image"],
         said.valid["image"],

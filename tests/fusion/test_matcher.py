@@ -8,7 +8,7 @@ from crosstill.errors import ConfigError, ModelError
 from crosstill.fusion import families
 from crosstill.fusion.matcher import Reader, half, joined, score_pairs
 from crosstill.models import open as open_model
-from crosstill.teachers.heads import BlipDual, BridgeTowerDual
+from crosstill.teachers.dual import BlipDual, BridgeTowerDual
 from crosstill.types import States
 from teachers.fusion_models import TEXTS, save
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from crosstill import cache, data, images
-from crosstill.cache import Cache, build, memo
+from crosstill import cache, data, images, students, teachers
+from crosstill.cache import Cache, build, build_features, memo
 from crosstill.data import scenes as scenery
 from crosstill.errors import (
     ConfigError,
@@ -25,7 +25,8 @@ from crosstill.errors import (
 from crosstill.files import locked
 from crosstill.fusion.score_build import build_scores
 from crosstill.fusion.scores import ScoreCache
-from support import SmallJudge, SmallTeacher, cut, flip
+from evaluate.judges import small_meter, texts_of
+from support import SmallJudge, SmallTeacher, cut, flip, small_config
 
 FEW = {"false": 6, "false_images": 3}
 
@@ -403,7 +404,41 @@ def test_the_wrong_kind_of_teacher(thirty, tmp_path):
     with pytest.raises(ModelError, match="small: embeds each side alone and scores no pairs"):
         build_scores(SmallTeacher(), thirty, tmp_path / "c")
     with pytest.raises(ModelError, match="judge: a fusion model scores pairs and has no features"):
-        build(SmallJudge(), thirty, tmp_path / "c")
+        build_features(SmallJudge(), thirty, tmp_path / "c")
+
+
+def test_one_door_builds_what_suits_the_teacher(thirty, tmp_path):
+    small_meter(tmp_path / "meter", texts_of(thirty))
+    students.build(small_config(), dim=8, captions=texts_of(thirty)).save(tmp_path / "dual")
+    scored = build(tmp_path / "meter", thirty, tmp_path / "scores", false=2, find=tmp_path / "dual")
+    assert isinstance(scored, ScoreCache) and scored.scores is not None
+    features = build(str(tmp_path / "dual"), thirty, tmp_path / "features", dtype="fp32")
+    again = build_scores(
+        teachers.load(tmp_path / "meter"),
+        thirty,
+        tmp_path / "b",
+        false=2,
+        find=tmp_path / "features",
+    )
+    assert (again.pair_captions == scored.pair_captions).all() and features.dim == 8
+    unscored = build(None, thirty, tmp_path / "pairs", false=2)
+    assert isinstance(unscored, ScoreCache) and unscored.scores is None
+    assert isinstance(build(None, thirty, tmp_path / "captions"), Cache)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options", "match"),
+    [
+        (SmallTeacher, {"false_images": 3}, "--false-images: small embeds images and captions"),
+        (SmallJudge, {"dtype": "fp32"}, "--dtype: judge keeps scores of pairs and no features"),
+        (lambda: None, {"views": 2, "false": 3}, "--views: none keeps scores of pairs"),
+        (SmallTeacher, {"augment": ("flip",)}, "--augment: makes the views behind the first"),
+    ],
+)
+def test_options_of_the_other_kind_of_cache(thirty, tmp_path, teacher, options, match):
+    with pytest.raises(ConfigError, match=match):
+        build(teacher(), thirty, tmp_path / "c", **options)
+    assert not (tmp_path / "c").exists()
 
 
 def test_scores_that_are_not_finite(thirty, tmp_path):

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from crosstill import objectives
 from crosstill.errors import ConfigError
 from crosstill.objectives.crd import estimation
-from crosstill.objectives.parts.memory import Bank, draw
+from crosstill.objectives.parts import Bank, draw
 from crosstill.types import Features
 
 KEYS = torch.tensor([70, 30, 90, 30, 50])  # four images, not in order, one named twice

@@ -1,3 +1,4 @@
+from functools import partial
 from math import e, exp, log, log1p
 
 import pytest
@@ -9,17 +10,19 @@ from crosstill.errors import ConfigError
 from crosstill.objectives.dcd import (
     binary_cross_entropy,
     confidence,
-    focal_loss,
     squared_error,
     uncertainty,
-    uncertainty_loss,
+    variant_loss,
 )
-from crosstill.objectives.parts.batch_scores import hardest, list_cross_entropy
+from crosstill.objectives.parts import hardest, list_cross_entropy
 from crosstill.types import Features
 
 B, D = 7, 5
 IDS = torch.tensor([4, 1, 2, 2, 3, 2, 1])
 CLOSE = {"rtol": 0, "atol": 1e-9}
+
+uncertainty_loss = partial(variant_loss, variant="uncertainty")
+focal_loss = partial(variant_loss, variant="focal")
 
 
 def random(seed: int) -> Features:

@@ -7,7 +7,7 @@ from placed import IDS, IMAGE_S, IMAGE_T, TEXT_S, TEXT_T, features
 from crosstill import objectives
 from crosstill.errors import ConfigError
 from crosstill.objectives.dkd import decoupled
-from crosstill.objectives.parts.batch_scores import divergence
+from crosstill.objectives.parts import divergence
 
 
 def close(value: torch.Tensor, expected: object) -> None:

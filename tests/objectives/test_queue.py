@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from crosstill.objectives.parts.memory import NOBODY, Queue
+from crosstill.objectives.parts import NOBODY, Queue
 from crosstill.types import Features
 
 

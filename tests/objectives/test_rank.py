@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
-from crosstill.objectives.parts.batch_scores import hardest, similarity
+from crosstill.objectives.parts import hardest, similarity
 from crosstill.types import Features, Lists
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from crosstill import objectives
-from crosstill.objectives.parts.batch_scores import similarity
+from crosstill.objectives.parts import similarity
 from crosstill.types import Features
 
 E1, E2 = torch.eye(4, dtype=torch.float64)[:2]

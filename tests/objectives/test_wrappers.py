@@ -5,8 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from crosstill import objectives
-from crosstill.objectives.wrappers import PerWidth, cut
-from crosstill.students import matryoshka
+from crosstill.objectives.wrappers import PerWidth, cut, principal_axes
 from crosstill.types import Features
 
 
@@ -43,7 +42,7 @@ def test_a_cut_is_unit_and_an_absent_side_stays_away() -> None:
 
 
 def test_a_nested_loss_is_the_mean_over_widths() -> None:
-    axes = matryoshka.axes([rows(50, 8)])
+    axes = principal_axes([rows(50, 8)])
     student, teacher = (Features(rows(6, 8, s), rows(6, 8, s + 1)) for s in (2, 4))
     ids = torch.arange(6)
 

@@ -20,7 +20,8 @@ from crosstill import data, files, report, students
 from crosstill.cache import Cache, build
 from crosstill.data import scenes as scenery
 from crosstill.errors import ConfigError, CorruptError, DataError, InputError, MismatchError
-from crosstill.evaluate import retrieval, tabular, teacher_recall
+from crosstill.evaluate import retrieval, teacher_recall
+from crosstill.formats import latex
 from crosstill.report import curves, html_page, pictures, run_results, space
 from crosstill.train import Run, TrainConfig, train
 from crosstill.types import Features
@@ -362,7 +363,7 @@ def test_letters_that_are_no_utf8_do_not_stop_the_page(tmp_path):
 
 
 def test_latex_signs_are_escaped():
-    cells = tabular.latex("a\nb", ["", "50 %"], [["a_b & c", "–"]])
+    cells = latex("a\nb", ["", "50 %"], [["a_b & c", "–"]])
     assert cells.splitlines()[0] == "% a b"
     assert r"a\_b \& c & -- \\" in cells and r"50 \%" in cells
 

@@ -9,7 +9,7 @@ import numpy as np
 from crosstill import bundle as bundles
 from crosstill import files, pixels
 from crosstill.bundle import Bundle
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess
 
 DIM = 48
 PREPROCESS = Preprocess(size=(4, 4))

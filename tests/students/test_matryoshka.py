@@ -8,9 +8,8 @@ from crosstill import data, evaluate, export, files, students
 from crosstill.bundle import Bundle
 from crosstill.cache import Cache, build
 from crosstill.errors import ConfigError
-from crosstill.objectives.wrappers import cut
+from crosstill.objectives.wrappers import cut, principal_axes
 from crosstill.recipes import distill
-from crosstill.students import matryoshka
 from crosstill.students.student import Student
 from crosstill.students.student_config import StudentConfig, parse
 from crosstill.types import Features
@@ -31,7 +30,7 @@ def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_axes_turn_and_keep_cosines() -> None:
-    found = matryoshka.axes([rows(90, 12), rows(50, 12, 1)])
+    found = principal_axes([rows(90, 12), rows(50, 12, 1)])
     torch.testing.assert_close(found.T @ found, torch.eye(12), rtol=0, atol=1e-5)
     mine = rows(20, 12)
     turned = mine @ found
@@ -41,7 +40,7 @@ def test_axes_turn_and_keep_cosines() -> None:
 def test_the_first_axes_hold_the_most() -> None:
     """Closed form: of one set of rows, what w axes leave out are the smallest singular values."""
     mine = rows(90, 12)
-    found, values = matryoshka.axes([mine]), torch.linalg.svdvals(mine)
+    found, values = principal_axes([mine]), torch.linalg.svdvals(mine)
     for width in (1, 5, 11):
         axes = found[:, :width]
         left = (mine - mine @ axes @ axes.T).norm()
@@ -50,15 +49,15 @@ def test_the_first_axes_hold_the_most() -> None:
 
 def test_sides_count_alike_however_many_rows_they_have() -> None:
     image, text = rows(30, 6), rows(40, 6, 1)
-    once = matryoshka.axes([image, text])
-    thrice = matryoshka.axes([image, text.repeat(3, 1)])
+    once = principal_axes([image, text])
+    thrice = principal_axes([image, text.repeat(3, 1)])
     torch.testing.assert_close(once, thrice, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_cut_student_says_the_first_numbers(cached: Cache, bias: bool) -> None:
     student = nested(cached, bias=bias).eval()
-    student.axes.copy_(matryoshka.axes([rows(50, 16)]))
+    student.axes.copy_(principal_axes([rows(50, 16)]))
     with torch.no_grad():
         for head in (student.image_head, student.text_head):
             head.bias is None or head.bias.normal_()
@@ -92,7 +91,7 @@ def run(cached: Cache, tmp_path_factory: pytest.TempPathFactory):
 def test_a_run_finds_the_axes_and_keeps_them(run, cached: Cache) -> None:
     split = cached.split("train")
     images, texts = cached.image_features(split.images), cached.text_features(split.captions)
-    assert torch.equal(run.best.axes, matryoshka.axes([images, texts]))
+    assert torch.equal(run.best.axes, principal_axes([images, texts]))
     assert torch.equal(run.untrained.axes, run.best.axes)
     assert run.best.widths == (4, 8, 16)
 

@@ -10,7 +10,7 @@ from crosstill import export, students
 from crosstill.errors import ConfigError
 from crosstill.students.student import Student
 from crosstill.students.student_config import StudentConfig
-from crosstill.towers import narrow
+from crosstill.towers import tower_parts
 
 CAPTIONS = families.CAPTIONS
 
@@ -28,7 +28,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def table(model: Student) -> torch.Tensor:
     held = model.text_tower.get_input_embeddings()
-    return held.table() if isinstance(held, narrow.Factored) else held.weight.detach()
+    return held.table() if isinstance(held, tower_parts.Factored) else held.weight.detach()
 
 
 def test_the_full_width_changes_nothing(folder: Path) -> None:
@@ -73,7 +73,7 @@ def test_other_libraries_get_the_tables_multiplied(form: str, tmp_path: Path) ->
     text = families.save_text(TEXT[0], tmp_path / "text", AutoModel)
     small = student(text, 4, pooling="pooler")
     export.run(small, form, tmp_path / "out")
-    assert isinstance(small.text_tower.get_input_embeddings(), narrow.Factored)
+    assert isinstance(small.text_tower.get_input_embeddings(), tower_parts.Factored)
 
 
 @pytest.mark.slow

@@ -219,21 +219,6 @@ def _blip(words: int) -> Any:
     return hf.BlipForImageTextRetrieval(config)
 
 
-def blip_2(words: int, num_query_tokens: int = 5, **former: Any) -> Any:
-    text = {"vocab_size": words, "max_position_embeddings": POSITIONS}
-    former = {**SMALL, **text, "use_qformer_text_input": True, "encoder_hidden_size": 32, **former}
-    spare = {"model_type": "opt", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
-    config = hf.Blip2Config(
-        vision_config=IMAGE,
-        qformer_config=former,
-        text_config=spare,
-        num_query_tokens=num_query_tokens,
-        image_text_hidden_size=24,
-        image_token_index=words,
-    )
-    return hf.Blip2ForImageTextRetrieval(config)
-
-
 def _pair(words: int, text: Any = None) -> Any:
     text = text or hf.BertConfig(**SMALL, vocab_size=words, max_position_embeddings=POSITIONS)
     config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(
@@ -288,7 +273,6 @@ FAMILIES = {
         _chinese_clip, _bert, hf.ChineseCLIPImageProcessorPil(size=SIZE, do_center_crop=False)
     ),
     "blip": Family(_blip, _bert, hf.BlipImageProcessorPil(size=SIZE)),
-    "blip_2": Family(blip_2, _bert, hf.BlipImageProcessorPil(size=SIZE)),
     "pair-bert": Family(_pair, _bert, hf.ViTImageProcessorPil(size=SIZE, resample=3)),
     "pair-roberta": Family(_roberta_pair, _roberta, hf.ViTImageProcessorPil(size=SIZE)),
 }

@@ -12,8 +12,7 @@ from crosstill.errors import ConfigError, CorruptError, ModelError
 from crosstill.images import Preprocess
 from crosstill.teachers import beit3_released
 from crosstill.teachers.base import Teacher
-from crosstill.teachers.beit3 import Beit3
-from crosstill.teachers.beit3_network import SIZES, Network, Shape
+from crosstill.teachers.beit3 import SIZES, Beit3, Network, Shape
 from crosstill.towers.tower_parts import resized_positions
 from teachers.beit3_files import (
     BASE,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosstill.errors import ConfigError, ModelError
 from crosstill.teachers import beit3_released
-from crosstill.teachers.beit3_tokenizer import Tokenizer
+from crosstill.teachers.beit3 import Tokenizer
 from teachers.beit3_files import small, write_pieces
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from crosstill import cache, data, images, teachers
-from crosstill.teachers.beit3 import Beit3
-from crosstill.teachers.beit3_network import SIZES, Network
+from crosstill.teachers.beit3 import SIZES, Beit3, Network
 from teachers.beit3_files import small, write_pieces
 from teachers.released_files import RETRIEVAL
 from teachers.released_files import small as small_meter

@@ -14,7 +14,7 @@ from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
 from crosstill.fusion import validation
 from crosstill.fusion.scores import ScoreCache
-from crosstill.objectives.parts.memory import Queue
+from crosstill.objectives.parts import Queue
 from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import TrainConfig
 from crosstill.train.config import parse

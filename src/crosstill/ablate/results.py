@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from crosstill.evaluate import tabular
+from crosstill import formats
 from crosstill.evaluate.bootstrap import Difference
 from crosstill.evaluate.recall import Retrieval
 
@@ -140,7 +140,7 @@ def verdict(difference: Difference | None) -> str:
 
 def markdown(table: Table) -> str:
     """The table with what is needed to read it."""
-    body = tabular.markdown(*table.cells())
+    body = formats.markdown(*table.cells())
     return "\n".join([f"**{table.title}**", "", body, "", legend(table), ""])
 
 
@@ -162,4 +162,4 @@ def legend(table: Table) -> str:
 
 def latex(table: Table) -> str:
     """A LaTeX tabular (booktabs) of the same cells."""
-    return tabular.latex(table.title, *table.cells())
+    return formats.latex(table.title, *table.cells())

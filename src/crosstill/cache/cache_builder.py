@@ -20,13 +20,7 @@ from torch import Tensor
 from crosstill import artefacts, decoding, files, images, progress
 from crosstill.cache import format
 from crosstill.data import Pairs
-from crosstill.errors import (
-    ConfigError,
-    CorruptError,
-    DataError,
-    ImageError,
-    MismatchError,
-)
+from crosstill.errors import ConfigError, CorruptError, DataError, ImageError, MismatchError
 from crosstill.teachers.base import TextReader, truncation_note
 from crosstill.types import Example
 

@@ -14,7 +14,7 @@ from crosstill.cache import cache_builder, format
 from crosstill.cache.cache_builder import CacheBuilder, ImageSource, ReadOptions
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ImageError, ModelError, unknown
-from crosstill.teachers.base import Teacher, embed_by_length
+from crosstill.teachers.base import Teacher, embed_by_length, kind_of
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
 
@@ -39,7 +39,7 @@ class BuildOptions(ReadOptions):
             raise ConfigError("augment is empty, so every view would be the photo; name some")
 
 
-def build(  # noqa: PLR0913  (every option of a cache is an argument)
+def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
     teacher: Teacher | FeaturesTeacher | None,
     pairs: Pairs,
     folder: str | Path,
@@ -85,13 +85,9 @@ def build(  # noqa: PLR0913  (every option of a cache is an argument)
         strict=strict,
         teacher_licence=teacher_licence,
     )
-    if teacher is not None and hasattr(teacher, "score"):  # a model that reads pairs
-        raise ModelError(
-            f"{teacher.name}: a fusion model scores pairs and has no features; make a score cache"
-        )
-    if isinstance(teacher, FeaturesTeacher):
-        teacher.refuse_unknown([example.path for example in pairs.examples])
-    return _FeatureBuilder(teacher, pairs, folder, options).make()
+    rows = _Rows() if teacher is None else _rows_of(teacher)
+    rows.check(pairs)
+    return _FeatureBuilder(rows, pairs, folder, options).make()
 
 
 class _FeatureBuilder(CacheBuilder[format.Cache]):
@@ -107,14 +103,10 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
     }
 
     def __init__(
-        self,
-        teacher: Teacher | FeaturesTeacher | None,
-        pairs: Pairs,
-        folder: str | Path,
-        options: BuildOptions,
+        self, rows: "_Rows", pairs: Pairs, folder: str | Path, options: BuildOptions
     ) -> None:
-        self.teacher, self.options = teacher, options
-        description = _describe(teacher)
+        self.rows, self.options = rows, options
+        description = rows.describe()
         key = {
             "teacher": description["identity"],
             "modalities": description["modalities"],
@@ -128,13 +120,7 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
         super().__init__(pairs, folder, description, key, options)
 
     def _source(self) -> ImageSource:
-        if self.teacher is None:
-            return ImageSource()
-        if "image" not in self.teacher.modalities:
-            raise ModelError(f"{self.teacher.name}: a teacher needs image features")
-        if isinstance(self.teacher, FeaturesTeacher):
-            return _VectorSource(self.teacher)
-        return _TeacherSource(self.teacher)
+        return self.rows
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
         texts = [text for example in readable for text in example.captions]
@@ -156,15 +142,14 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
         return artefacts.digests(self.folder, [format.VIEWS])
 
     def _text_shards(self, texts: Sequence[str]) -> None:
-        if self.teacher is None or "text" not in self.teacher.modalities:
+        if "text" not in self.rows.modalities:
             return
-        if not isinstance(self.teacher, FeaturesTeacher):
-            cache_builder.tell_truncated(self.teacher, self.teacher.name, texts)
+        self.rows.tell_truncated(texts)
         first = len(self.journal.shards["text"]) * cache_builder.SHARD_ROWS
         with progress.bar("captions", len(texts), first) as bar:
             for start in range(first, len(texts), cache_builder.SHARD_ROWS):
                 shard = texts[start : start + cache_builder.SHARD_ROWS]
-                features = _embed_texts(self.teacher, shard, self.options.batch_size, bar)
+                features = self.rows.embed_texts(shard, self.options.batch_size, bar)
                 self.journal.commit("text", self._array([features]))
 
     def _array(self, features: list[Tensor]) -> np.ndarray | None:
@@ -179,49 +164,36 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
         return rows.numpy().astype(DTYPES[self.options.dtype])
 
 
-def _describe(teacher: Teacher | FeaturesTeacher | None) -> dict[str, Any]:
-    """Make the header's record of a teacher."""
-    if teacher is None:
+class _Rows(ImageSource):
+    """Rows of images and captions of a feature cache, and whose they are; here nobody's: none."""
+
+    modalities: frozenset[str] = frozenset()
+
+    def describe(self) -> dict[str, Any]:
+        """Make the header's record of the teacher."""
         names = ("name", "source", "dim", "licence", "parameters", *_SCALES)
         return dict.fromkeys(names) | {"identity": {}, "modalities": []}
-    return {
-        "name": teacher.name,
-        "source": teacher.source,
-        "parameters": None if isinstance(teacher, FeaturesTeacher) else teacher.parameter_count(),
-        "dim": teacher.dim,
-        "licence": teacher.licence,
-        "identity": teacher.identity(),
-        "modalities": sorted(teacher.modalities),
-        **{name: getattr(teacher, name, None) for name in _SCALES},
-    }
+
+    def check(self, pairs: Pairs) -> None:
+        """Refuse a dataset that the teacher does not know."""
+
+    def tell_truncated(self, texts: Sequence[str]) -> None:
+        """Warn of captions that the teacher cuts."""
+
+    def embed_texts(self, texts: Sequence[str], size: int, bar: progress.Bar) -> Tensor:
+        """Make rows (T, D) of texts, `size` in a pass."""
+        raise NotImplementedError
 
 
-def _embed_texts(
-    teacher: Teacher | FeaturesTeacher, texts: Sequence[str], size: int, bar: progress.Bar
-) -> Tensor:
-    """Embed texts, `size` in a pass → (T, D).
-
-    Raises:
-        ModelError: a folder of vectors lacks one of the texts.
-    """
-    if not isinstance(teacher, FeaturesTeacher):
-        return embed_by_length(texts, lambda some: teacher.embed_texts(some).cpu(), size, bar)
-    rows, missing = teacher.lookup_texts(texts)
-    if missing:
-        raise ModelError(
-            f"{teacher.folder}: no vector of {len(missing)} captions, {missing[0][:60]!r} among "
-            "them; add them, or take the texts' vectors out to learn from images only"
-        )
-    bar.advance(len(texts))
-    return rows
-
-
-class _TeacherSource(ImageSource):
-    """Image rows from a teacher that reads photos."""
+class _TeacherRows(_Rows):
+    """Rows from a teacher that reads photos and texts."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__(teacher.preprocess)
-        self._teacher = teacher
+        self._teacher, self.modalities = teacher, teacher.modalities
+
+    def describe(self) -> dict[str, Any]:
+        return _describe(self._teacher, self._teacher.parameter_count())
 
     def load(self, file: bytes, example: Example, view: images.View | None) -> Tensor | None:
         return images.load(file, example.path, self._teacher.preprocess, view)
@@ -229,13 +201,26 @@ class _TeacherSource(ImageSource):
     def embed(self, loaded: Tensor) -> Tensor:
         return self._teacher.embed_images(loaded)
 
+    def tell_truncated(self, texts: Sequence[str]) -> None:
+        cache_builder.tell_truncated(self._teacher, self._teacher.name, texts)
 
-class _VectorSource(ImageSource):
-    """Image rows from vectors made elsewhere, found by file name."""
+    def embed_texts(self, texts: Sequence[str], size: int, bar: progress.Bar) -> Tensor:
+        embed = self._teacher.embed_texts
+        return embed_by_length(texts, lambda some: embed(some).cpu(), size, bar)
+
+
+class _VectorRows(_Rows):
+    """Rows from vectors made elsewhere, found by file name and by text."""
 
     def __init__(self, vectors: FeaturesTeacher) -> None:
         super().__init__()
-        self._vectors = vectors
+        self._vectors, self.modalities = vectors, vectors.modalities
+
+    def describe(self) -> dict[str, Any]:
+        return _describe(self._vectors, None)
+
+    def check(self, pairs: Pairs) -> None:
+        self._vectors.refuse_unknown([example.path for example in pairs.examples])
 
     def load(self, file: bytes, example: Example, view: images.View | None) -> Tensor | None:
         images.decode(file, example.path)
@@ -246,3 +231,45 @@ class _VectorSource(ImageSource):
 
     def embed(self, loaded: Tensor) -> Tensor:
         return loaded
+
+    def embed_texts(self, texts: Sequence[str], size: int, bar: progress.Bar) -> Tensor:
+        rows, missing = self._vectors.lookup_texts(texts)
+        if missing:
+            raise ModelError(
+                f"{self._vectors.folder}: no vector of {len(missing)} captions, "
+                f"{missing[0][:60]!r} among them; add them, or take the texts' vectors out to "
+                "learn from images only"
+            )
+        bar.advance(len(texts))
+        return rows
+
+
+def _rows_of(teacher: Any) -> _Rows:
+    """Return the rows of a teacher by its kind.
+
+    Raises:
+        ModelError: it has no features, or none of images.
+    """
+    sources: dict[str, type[Any]] = {"encoder": _TeacherRows, "vectors": _VectorRows}
+    kind = kind_of(teacher)
+    if kind not in sources:
+        raise ModelError(
+            f"{teacher.name}: a fusion model scores pairs and has no features; make a score cache"
+        )
+    rows: _Rows = sources[kind](teacher)
+    if "image" not in rows.modalities:
+        raise ModelError(f"{teacher.name}: a teacher needs image features")
+    return rows
+
+
+def _describe(teacher: Teacher | FeaturesTeacher, parameters: int | None) -> dict[str, Any]:
+    return {
+        "name": teacher.name,
+        "source": teacher.source,
+        "parameters": parameters,
+        "dim": teacher.dim,
+        "licence": teacher.licence,
+        "identity": teacher.identity(),
+        "modalities": sorted(teacher.modalities),
+        **{name: getattr(teacher, name, None) for name in _SCALES},
+    }

@@ -51,7 +51,7 @@ CAPTIONS = "captions.parquet"
 VIEWS = "views.parquet"
 QUARANTINE = "quarantine.jsonl"
 
-# kinds of caches: file of the header → the class that opens it
+# kinds of caches, the file of the header → the class that opens it: those of `artefacts.CACHES`
 KINDS = {
     "scores.json": "crosstill.fusion.scores:ScoreCache",
     HEADER: "crosstill.cache.format:Cache",
@@ -248,6 +248,14 @@ class CacheBase:
         origin = self.header["data"]
         return data.Pairs(origin["name"], examples, Quarantine(), origin["source"], self.read)
 
+    def split_features(self, split: Split) -> Features | None:
+        """Read the teacher's rows of a split: (I, D) and (T, D); None unless there are both."""
+        return None
+
+    def summary(self) -> str:
+        """Describe what is stored besides images and captions, in a few words."""
+        return "no features"
+
     def photo(self, row: int) -> bytes:
         """Read the photo of an image row: the bytes that the cache was made from.
 
@@ -334,6 +342,16 @@ class Cache(CacheBase):
         """Teacher features of matched rows, image and text."""
         return Features(self.image_features(images, view), self.text_features(captions))
 
+    def split_features(self, split: Split) -> Features | None:
+        """As `CacheBase.split_features`, of the plain photos."""
+        if not {"image", "text"} <= self.modalities:
+            return None
+        return Features(self.image_features(split.images), self.text_features(split.captions))
+
+    def summary(self) -> str:
+        """As `CacheBase.summary`."""
+        return f"{self.dim} wide" if self.dim else super().summary()
+
     def _kind(self, kind: str) -> ShardedRows:
         if kind not in self._rows:
             raise InputError(
@@ -372,11 +390,6 @@ def kind_of(folder: str | Path) -> type[CacheBase] | None:
             opener: type[CacheBase] = resolve_name(kind)
             return opener
     return None
-
-
-def is_cache(folder: str | Path) -> bool:
-    """Tell whether a folder holds a finished cache of any kind."""
-    return any((Path(folder) / file).is_file() for file in KINDS)
 
 
 def open(folder: str | Path) -> CacheBase:

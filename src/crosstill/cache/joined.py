@@ -82,7 +82,7 @@ def join(
     if not caches:
         raise ConfigError("join: give at least one cache")
     checked = _checked_weights(weights, len(caches))
-    opened = [c if isinstance(c, format.Cache) else format.Cache(c) for c in caches]
+    opened = [format.Cache(c) if isinstance(c, str | Path) else c for c in caches]
     for place, cache in enumerate(opened):
         _check_alike(opened[0], cache)
         if cache.folder.resolve() in [other.folder.resolve() for other in opened[:place]]:

@@ -1,22 +1,17 @@
-"""`crosstill cache`: run a teacher once and keep what it said."""
+"""`crosstill cache`: run a teacher once and keep its outputs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crosstill import files
 from crosstill.cli import common
-from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
     from crosstill.cache import CacheBase
-
-FEATURES = ("views", "augment", "dtype", "batch_size")  # options that only a feature cache has
-SCORES = ("false", "false_images", "find")
-
 
 Views = Annotated[
     int | None, typer.Option(help="Views of each image; the first is the photo.", show_default="1")
@@ -92,67 +87,38 @@ def command(
     """
     if teacher == "verify":
         common.check_cache(Path(data))
-        _verify(Path(data))
+        from crosstill import cache
+
+        _describe(cache.open(data))
         return
     if out is None:
         raise typer.BadParameter("give the folder of the cache to make", param_hint="--out")
     common.check_data(data)
     files.check_writable(out)
     common.hush()
+    from crosstill import cache
     from crosstill import data as sources
 
-    kinds = None if augment is None else tuple(kind.strip() for kind in augment.split(","))
-    given = {"views": views, "augment": kinds, "dtype": dtype, "batch_size": batch_size}
-    given |= {"false": false, "false_images": false_images, "find": find}
-    given = {name: value for name, value in given.items() if value is not None}
-    if kinds is not None and views in (None, 1):
-        raise ConfigError("--augment: makes the views behind the first; give --views 2 or more")
     pairs = sources.open(data, images=images, strict=strict, licence=licence, splits=splits)
     for line in pairs.notes:
         common.note(line)
-    more: dict[str, Any] = {"seed": seed, "strict": strict, "teacher_licence": teacher_licence}
-    made = _build(teacher, pairs, out, given | more)
+    made = cache.build(
+        None if teacher == "none" else teacher,
+        pairs,
+        out,
+        views=views,
+        augment=None if augment is None else tuple(kind.strip() for kind in augment.split(",")),
+        dtype=dtype,
+        batch_size=batch_size,
+        false=false,
+        false_images=false_images,
+        find=find,
+        seed=seed,
+        strict=strict,
+        teacher_licence=teacher_licence,
+    )
     common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
     _describe(made)
-
-
-def _build(teacher: str, pairs: Any, out: Path, given: dict[str, Any]) -> CacheBase:
-    """Build the cache that suits the teacher; refuse options of the other kind."""
-    from crosstill import cache, fusion
-    from crosstill.models import open as open_model
-
-    model: Any = None if teacher == "none" else open_model(teacher)
-    scores = bool({*SCORES} & {*given}) if model is None else model.kind == "matcher"
-    wrong = [name for name in (FEATURES if scores else SCORES) if name in given]
-    if wrong:
-        option = "--" + wrong[0].replace("_", "-")
-        raise ConfigError(
-            f"{option}: {teacher} keeps scores of pairs and no features; leave it out"
-            if scores
-            else f"{option}: {teacher} embeds images and captions and needs no pairs; leave it out"
-        )
-    if not scores:
-        return cache.build(model, pairs, out, **given)
-    return fusion.build_scores(model, pairs, out, **given | {"find": _finder(given.get("find"))})
-
-
-def _finder(find: str | None) -> Any:
-    """Open what the option names: a way to draw, a cache of features, or a model."""
-    from crosstill import cache
-    from crosstill.fusion.candidates import FINDERS
-    from crosstill.models import open as open_model
-
-    if find is None or find in FINDERS:
-        return find or "random"
-    if cache.is_cache(find):
-        return cache.Cache(find)
-    return open_model(find, "encoder")
-
-
-def _verify(folder: Path) -> None:
-    from crosstill import cache
-
-    _describe(cache.open(folder))
 
 
 def _describe(cache: CacheBase) -> None:
@@ -161,16 +127,6 @@ def _describe(cache: CacheBase) -> None:
     )
     common.say(
         f"{cache.folder}: whole; {len(cache.image_ids):,} images ({splits}), "
-        f"{len(cache.texts):,} captions, {_held(cache)}, teacher {cache.teacher['name'] or 'none'}"
+        f"{len(cache.texts):,} captions, {cache.summary()}, "
+        f"teacher {cache.teacher['name'] or 'none'}"
     )
-
-
-def _held(cache: CacheBase) -> str:
-    from crosstill.fusion.scores import ScoreCache
-
-    if not isinstance(cache, ScoreCache):
-        return f"{cache.dim} wide" if cache.dim else "no features"
-    pairs, key = f"{len(cache.pair_captions):,} pairs", cache.header["key"]
-    scored = pairs if cache.scores is not None else f"{pairs} without scores"
-    asked = f"F = {key['false']} false captions an image, {key['false_images']} images a caption"
-    return f"{scored} ({asked})"

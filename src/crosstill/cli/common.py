@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import DataError, DiskFullError, InputError, printable
 
 # control codes but for tabs and new lines, marks that turn the writing round, stray bytes
@@ -90,7 +90,7 @@ def check_cache(folder: Path) -> None:
     Raises:
         InputError: there is none.
     """
-    if not any((folder / name).is_file() for name in ("cache.json", "scores.json")):
+    if not artefacts.is_cache(folder):
         raise InputError(f"{folder}: no finished cache there; make one with `crosstill cache`")
 
 

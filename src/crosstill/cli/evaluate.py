@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from crosstill.cli import common
-from crosstill.errors import ConfigError
 
 PROTOCOL = (
     "full; karpathy: a caption is true of its own image alone, though others have the same; "
@@ -87,38 +86,25 @@ def command(
     common.check_data(data)
     common.hush()
     from crosstill import data as sources
-    from crosstill.evaluate import compare
-    from crosstill.fusion.reranking import TOP, Reranked
-    from crosstill.fusion.reranking import run as rerank
+    from crosstill import evaluate
 
     pairs = sources.open(data, images=images, strict=strict, splits=splits).split(split)
-    found: compare.Comparison | Reranked
-    if finder is None:
-        if top is not None:
-            raise ConfigError(f"--top {top}: re-ranks what a dual encoder finds; give --finder")
-        if blend is not None:
-            raise ConfigError(f"--blend {blend}: adds what a dual encoder says; give --finder")
-        options = compare.Options(
-            protocol=protocol,
-            efficiency=efficiency,
-            strict=strict,
-            beside=beside or (),
-            sample=sample,
-            truths=truth or (),
-            annotations=annotations or Path(data),
-        )
-        found = compare.run(model, pairs, options)
-    else:
-        if beside or truth or sample is not None or protocol != "full":
-            raise ConfigError(
-                "--finder: prints a table of its own, without --beside, --sample, --truth "
-                "and --protocol; leave them out"
-            )
-        depth = TOP if top is None else top
-        found = rerank(model, finder, pairs, depth, efficiency, blend, strict)
-    for line in found.notes:
+    options = evaluate.Options(
+        protocol=protocol,
+        efficiency=efficiency,
+        strict=strict,
+        beside=beside or (),
+        sample=sample,
+        truths=truth or (),
+        annotations=annotations or Path(data),
+        finder=finder,
+        top=top,
+        blend=blend,
+    )
+    result = evaluate.measure(model, pairs, options)
+    for line in result.notes:
         common.note(line)
     if as_json:
-        common.dump(found.to_json())
+        common.dump(result.to_json())
     else:
-        common.say(found.table())
+        common.say(result.table())

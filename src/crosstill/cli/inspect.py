@@ -49,9 +49,9 @@ def command(
     if out is not None:
         files.check_writable(out)
     common.hush()
-    from crosstill.teachers import inspection
+    from crosstill.teachers import checkpoints
 
-    found = inspection.inspect(checkpoint, family, student, unpickle)
+    found = checkpoints.inspect(checkpoint, family, student, unpickle)
     if as_json:
         common.dump(found.to_json())
     else:
@@ -59,5 +59,5 @@ def command(
     if not found.findings.whole:
         raise typer.Exit(1)
     if out is not None and tokenizer is not None:
-        inspection.convert(checkpoint, out, tokenizer, student, unpickle, size)
+        checkpoints.convert(checkpoint, out, tokenizer, student, unpickle, size)
         common.note(f"written to {out}")

@@ -123,9 +123,9 @@ def _list(source: str, images: Path | None) -> Listing:
     if images is not None and not images.is_dir():
         raise DataError(f"{images}: no such folder of images; check --images")
     if source.startswith("hf:"):
-        from crosstill.data import hub_datasets  # it and its pyarrow are needed by few
+        from crosstill.data import parquet  # it and its pyarrow are needed by few
 
-        return hub_datasets.read(source, images)
+        return parquet.read_hub(source, images)
     fileset = locate(source)
     if fileset.names == (".",):
         return read_photo_folder(fileset.base)

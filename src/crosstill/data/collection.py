@@ -275,19 +275,15 @@ def _clean(entry: Entry, notes: Counter[str]) -> Entry:
         whole = formats.encodable(text)
         notes["captions with broken Unicode, each now a '?'"] += whole != text
         captions.append(whole.strip())
-    kept = [text for text in captions if any(map(_visible, text))]
+    kept = [text for text in captions if any(c.isprintable() and not c.isspace() for c in text)]
     notes["empty captions left out"] += len(captions) - len(kept)
     return entry._replace(captions=kept)
-
-
-def _visible(character: str) -> bool:
-    return character.isprintable() and not character.isspace()
 
 
 def _refuse_missing(
     origin: Path, root: Path | None, entries: Sequence[Entry], images: Mapping[str, ImageFile]
 ) -> None:
-    """A listed file that is not there means a wrong folder more often than a broken dataset."""
+    """Refuse listed files that are not there: a wrong folder more often than a broken dataset."""
     missing = [e for e in entries if e.listed and images[e.path].problem == "missing"]
     if missing:
         first, folder = missing[0], root or Path()

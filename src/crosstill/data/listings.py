@@ -268,12 +268,8 @@ def first(row: Mapping[str, Any], names: Collection[str]) -> Any:
     An empty text or list is no value: `filename` counts where `image` is empty.
     """
     values = [row[name] for name in names if row.get(name) is not None]
-    filled = (value for value in values if value != [] and not _blank(value))
+    filled = (v for v in values if v != [] and not (isinstance(v, str) and not v.strip()))
     return next(filled, values[0] if values else None)
-
-
-def _blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
 
 
 def text_of(value: Any, where: str, key: str) -> str:

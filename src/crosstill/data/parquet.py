@@ -12,29 +12,25 @@ In compressed Parquet it costs decoding its row group.
 from __future__ import annotations
 
 import mmap
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crosstill.data.collection import (
-    Entry,
-    Folder,
-    Listing,
-    Packed,
-    Source,
-    image_bytes,
-    row_path,
-    slice_path,
-)
+from crosstill.data import collection
+from crosstill.data.collection import Listing
 from crosstill.data.fileset import FileSet
 from crosstill.data.listings import CAPTION, FILE, captions_of, first, label_of, split_of
+from crosstill.data.pairs import SPLIT_NAMES
 from crosstill.errors import DataError, ImageError
 
+HUB = "hf:"  # opens the name of a dataset of the hub
 LARGE = 2**26  # bytes of a compressed row group from which reading at random is slow
 ROWS = 16  # images in memory at a time
 BUFFER = 2**20  # bytes read at a time
@@ -64,14 +60,58 @@ def read(fileset: FileSet, images: Path | None, splits: Mapping[str, str] | None
     return rows.listing()
 
 
+def read_hub(source: str, images: Path | None) -> Listing:
+    """List the dataset "hf:OWNER/NAME" or "hf:OWNER/NAME:CONFIG" of the Hugging Face hub.
+
+    Its own library (the extra `hub`) downloads a dataset once and keeps it as Arrow files in its
+    cache; those are read like any others, by content and without the library.
+
+    Raises:
+        DataError: no library, no such dataset, no connection, or columns that do not fit.
+    """
+    name, _, config = source.removeprefix(HUB).partition(":")
+    loaded = _load_dataset(name, config or None)
+    files = {
+        item["filename"]: SPLIT_NAMES.get(str(split).lower())
+        for split, part in loaded.items()
+        for item in part.cache_files
+    }
+    if not files:
+        raise DataError(f"{source}: it has no rows on disk; open its files instead")
+    base = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
+    splits = {os.path.relpath(file, base): split for file, split in files.items()}
+    known = {file: split for file, split in splits.items() if split}
+    listing = read(FileSet(base, tuple(splits)), images, known)
+    licence = next(iter(loaded.values())).info.license or None
+    return listing._replace(name=name, licence=licence)
+
+
+def _load_dataset(name: str, config: str | None) -> dict[str, Any]:
+    try:
+        datasets: Any = import_module("datasets")
+    except ImportError:
+        raise DataError(
+            f'{HUB}{name}: needs the library datasets: pip install "crosstill[hub]"'
+        ) from None
+    try:
+        loaded = datasets.load_dataset(name, config)
+    except Exception as error:  # the library's, the hub's and the network's have no common root
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{HUB}{name}: cannot be loaded ({type(error).__name__}: {reason:.200}); check the "
+            "name and the connection"
+        ) from None
+    return dict(loaded)
+
+
 class _PackedRows:
     """Collects the rows of the files: those of one image and split become one entry."""
 
     def __init__(self, fileset: FileSet, images: Path | None, splits: Mapping[str, str]) -> None:
         self._fileset, self._images, self._splits = fileset, images, splits
-        self._source = Packed(fileset.base)
+        self._source = collection.Packed(fileset.base)
         # (id of the image, what the dataset calls it, split) -> entry
-        self._entries: dict[tuple[str, str, str | None], Entry] = {}
+        self._entries: dict[tuple[str, str, str | None], collection.Entry] = {}
         self._bad: list[ImageError] = []
         self._slow = 0
         self._notes: Counter[str] = Counter()
@@ -88,11 +128,11 @@ class _PackedRows:
         bad = tuple(self._bad)
         return Listing(fileset.name, fileset.origin, source, entries, tuple(notes), bad)
 
-    def _sourced(self) -> tuple[Source, list[Entry]]:
+    def _sourced(self) -> tuple[collection.Source, list[collection.Entry]]:
         """Return the source of the images: these files, or, where they hold none, a folder."""
         root, entries = self._images or self._fileset.base, list(self._entries.values())
         if not self._source.images:
-            return Folder(root), entries
+            return collection.Folder(root), entries
         alone = (entry.path not in self._source.images for entry in entries)
         return self._source, [
             entry._replace(path=str(root / entry.path)) if by_name else entry
@@ -108,7 +148,7 @@ class _PackedRows:
                 f"{path}: its images are in column {names[0]}, those before in "
                 f"{self._source.column}; name them alike"
             )
-        self._source = Packed(self._fileset.base, names[0], self._source.images)
+        self._source = collection.Packed(self._fileset.base, names[0], self._source.images)
         with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as view:
             for group, cells in table.groups(_wanted(table.schema, names)):
                 finder = Finder(view, *table.span(group, names[0]))
@@ -127,7 +167,7 @@ class _PackedRows:
     ) -> None:
         where = f"{self._fileset.base / file}, row {number}"
         cell, name = row[names[0]], _name(row, names[0])
-        data = image_bytes(cell)
+        data = collection.image_bytes(cell)
         if data is None and not name:
             self._bad.append(ImageError(f"{file}, row {number}", "no image in its column"))
             return
@@ -144,20 +184,22 @@ class _PackedRows:
         # rows of one caption each may repeat an image that has no name
         label = label_of(row) or name or ("" if isinstance(value, str) else str(number))
         place = self._fileset.where(file, f"row {number}")
-        entry = self._entries.setdefault((identity, label, split), Entry(place, path, [], split))
+        entry = self._entries.setdefault(
+            (identity, label, split), collection.Entry(place, path, [], split)
+        )
         entry.captions.extend(captions)
 
     def _path(self, file: str, data: bytes, name: str, at: tuple[Finder, int, int]) -> str:
         finder, group, place = at
         offset = finder.find(data)
         if offset is not None:
-            return slice_path(file, offset, len(data), name)
+            return collection.slice_path(file, offset, len(data), name)
         if file.lower().endswith(".arrow"):
             raise DataError(
                 f"{self._fileset.base / file}: compressed Arrow; save it without compression, or "
                 "as Parquet"
             )
-        return row_path(file, group, place, name)
+        return collection.row_path(file, group, place, name)
 
 
 def _columns(schema: Any, path: Path) -> list[str]:

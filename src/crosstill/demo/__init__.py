@@ -55,7 +55,7 @@ def _scenes(where: Path, count: int) -> Pairs:
 
 
 def _train(
-    out: Path, preset: str, source: cache.Cache, recipe: str, changes: tuple[str, ...]
+    out: Path, preset: str, source: cache.CacheBase, recipe: str, changes: tuple[str, ...]
 ) -> Run:
     resume = folder.is_run(out)
     student = students.load_config(preset).model_copy(update={"dim": source.dim or DIM})

@@ -1,10 +1,10 @@
 """Recall as the field measures it, and what a model costs."""
 
+from crosstill.evaluate.compare import Options, measure
 from crosstill.evaluate.embedding import (
     CachedSplit,
     Embedded,
     embed,
-    evaluating,
     frozen_images,
     frozen_texts,
     pool_images,
@@ -13,15 +13,18 @@ from crosstill.evaluate.embedding import (
 )
 from crosstill.evaluate.evaluation import Evaluation, retrieval, table
 from crosstill.models import open as open_model
+from crosstill.teachers.base import evaluating
 
 __all__ = [
     "CachedSplit",
     "Embedded",
     "Evaluation",
+    "Options",
     "embed",
     "evaluating",
     "frozen_images",
     "frozen_texts",
+    "measure",
     "open_model",
     "pool_images",
     "pool_texts",

@@ -56,7 +56,7 @@ class Difference:
 
 
 def average(answers: Sequence[Answers]) -> Answers:
-    """Answers of several seeds to the same queries as those of one."""
+    """Average the answers of several seeds to the same queries."""
     image = torch.stack([a.image for a in answers]).double().mean(0)
     text = torch.stack([a.text for a in answers]).double().mean(0)
     return Answers(image, text, answers[0].owner)
@@ -79,7 +79,8 @@ def paired(a: Answers, b: Answers, *, draws: int = DRAWS, seed: int = 0) -> Diff
     gains.index_add_(0, a.owner, (a.text - b.text).double().sum(1))
     captions = a.owner.bincount(minlength=count).double()
     rows = torch.stack([own, gains, captions], dim=1)
-    sums = torch.cat([_resample(rows, n, seed + i) for i, n in enumerate(_blocks(draws))])
+    blocks = [min(_BLOCK, draws - start) for start in range(0, draws, _BLOCK)]
+    sums = torch.cat([_resample(rows, n, seed + i) for i, n in enumerate(blocks)])
     means = 100 * (sums[:, 0] / count + sums[:, 1] / sums[:, 2])
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     # one added to both counts, so that no p is 0
@@ -88,12 +89,8 @@ def paired(a: Answers, b: Answers, *, draws: int = DRAWS, seed: int = 0) -> Diff
     return Difference(a.rsum - b.rsum, low, high, p)
 
 
-def _blocks(draws: int) -> list[int]:
-    return [min(_BLOCK, draws - start) for start in range(0, draws, _BLOCK)]
-
-
 def _resample(rows: Tensor, draws: int, seed: int) -> Tensor:
-    """Sums (draws, 3) of rows (I, 3) drawn with replacement."""
+    """Sum (draws, 3) rows (I, 3) drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(len(rows), (draws, len(rows)), generator=generator)
     return rows[picked].sum(1)

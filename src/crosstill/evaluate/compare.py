@@ -5,35 +5,33 @@ of a whole set count the model's own work: encoding of decoded pixels and plain 
 scores of all pairs. Reading and decoding photos does not count.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from crosstill import plugins, students
+from crosstill import students
 from crosstill.cache import Cache, Split
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CrosstillError, InputError
 from crosstill.evaluate import cost, extended
-from crosstill.evaluate.cost import Cost, Stopwatch, one_thread
-from crosstill.evaluate.embedding import BATCH, Embedded, captions, embed, readable, sound
+from crosstill.evaluate.embedding import BATCH, captions, embed, readable, sound
 from crosstill.evaluate.evaluation import Evaluation, Row, judge, remarks, table
-from crosstill.evaluate.extended import Placed
 from crosstill.evaluate.recall import WHOLE, by_protocol, check_protocol
-from crosstill.evaluate.runs import CONFIG, read_record
 from crosstill.evaluate.truth import of_texts
 from crosstill.formats import by_length
-from crosstill.models import cuts
+from crosstill.models import CONFIG, cuts, read_record
 from crosstill.models import open as open_model
 from crosstill.teachers.base import Model, Teacher, truncation_note
 
 MODEL, TEACHER, UNTRAINED, BESIDE = "model", "teacher", "untrained", "beside"
 WARM_UP = 16  # images and captions that are embedded before the clock starts
 
-Work = Generator[None, None, Cost]  # stops after every timed piece
+Work = Generator[None, None, cost.Cost]  # stops after every timed piece
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,9 @@ class Options:
         sample: time fusion models on so many pairs, and leave their recall out.
         truths: files of extended ground truth, see `crosstill.evaluate.extended`.
         annotations: the JSON in which captions have COCO's ids.
+        finder: a dual encoder whose candidates the model, a fusion model, re-ranks.
+        top: how many candidates of each query to re-rank; None is 20.
+        blend: see `crosstill.fusion.rerank`.
     """
 
     protocol: str = "full"
@@ -57,6 +58,24 @@ class Options:
     sample: int | None = None
     truths: Sequence[Path] = ()
     annotations: Path | None = None
+    finder: str | None = None
+    top: int | None = None
+    blend: float | None = None
+
+
+class Result(Protocol):
+    """What was measured, and what a person should know of it."""
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers."""
+        ...
+
+    def table(self) -> str:
+        """Format the numbers as a Markdown table."""
+        ...
 
 
 class Measure(Protocol):
@@ -69,7 +88,12 @@ class Measure(Protocol):
     pairwise: ClassVar[bool]
 
     def row(
-        self, model: Any, name: str, pairs: Pairs, options: Options, placed: Sequence[Placed]
+        self,
+        model: Any,
+        name: str,
+        pairs: Pairs,
+        options: Options,
+        placed: Sequence[extended.Placed],
     ) -> Row:
         """Measure a model's recall on images that were found `readable`."""
         ...
@@ -85,7 +109,12 @@ class EmbeddingMeasure:
     pairwise: ClassVar[bool] = False
 
     def row(
-        self, model: Teacher, name: str, pairs: Pairs, options: Options, placed: Sequence[Placed]
+        self,
+        model: Teacher,
+        name: str,
+        pairs: Pairs,
+        options: Options,
+        placed: Sequence[extended.Placed],
     ) -> Row:
         """As `Measure.row`."""
         return judge(model, embed(model, pairs), options.protocol, placed).renamed(name)
@@ -93,7 +122,7 @@ class EmbeddingMeasure:
     def time(self, model: Teacher, pairs: Pairs, sample: int) -> Work:
         """As `Measure.time`, after a small pass that is not counted; there is no sample."""
         texts, _ = captions(pairs.examples)
-        watch = Stopwatch()
+        watch = cost.Stopwatch()
         rows: list[Tensor] = []
         model.embed_texts(texts[:WARM_UP])
         for pixels in sound(pairs, model.preprocess):
@@ -111,24 +140,24 @@ class EmbeddingMeasure:
         for image in torch.cat(rows).split(BATCH):  # so that a large set's scores need not be held
             with watch.running():
                 image @ words.T
-        return Cost(len(pairs) + len(texts), watch.seconds)
+        return cost.Cost(len(pairs) + len(texts), watch.seconds)
 
 
-# by a model's kind; models that read pairs are an annex, so their measure is found by name only
-_MEASURES = {
+# by a model's kind; models that read pairs are an annex, so what measures them is found by name
+MEASURES = {
     "encoder": "crosstill.evaluate.compare:EmbeddingMeasure",
     "matcher": "crosstill.fusion.measure:PairMeasure",
 }
-MEASURES = plugins.Kind("crosstill.measures", "kind of model", _MEASURES)
+RERANK = "crosstill.fusion.reranking:run"
 
 
 def measure_of(model: Model) -> Measure:
     """Return how models of this kind are measured."""
-    measure: Measure = MEASURES.find(model.kind)()
+    measure: Measure = resolve_name(MEASURES[model.kind])()
     return measure
 
 
-def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[str, Cost]:
+def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[str, cost.Cost]:
     """Time every model on all images and captions, piece by piece in turn.
 
     Args:
@@ -138,8 +167,8 @@ def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[
     """
     pairs = readable(pairs, [model.preprocess for model in models.values()])
     works = {name: measure_of(model).time(model, pairs, sample) for name, model in models.items()}
-    costs: dict[str, Cost] = {}
-    with one_thread():
+    costs: dict[str, cost.Cost] = {}
+    with cost.one_thread():
         while len(costs) < len(works):
             for name, work in works.items():
                 if name not in costs:
@@ -177,11 +206,48 @@ class Comparison:
         return table(rows) + further
 
 
-def run(
-    source: str,
-    pairs: Pairs,
-    options: Options = Options(),
-) -> Comparison:
+def measure(source: str, pairs: Pairs, options: Options = Options()) -> Result:
+    """Evaluate a model beside others, or as the second of two stages where there is a finder.
+
+    Args:
+        source: a run, a student, a dual encoder or a fusion model; with a finder a fusion model.
+        pairs: the images and captions, usually one split of a dataset.
+        options: what to measure.
+
+    Raises:
+        ConfigError: options that do not go together.
+        InputError: see `run` and `crosstill.fusion.reranking.run`.
+    """
+    if options.finder is None:
+        if options.top is not None:
+            raise ConfigError(
+                f"--top {options.top}: re-ranks what a dual encoder finds; give --finder"
+            )
+        if options.blend is not None:
+            raise ConfigError(
+                f"--blend {options.blend}: adds what a dual encoder says; give --finder"
+            )
+        return run(source, pairs, options)
+    whole = options.sample is None and options.protocol == "full"
+    if options.beside or options.truths or not whole:
+        raise ConfigError(
+            "--finder: prints a table of its own, without --beside, --sample, --truth "
+            "and --protocol; leave them out"
+        )
+    rerank: Callable[..., Result] = resolve_name(RERANK)
+    depth = {} if options.top is None else {"top": options.top}
+    return rerank(
+        source,
+        options.finder,
+        pairs,
+        efficiency=options.efficiency,
+        blend=options.blend,
+        strict=options.strict,
+        **depth,
+    )
+
+
+def run(source: str, pairs: Pairs, options: Options = Options()) -> Comparison:
     """Evaluate a model; a run is shown beside its teacher's cached rows and its untrained self.
 
     Args:
@@ -201,12 +267,20 @@ def run(
     models: dict[str, Any] = {role: open_model(place, "live") for role, place in sources.items()}
     pairwise = {role for role, model in models.items() if measure_of(model).pairwise}
     _check(bool(pairwise), options)
-    comparison, names = Comparison(), {role: _label(place) for role, place in sources.items()}
+    comparison, names = (
+        Comparison(),
+        {
+            role: f"student ({Path(place).name})" if Path(place, "best").is_dir() else place
+            for role, place in sources.items()
+        },
+    )
     model = models[MODEL]
     if len(models) == 1 and not pairwise:
         # one pass over the photos, where several models need all to be checked first
         rows = embed(model, pairs, options.strict)
-        pairs = _kept(pairs, rows)
+        ids = set(rows.image_ids)
+        kept = tuple(example for example in pairs.examples if example.image_id in ids)
+        pairs = replace(pairs, examples=kept, quarantine=rows.quarantine)
         placed = place_truths(pairs.examples)
         comparison.rows[MODEL] = judge(model, rows, options.protocol, placed).renamed(names[MODEL])
     else:
@@ -246,18 +320,7 @@ def _check(pairwise: bool, options: Options) -> None:
         raise ConfigError("--sample: times fusion models, and none is here; leave it out")
 
 
-def _label(source: str) -> str:
-    return f"student ({Path(source).name})" if Path(source, "best").is_dir() else source
-
-
-def _kept(pairs: Pairs, rows: Embedded) -> Pairs:
-    """Keep the examples that a model could read."""
-    ids = set(rows.image_ids)
-    kept = tuple(example for example in pairs.examples if example.image_id in ids)
-    return replace(pairs, examples=kept, quarantine=rows.quarantine)
-
-
-def _remark(comparison: Comparison, pairs: Pairs, placed: Sequence[Placed]) -> None:
+def _remark(comparison: Comparison, pairs: Pairs, placed: Sequence[extended.Placed]) -> None:
     """Add what a person should know of the rows."""
     row = comparison.model
     shared = row.recall.shared if isinstance(row, Evaluation) else 0
@@ -275,7 +338,7 @@ def _add_run(
     pairwise: bool,
     pairs: Pairs,
     protocol: str,
-    placed: Sequence[Placed],
+    placed: Sequence[extended.Placed],
 ) -> None:
     """Add the rows of a run that need no more than the run itself."""
     record = read_record(folder)
@@ -302,7 +365,7 @@ def _add_run(
 
 
 def _teacher(
-    record: dict[str, Any], pairs: Pairs, protocol: str, placed: Sequence[Placed]
+    record: dict[str, Any], pairs: Pairs, protocol: str, placed: Sequence[extended.Placed]
 ) -> Evaluation:
     """Measure the teacher on the same images, from the cache that the run learnt from."""
     cache = Cache(record["cache"]["folder"])

@@ -120,7 +120,10 @@ def measure(
     with one_thread():
         for _ in range(repeats + 2):
             for key, job in jobs.items():
-                times[key].append(_milliseconds(job))
+                watch = Stopwatch()
+                with watch.running():
+                    job()
+                times[key].append(1000 * watch.seconds)
     return {
         name: Efficiency(
             model.parameter_count(),
@@ -140,10 +143,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _milliseconds(job: Callable[[], object]) -> float:
-    watch = Stopwatch()
-    with watch.running():
-        job()
-    return 1000 * watch.seconds

@@ -8,22 +8,15 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, images, progress
-from crosstill.cache import Cache, CacheBase, PixelStore, Split, memo, pixels
+from crosstill.cache import CacheBase, PixelStore, Split, memo, pixels
 from crosstill.data import Pairs
 from crosstill.errors import DataError, ImageError, ModelError
 from crosstill.evaluate import truth as truths
 from crosstill.evaluate.cost import Stopwatch
 from crosstill.evaluate.recall import Retrieval, retrieval
-from crosstill.evaluate.truth import Truth
 from crosstill.images import Preprocess, Quarantine
 from crosstill.students.student import Student
-from crosstill.teachers.base import (
-    Teacher,
-    embed_by_length,
-    embed_pixels,
-    encode_by_length,
-    evaluating,
-)
+from crosstill.teachers import base
 from crosstill.types import Example, Features
 
 BATCH = 128  # rows per pass; no gradient is kept, so memory is small
@@ -37,7 +30,7 @@ class Embedded:
 
     image: Tensor  # (I, D) unit rows
     text: Tensor  # (T, D) unit rows
-    truth: Truth  # which rows belong together
+    truth: truths.Truth  # which rows belong together
     image_ids: list[str]
     quarantine: Quarantine
 
@@ -48,7 +41,7 @@ class Embedded:
 
 
 def embed(
-    model: Teacher, pairs: Pairs, strict: bool = False, watch: Stopwatch | None = None
+    model: base.Teacher, pairs: Pairs, strict: bool = False, watch: Stopwatch | None = None
 ) -> Embedded:
     """Read, decode and embed every image and caption of a dataset.
 
@@ -75,8 +68,8 @@ def embed(
     return Embedded(rows, text, truth, [example.image_id for example in kept], quarantine)
 
 
-def _check_embeds(model: Teacher) -> None:
-    kind = getattr(model, "kind", "encoder")  # a teacher from elsewhere need not have one
+def _check_embeds(model: base.Teacher) -> None:
+    kind = base.kind_of(model)
     if kind == "vectors":
         raise ModelError(f"{model.source} holds vectors and cannot embed new images; use a model")
     if kind != "encoder":
@@ -84,7 +77,7 @@ def _check_embeds(model: Teacher) -> None:
 
 
 def _embed_images(
-    model: Teacher, pairs: Pairs, quarantine: Quarantine, watch: Stopwatch
+    model: base.Teacher, pairs: Pairs, quarantine: Quarantine, watch: Stopwatch
 ) -> tuple[list[Example], Tensor]:
     kept: list[Example] = []
     rows: list[Tensor] = []
@@ -103,12 +96,12 @@ def _embed_images(
     return kept, torch.cat(rows) if rows else torch.empty(0, model.dim)
 
 
-def embed_texts(model: Teacher, texts: Sequence[str]) -> Tensor:
+def embed_texts(model: base.Teacher, texts: Sequence[str]) -> Tensor:
     """Embed captions: unit rows (T, D); those of one length share a pass, without padding."""
     if not texts:
         return torch.empty(0, model.dim)
     with progress.bar("captions", len(texts)) as bar:
-        return embed_by_length(texts, lambda some: model.embed_texts(some).cpu(), BATCH, bar)
+        return base.embed_by_length(texts, lambda some: model.embed_texts(some).cpu(), BATCH, bar)
 
 
 class CachedSplit:
@@ -142,7 +135,7 @@ class CachedSplit:
 
     def features(self, student: Student) -> Features:
         """Embed the split with the student: unit rows (I, D) and (T, D)."""
-        with evaluating(student):
+        with base.evaluating(student):
             images, texts = self._images, self._texts
             images = pool_images(student, self._photos) if images is None else images
             texts = pool_texts(student, self._tokens) if texts is None else texts
@@ -157,13 +150,11 @@ class CachedSplit:
 
 def teacher_recall(cache: CacheBase, split: Split) -> Retrieval | None:
     """Measure the recall of a cache's features of a split; None if it has only one side."""
-    if not isinstance(cache, Cache) or not {"image", "text"} <= cache.modalities:
-        return None
-    image, text = cache.image_features(split.images), cache.text_features(split.captions)
-    return retrieval(image, text, cached_truth(cache, split))
+    features = cache.split_features(split)
+    return None if features is None else retrieval(*features, cached_truth(cache, split))
 
 
-def cached_truth(cache: CacheBase, split: Split) -> Truth:
+def cached_truth(cache: CacheBase, split: Split) -> truths.Truth:
     """Return which images and captions of a split of a cache belong together."""
     texts = [cache.texts[row] for row in split.captions]
     return truths.of_texts(torch.from_numpy(split.owner), texts)
@@ -190,18 +181,18 @@ def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:
     """Pool a whole split's images (I * views, W), image by image, view by view."""
     rows = np.arange(len(store) * views)
     out = []
-    with evaluating(student), progress.bar("encoding images", len(rows)) as bar:
+    with base.evaluating(student), progress.bar("encoding images", len(rows)) as bar:
         for start in range(0, len(rows), BATCH):
             chunk = rows[start : start + BATCH]
             photos = store.take(chunk // views, chunk % views)
-            out.append(embed_pixels(photos, student.pool_image, student.device))
+            out.append(base.embed_pixels(photos, student.pool_image, student.device))
             bar.advance(len(chunk))
     return torch.cat(out)
 
 
 def pool_texts(student: Student, tokens: Sequence[list[int]]) -> Tensor:
     """Pool tokenized captions (T, W), in their order."""
-    with evaluating(student), progress.bar("encoding captions", len(tokens)) as bar:
+    with base.evaluating(student), progress.bar("encoding captions", len(tokens)) as bar:
 
         def pool(rows: list[int]) -> Tensor:
             batch = student.pad([tokens[row] for row in rows])
@@ -209,7 +200,7 @@ def pool_texts(student: Student, tokens: Sequence[list[int]]) -> Tensor:
             bar.advance(len(rows))
             return pooled
 
-        return encode_by_length(map(len, tokens), pool, BATCH)
+        return base.encode_by_length(map(len, tokens), pool, BATCH)
 
 
 def photos(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[tuple[Example, Loaded]]]:

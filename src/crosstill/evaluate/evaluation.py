@@ -11,7 +11,7 @@ from crosstill.evaluate.cost import Cost, Efficiency
 from crosstill.evaluate.embedding import Embedded, embed
 from crosstill.evaluate.extended import Judged, Placed
 from crosstill.evaluate.recall import DEPTHS, Retrieval, by_protocol
-from crosstill.evaluate.tabular import aligned
+from crosstill.formats import aligned
 from crosstill.images import Quarantine
 from crosstill.teachers.base import Teacher
 
@@ -42,7 +42,7 @@ class Evaluation:
     extended: tuple[Judged, ...] = ()  # against more than a caption's own image
 
     def renamed(self, name: str) -> Evaluation:
-        """The same row under another name."""
+        """Return the same row under another name."""
         return replace(self, name=name)
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Timed:
         return _costs(self)
 
     def cells(self, latency: bool) -> list[str]:
-        """As those of `Evaluation`."""
+        """As `Evaluation.cells`."""
         return _cells(self, ["–"] * 7, latency)
 
 

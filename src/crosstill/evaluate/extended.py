@@ -34,7 +34,7 @@ from crosstill.data.karpathy import parse
 from crosstill.data.pairs import read_text
 from crosstill.errors import ConfigError, DataError
 from crosstill.evaluate.recall import DEPTHS, Rivals, chance
-from crosstill.evaluate.tabular import aligned
+from crosstill.formats import aligned
 from crosstill.types import Example
 
 TRUE = 3.0  # of 5: the mean rating from which CxC counts a pair as true
@@ -112,7 +112,7 @@ class Judged:
     captions: int
 
     def to_json(self) -> dict[str, Any]:
-        """Both directions, and how many images and captions were asked."""
+        """Return both directions, and how many images and captions were queries."""
         directions = {"i2t": self.i2t._asdict(), "t2i": self.t2i._asdict()}
         return {**directions, "images": self.images, "captions": self.captions}
 
@@ -196,7 +196,7 @@ def rank(queries: Queries, scores: Scores) -> Ranked:
 
 
 def table(rows: Mapping[str, Sequence[Judged]]) -> str:
-    """A Markdown table: one row a model and ground truth."""
+    """Format a Markdown table: one row a model and ground truth."""
     names = ("mAP@R", "R-precision", *(f"R@{depth}" for depth in DEPTHS))
     sides = [f"{side} {names[0]}" for side in ("image→text", "text→image")]
     heads = ["model", "truth", sides[0], *names[1:], sides[1], *names[1:]]
@@ -209,7 +209,7 @@ def table(rows: Mapping[str, Sequence[Judged]]) -> str:
 
 
 def _rank(queries: Queries, scores: Tensor) -> Tensor:
-    """(Q, 5) in the order of `Ranked`, 0 to 1, in float64."""
+    """Compute (Q, 5) in the order of `Ranked`, 0 to 1, in float64."""
     there = queries.items >= 0
     own = scores.gather(1, queries.items.clamp_min(0)).masked_fill(~there, -torch.inf)
     best = own.amax(1, keepdim=True)
@@ -302,8 +302,11 @@ def read_captions(path: Path) -> Captions:
         DataError: it cannot be read, or has neither layout.
     """
     value = parse(path)
+    by_image: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
     try:
-        return _collect(_coco(value) if "annotations" in value else _karpathy(value))
+        for image, text, number in _numbered_captions(value):
+            by_image[int(image)].append((text.strip(), int(number)))
+        return by_image
     except (KeyError, TypeError, ValueError):
         raise DataError(
             f"{path}: no ids of COCO's captions in it; give captions_val2014.json or "
@@ -338,23 +341,15 @@ def image_id(name: str) -> int | None:
     return int(digits[0]) if digits else None
 
 
-def _coco(value: Mapping[str, Any]) -> Iterable[tuple[int, str, int]]:
-    return [(a["image_id"], a["caption"], a["id"]) for a in value["annotations"]]
-
-
-def _karpathy(value: Mapping[str, Any]) -> Iterable[tuple[int, str, int]]:
+def _numbered_captions(value: Mapping[str, Any]) -> Iterable[tuple[int, str, int]]:
+    """List image number, text and caption number of COCO's layout or Karpathy's."""
+    if "annotations" in value:
+        return [(a["image_id"], a["caption"], a["id"]) for a in value["annotations"]]
     return [
         (image["cocoid"], sentence["raw"], sentence["sentid"])
         for image in value["images"]
         for sentence in image["sentences"]
     ]
-
-
-def _collect(captions: Iterable[tuple[int, str, int]]) -> Captions:
-    by_image: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
-    for image, text, number in captions:
-        by_image[int(image)].append((text.strip(), int(number)))
-    return by_image
 
 
 def _plain(text: str) -> str:

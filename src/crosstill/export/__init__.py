@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from crosstill.errors import ConfigError
-from crosstill.export.base import (
-    MAX_LOSS,
-    BundleOptions,
-    Exported,
-    FolderOptions,
-    Form,
-    Options,
-)
+from crosstill.export.base import MAX_LOSS, BundleOptions, Exported, FolderOptions, Form, Options
 from crosstill.plugins import Kind
 
 if TYPE_CHECKING:

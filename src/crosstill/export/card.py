@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from crosstill.evaluate.tabular import markdown
 from crosstill.export.base import Form
-from crosstill.preprocess import Preprocess
+from crosstill.formats import markdown
+from crosstill.pixels import Preprocess
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -39,10 +39,10 @@ from crosstill.export.base import Form, Options
 from crosstill.export.card import Facts
 from crosstill.export.gates import Parity, ReferenceModel, measure_parity
 from crosstill.export.provenance import Provenance
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess
 from crosstill.progress import quiet
 from crosstill.students.student import Student
-from crosstill.towers import narrow
+from crosstill.towers import tower_parts
 from crosstill.towers.tower_parts import describe, restore
 
 _HEADS = {"image_head": "visual_projection", "text_head": "text_projection"}
@@ -255,7 +255,7 @@ def _weights(student: Student) -> dict[str, Tensor]:
     return {
         f"{theirs}.{name}": value
         for ours, theirs in {**_TOWERS, **_HEADS}.items()
-        for name, value in narrow.whole(getattr(student, ours)).state_dict().items()
+        for name, value in tower_parts.with_whole_table(getattr(student, ours)).state_dict().items()
     }
 
 
@@ -366,7 +366,7 @@ def fast_tokenizer(student: Student) -> PreTrainedTokenizerFast:
 
 def plain_tower(module: nn.Module) -> Any:
     """Copy a tower for another library, since saving one writes into its configuration."""
-    copy = narrow.whole(module)
+    copy = tower_parts.with_whole_table(module)
     return copy.to("cpu", torch.float32).to(memory_format=torch.contiguous_format).eval()
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crosstill import files, students
+from crosstill import files, models, students
 from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
@@ -13,8 +13,6 @@ from crosstill.evaluate.embedding import teacher_recall
 from crosstill.evaluate.evaluation import judge, six
 from crosstill.evaluate.recall import Retrieval
 from crosstill.export.card import Facts, Origin, Score
-from crosstill.models import open as open_model
-from crosstill.models import split_width
 from crosstill.students.student import Student
 from crosstill.train import Run
 from crosstill.train import folder as runs
@@ -112,14 +110,14 @@ def find(
         ModelError: there is no student, or one that reads pairs.
         InputError: the run has not finished.
     """
-    if isinstance(source, Student):
-        folder = Path(source.source).parent if source.source else None
-        student, run = source, folder if folder and runs.is_run(folder) else None
-    else:
+    if isinstance(source, str | Path | Run):
         place = source.folder if isinstance(source, Run) else source
-        folder, _ = split_width(place)
+        folder, _ = models.split_width(place)
         student = _student(folder, place)
         run = next((place for place in (folder, folder.parent) if runs.is_run(place)), None)
+    else:
+        home = Path(source.source).parent if source.source else None
+        student, run = source, home if home and runs.is_run(home) else None
     student = student.to("cpu").eval()
     if student.config.widths:  # turned, so that whoever opens it may cut its rows
         student = students.shorten(student, student.dim)
@@ -132,9 +130,10 @@ def _student(folder: Path, place: str | Path) -> Student:
         raise InputError(
             f"{folder}: the run is not finished; finish it with `crosstill train … --resume`"
         )
-    model = open_model(place, "live")
-    if isinstance(model, Student):
-        return model
+    student = models.open_student(place)
+    if student is not None:
+        return student
+    models.open(place, "live")  # refuses what is no model at all
     raise ModelError(
         f"{folder}: only a student of ours (a dual encoder that crosstill trained) is exported"
     )

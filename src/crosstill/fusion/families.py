@@ -27,7 +27,7 @@ from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.meter import RECORD, Meter
 from crosstill.images import normalise
 from crosstill.progress import quiet
-from crosstill.teachers.heads import TYPES, image_outputs, text_outputs, text_positions
+from crosstill.teachers.dual import TYPES, image_outputs, text_outputs, text_positions
 from crosstill.towers import hub, processors
 from crosstill.towers.processors import check_size
 from crosstill.towers.tower_parts import additive

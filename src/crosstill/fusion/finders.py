@@ -1,6 +1,8 @@
 """Finders of false candidates: a seed, or a dual encoder whose highest cosines are taken."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +10,11 @@ import torch
 from torch import Tensor
 
 from crosstill import decoding, images, progress
-from crosstill.cache.format import Cache
+from crosstill.cache import Cache, is_cache
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.fusion import candidates
+from crosstill.models import open as open_model
 from crosstill.teachers.base import Teacher, embed_by_length
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
@@ -21,16 +24,30 @@ BATCH = 64  # images or texts in one pass
 Finder = str | Cache | Teacher
 
 
+def opened(find: str | Path | Finder) -> Finder:
+    """Open a finder that is given by name: a way to draw, a cache of features, or a model.
+
+    Raises:
+        ConfigError: a mistyped way to draw.
+        ModelError: no model, or none that embeds.
+    """
+    if not isinstance(find, str | Path) or find in candidates.FINDERS:
+        return find
+    if is_cache(find):
+        return Cache(find)
+    if not Path(find).exists() and get_close_matches(str(find), candidates.FINDERS, n=1):
+        raise unknown("candidate finder", str(find), candidates.FINDERS)
+    return open_model(find, "encoder")
+
+
 def check(find: Finder, pairs: Pairs) -> None:
     """Refuse a finder that cannot find candidates, before any work is done.
 
     Raises:
-        ConfigError: an unknown name, a model without features, or features of one side only.
+        ConfigError: a model without features, or features of one side only.
         MismatchError: a cache of another dataset.
     """
     if isinstance(find, str):
-        if find not in candidates.FINDERS:
-            raise unknown("candidate finder", find, candidates.FINDERS)
         return
     if isinstance(find, FeaturesTeacher) or not isinstance(find, Cache | Teacher):
         name = getattr(find, "name", None) or getattr(find, "folder", type(find).__name__)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crosstill import artefacts
-from crosstill.errors import CorruptError
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.meter_network import ClipVisual, CoAttention, Shape
 from crosstill.images import Preprocess, normalise
-from crosstill.towers import saved, tower_parts
+from crosstill.towers import hub, tower_parts
 from crosstill.types import States
 
 RECORD = "matcher.json"
@@ -131,7 +130,7 @@ class Meter(Matcher):
             "max_length": self.max_length,
             "licence": self.licence,
         }
-        saved.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
+        hub.save(folder, RECORD, record, self.state_dict(), self.tokenizer)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | None = None) -> Meter:
@@ -141,7 +140,7 @@ class Meter(Matcher):
             ModelError: the folder holds no such model.
             CorruptError: one of its files was damaged; it is named.
         """
-        record, weights, tokenizer = saved.read(folder, RECORD)
+        record, weights, tokenizer = hub.read_saved(folder, RECORD)
         with artefacts.readable(folder / RECORD), torch.random.fork_rng():
             parts = Parts(
                 image_tower=_restore(record["towers"]["image"], record["pooling"]["image"]),
@@ -154,11 +153,8 @@ class Meter(Matcher):
                 text_pooling=record["pooling"]["text"],
             )
             model = cls(parts, CoAttention(Shape(**record["shape"])), record["name"])
-        try:
+        with hub.fitting(folder, "model"):
             model.load_state_dict(weights)
-        except RuntimeError as error:
-            path = folder / saved.WEIGHTS
-            raise CorruptError(f"{path}: not the weights of this model ({error})") from None
         model.source = str(folder.absolute())
         where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return model.freeze_towers().to(where).eval()

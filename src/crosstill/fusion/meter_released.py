@@ -17,7 +17,7 @@ from transformers import RobertaConfig, RobertaModel
 from crosstill.errors import ConfigError, ModelError
 from crosstill.fusion.meter import RECORD, Meter, Parts
 from crosstill.fusion.meter_network import ClipVisual, CoAttention, Shape
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
 from crosstill.towers import hub, tower_parts
 from crosstill.towers.tower_parts import grid_of, resized_positions

@@ -19,8 +19,8 @@ from crosstill.evaluate.cost import Stopwatch, figure, one_thread
 from crosstill.evaluate.embedding import captions, embed, readable
 from crosstill.evaluate.evaluation import HEADINGS, Evaluation, remarks, six
 from crosstill.evaluate.recall import Retrieval, from_scores
-from crosstill.evaluate.tabular import aligned
 from crosstill.evaluate.truth import Truth
+from crosstill.formats import aligned
 from crosstill.fusion import measure
 from crosstill.fusion.matcher import Matcher
 from crosstill.images import Quarantine

@@ -55,7 +55,7 @@ def build_scores(  # noqa: PLR0913  (every option of a cache is an argument)
     *,
     false: int = 63,
     false_images: int = 7,
-    find: finders.Finder = "random",
+    find: str | Path | finders.Finder = "random",
     seed: int = 0,
     strict: bool = False,
     teacher_licence: str | None = None,
@@ -69,7 +69,8 @@ def build_scores(  # noqa: PLR0913  (every option of a cache is an argument)
         folder: where the cache is, or is to be.
         false: false captions of each image.
         false_images: false images of each caption.
-        find: "random", "batch", or the model or cache whose highest cosines are taken.
+        find: "random", "batch", or the model or cache whose highest cosines are taken, or its
+            folder.
         seed: of what is drawn.
         strict: stop at the first unreadable image.
         teacher_licence: where the teacher's card does not say.
@@ -86,7 +87,7 @@ def build_scores(  # noqa: PLR0913  (every option of a cache is an argument)
     options = ScoreOptions(
         false=false,
         false_images=false_images,
-        find=find,
+        find=finders.opened(find),
         seed=seed,
         strict=strict,
         teacher_licence=teacher_licence,

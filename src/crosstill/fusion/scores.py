@@ -87,6 +87,13 @@ class ScoreCache(format.CacheBase):
         """List the false images of a caption row, ascending, and their scores, if any."""
         return self._of(self.by_caption, caption)
 
+    def summary(self) -> str:
+        """As `CacheBase.summary`: the number of pairs, and how many of each were wanted."""
+        pairs, key = f"{len(self.pair_captions):,} pairs", self.header["key"]
+        scored = pairs if self.scores is not None else f"{pairs} without scores"
+        counts = f"F = {key['false']} false captions an image, {key['false_images']} images a"
+        return f"{scored} ({counts} caption)"
+
     def least_false(self, split: str) -> tuple[int, int]:
         """Count the fewest false captions of an image of a split, and false images of a caption."""
         rows = self.split(split)

@@ -20,7 +20,7 @@ from crosstill.progress import quiet
 from crosstill.students.student import Student
 from crosstill.students.student_config import FusionConfig, load_config
 from crosstill.teachers.dual import DualEncoder
-from crosstill.towers import narrow, vocabulary
+from crosstill.towers import tower_parts, vocabulary
 
 
 def build(
@@ -85,7 +85,7 @@ def _on_towers(config: FusionConfig) -> Meter:
 def _parts(dual: Student | DualEncoder, max_length: int) -> Parts:
     """The towers of a dual encoder, pooled as it pools them."""
     if isinstance(dual, Student):
-        towers: tuple[Any, Any] = dual.image_tower, narrow.whole(dual.text_tower)
+        towers: tuple[Any, Any] = dual.image_tower, tower_parts.with_whole_table(dual.text_tower)
         pooling, limit = (
             (dual.config.image.pooling, dual.config.text.pooling),
             dual.config.max_length,

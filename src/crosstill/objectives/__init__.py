@@ -11,7 +11,7 @@ from crosstill.objectives.base import Input, ListInput, Objective
 
 __all__ = ["LOSSES", "Input", "ListInput", "Objective", "build", "known"]
 
-LOSSES = plugins.Kind(__name__, "loss", shared=frozenset({"base", "wrappers"}))
+LOSSES = plugins.Kind(__name__, "loss", shared=frozenset({"base", "parts", "wrappers"}))
 
 
 def known() -> list[str]:
@@ -42,5 +42,5 @@ def build(
     loss = LOSSES.find_class(name, Objective)
     arguments = {"dim": dim, "seed": seed, "keys": keys}
     accepted = plugins.options(loss)
-    given = {k: v for k, v in arguments.items() if k in accepted and v is not None}
-    return plugins.construct(loss, f"loss {name!r}", given, options)
+    fitting = {k: v for k, v in arguments.items() if k in accepted and v is not None}
+    return plugins.construct(loss, f"loss {name!r}", fitting, options)

@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Input, Objective
-from crosstill.objectives.parts.batch_scores import widened
+from crosstill.objectives.parts import widened
 from crosstill.types import Hidden
 
 

@@ -13,13 +13,7 @@ from torch.nn import functional
 
 from crosstill.errors import ConfigError, unknown
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.batch_scores import (
-    batch_logits,
-    contrast,
-    divergence,
-    logits,
-    similarity,
-)
+from crosstill.objectives.parts import batch_logits, contrast, divergence, logits, similarity
 from crosstill.plugins import positive
 from crosstill.types import Features
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.batch_scores import similarity
-from crosstill.objectives.parts.memory import Queue
+from crosstill.objectives.parts import Queue, similarity
 from crosstill.plugins import positive
 from crosstill.types import Features
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import ListInput, Objective
 from crosstill.objectives.info_nce import InfoNCE
-from crosstill.objectives.parts.batch_scores import hardest, others, similarity
+from crosstill.objectives.parts import hardest, others, similarity
 from crosstill.plugins import positive
 from crosstill.types import Features, Lists
 

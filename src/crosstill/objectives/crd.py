@@ -12,8 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.batch_scores import similarity
-from crosstill.objectives.parts.memory import Bank, draw
+from crosstill.objectives.parts import Bank, draw, similarity
 from crosstill.plugins import positive
 from crosstill.types import Features
 

@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import ListInput, Objective
-from crosstill.objectives.parts.batch_scores import hardest, list_cross_entropy, similarity
+from crosstill.objectives.parts import hardest, list_cross_entropy, similarity
 from crosstill.plugins import positive
 from crosstill.types import Features, Lists
 
@@ -96,7 +96,11 @@ class DCD(Objective):
         scores = (similarity(*student) - self.threshold) / self.temperature
         target = (similarity(*teacher).detach() - self.threshold) / self.temperature
         tables = {"image": (scores, target), "text": (scores.T, target.T)}
-        terms = [self._dense(*tables[direction], ids) for direction in self.directions]
+        terms = []
+        for student_rows, teacher_rows in map(tables.__getitem__, self.directions):
+            lists = hardest(teacher_rows, student_rows.detach(), ids, self.hardest)
+            picked = lists.pick(student_rows), lists.pick(teacher_rows)
+            terms.append(self._weighted(*picked, lists.valid))
         return torch.stack(terms).mean()
 
     def rank(self, lists: Lists) -> Tensor:
@@ -112,15 +116,16 @@ class DCD(Objective):
             student[:, :size], teacher[:, :size], lists.valid[direction][:, :size]
         )
 
-    def _dense(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-        """Compute the loss of the rows of two (B, B) score matrices."""
-        lists = hardest(teacher, student.detach(), ids, self.hardest)
-        return self._weighted(lists.pick(student), lists.pick(teacher), lists.valid)
-
     def _weighted(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
         """Compute the chosen variant of two (B, N) score lists."""
-        variant = VARIANTS[self.variant]
-        return variant(student, teacher, valid, alpha=self.alpha, reduction=self.reduction)
+        return variant_loss(
+            student,
+            teacher,
+            valid,
+            variant=self.variant,
+            alpha=self.alpha,
+            reduction=self.reduction,
+        )
 
 
 def uncertainty(teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -158,73 +163,46 @@ def binary_cross_entropy(student: Tensor, valid: Tensor | None = None) -> Tensor
     return _row_mean(functional.softplus, student * sign, valid)
 
 
-def uncertainty_loss(
+def variant_loss(
     student: Tensor,
     teacher: Tensor,
     valid: Tensor | None = None,
     *,
+    variant: Variant = "uncertainty",
     alpha: float = 0.2,
     reduction: Reduction = "sample",
 ) -> Tensor:
-    """Compute the uncertainty-weighted loss: sure queries follow the teacher, others the labels.
+    """Compute one of the three sums that stand at the top of this file.
 
     Args:
         student: (B, N) scores.
         teacher: (B, N) scores, without gradient.
         valid: (B, N) bool or None.
+        variant: "uncertainty": sure queries follow the teacher, others the labels; "focal":
+            queries harder for the student than for the teacher weigh more; "plain": the
+            ablation's baseline, without dynamic weights.
         alpha: share of the distillation.
         reduction: "sample" weights each query's own error. "released" is what the authors' code
-            computes: the weights multiply an error that is already averaged over the batch, and
-            as they sum to 1 they have no effect.
+            computes: the weights multiply an error that is already averaged over the batch, so
+            that those of "uncertainty", which sum to 1, have no effect.
 
     Returns:
         A scalar.
     """
-    uncertain = uncertainty(teacher, valid)
-    distil = (confidence(uncertain) * _error(student, teacher, valid, reduction)).sum()
-    task = (uncertain * binary_cross_entropy(student, valid)).sum()
-    return alpha * distil + (1 - alpha) * task
-
-
-def focal_loss(
-    student: Tensor,
-    teacher: Tensor,
-    valid: Tensor | None = None,
-    *,
-    alpha: float = 0.2,
-    reduction: Reduction = "sample",
-) -> Tensor:
-    """Compute the focal loss: queries harder for the student than for the teacher weigh more.
-
-    Args and the result are those of `uncertainty_loss`; under "released" the mean of the
-    weights multiplies the batch's error.
-    """
-    student_loss = list_cross_entropy(student, valid)
-    teacher_loss = list_cross_entropy(teacher, valid)
-    # a teacher without any doubt has CE 0; a student that doubts then has weight 1
-    weight = -torch.expm1(-student_loss / teacher_loss.clamp(min=_tiny(teacher_loss)))
-    error = _error(student, teacher, valid, reduction)
-    return alpha * (weight * error).mean() + student_loss.mean()
-
-
-def plain_loss(
-    student: Tensor,
-    teacher: Tensor,
-    valid: Tensor | None = None,
-    *,
-    alpha: float = 0.2,
-    reduction: Reduction = "sample",
-) -> Tensor:
-    """Compute the loss without dynamic weights, the ablation's baseline.
-
-    Args and the result are those of `uncertainty_loss`.
-    """
+    if variant == "focal":
+        student_loss = list_cross_entropy(student, valid)
+        teacher_loss = list_cross_entropy(teacher, valid)
+        # a teacher without any doubt has CE 0; a student that doubts then has weight 1
+        weight = -torch.expm1(-student_loss / teacher_loss.clamp(min=_tiny(teacher_loss)))
+        error = _error(student, teacher, valid, reduction)
+        return alpha * (weight * error).mean() + student_loss.mean()
     error = _error(student, teacher, valid, reduction)
     task = binary_cross_entropy(student, valid)
-    return alpha * error.mean() + (1 - alpha) * task.mean()
-
-
-VARIANTS = {"uncertainty": uncertainty_loss, "focal": focal_loss, "plain": plain_loss}
+    if variant == "plain":
+        return alpha * error.mean() + (1 - alpha) * task.mean()
+    uncertain = uncertainty(teacher, valid)
+    distil = (confidence(uncertain) * error).sum()
+    return alpha * distil + (1 - alpha) * (uncertain * task).sum()
 
 
 def _error(student: Tensor, teacher: Tensor, valid: Tensor | None, reduction: Reduction) -> Tensor:

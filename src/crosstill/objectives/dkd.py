@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.batch_scores import batch_logits, divergence
+from crosstill.objectives.parts import batch_logits, divergence
 from crosstill.plugins import positive
 from crosstill.types import Features
 

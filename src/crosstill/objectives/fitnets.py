@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, mse_loss
 
 from crosstill.objectives.at import common_size
 from crosstill.objectives.base import Input, Objective
-from crosstill.objectives.parts.batch_scores import widened
+from crosstill.objectives.parts import widened
 from crosstill.types import Hidden
 
 

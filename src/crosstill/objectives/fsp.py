@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 
 from crosstill.errors import MismatchError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.batch_scores import similarity
+from crosstill.objectives.parts import similarity
 from crosstill.types import Features
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.batch_scores import similarity
+from crosstill.objectives.parts import similarity
 from crosstill.types import Features
 
 Negatives = Literal["hardest", "all"]

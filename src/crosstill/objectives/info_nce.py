@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosstill.objectives.base import ListInput, Objective
-from crosstill.objectives.parts.batch_scores import contrast, list_cross_entropy
+from crosstill.objectives.parts import contrast, list_cross_entropy
 from crosstill.plugins import positive
 from crosstill.types import Features, Lists
 

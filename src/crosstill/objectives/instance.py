@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosstill.objectives.base import OneSided
-from crosstill.objectives.parts.batch_scores import diagonal_cross_entropy, logits
+from crosstill.objectives.parts import diagonal_cross_entropy, logits
 from crosstill.plugins import positive
 from crosstill.types import Features
 
@@ -32,10 +32,9 @@ class InstanceDiscrimination(OneSided):
         self.temperature = temperature
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        sides = [self._one_side(s, t, ids) for s, t in self.pairs(student, teacher)]
+        sides = []
+        for own, other in self.pairs(student, teacher):
+            forth = diagonal_cross_entropy(logits(own, other, ids, self.temperature))
+            back = diagonal_cross_entropy(logits(other, own, ids, self.temperature))
+            sides.append((forth + back) / 2)
         return torch.stack(sides).sum()
-
-    def _one_side(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-        forth = diagonal_cross_entropy(logits(student, teacher, ids, self.temperature))
-        back = diagonal_cross_entropy(logits(teacher, student, ids, self.temperature))
-        return (forth + back) / 2

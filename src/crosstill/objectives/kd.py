@@ -7,7 +7,7 @@ and the batch's own images for a caption.
 from torch import Tensor
 
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts.batch_scores import batch_logits, divergence
+from crosstill.objectives.parts import batch_logits, divergence
 from crosstill.plugins import positive
 from crosstill.types import Features
 

@@ -9,7 +9,7 @@ from torch.nn.functional import mse_loss
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Input, Objective
-from crosstill.objectives.parts.batch_scores import widened
+from crosstill.objectives.parts import widened
 from crosstill.types import Features
 
 

@@ -1,10 +1,22 @@
 """Losses around losses: one loss for each width of an embedding.
 
+One student, several embedding sizes (Matryoshka representations, arXiv 2205.13147): the first w
+numbers of an embedding, at length 1, are an embedding too. The teacher decides what comes first:
+its rows are turned to their principal axes, which changes no cosine and puts the best
+w-dimensional picture of them (Eckart and Young, 1936) into the first w numbers. So of student and
+teacher alike
+
+    cut(r, w) = (r A_w) / |r A_w|,    A_w (D, w): the first w principal axes of the teacher's rows
+
+and every loss fits every width. The student learns the mean over its widths of each loss of both
+cuts (eq. 1 of the paper, with the weights 1 / |widths|). The full width is always among them and
+is not turned, so that whoever compares student and teacher need not know of this.
+
 A wrapper takes over what its loss declares, but for candidate lists: scores of lists have no rows
 that could be cut.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +25,8 @@ from torch.nn.functional import normalize
 
 from crosstill.objectives.base import Objective
 from crosstill.types import Features
+
+ROWS = 20_000  # of a side that principal axes are computed of: far more than there are axes
 
 
 class PerWidth(Objective):
@@ -60,3 +74,19 @@ def cut(features: Features, axes: Tensor, unit: bool = True) -> Features:
     """
     sides = (side @ axes.to(side) if side.numel() else side for side in features)
     return Features(*(normalize(side, dim=-1) if unit else side for side in sides))
+
+
+def principal_axes(rows: Sequence[Tensor]) -> Tensor:
+    """Compute the principal axes (D, D) of several sets of rows, the largest first.
+
+    All sets count alike. The axes are columns, and not centred: cosines are of the rows as they
+    are.
+
+    Args:
+        rows: (N, D) each, such as those of images and those of captions.
+    """
+    moments = [side.double().T @ side.double() / len(side) for side in rows]
+    directions = torch.linalg.eigh(sum(moments[1:], start=moments[0])).eigenvectors.flip(1)
+    # a sign for each, the same in every library
+    signs = directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    return (directions * signs).float()

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosstill import ablate
+from crosstill import ablate, formats
 from crosstill.ablate.results import Row, Table, latex, legend, markdown
 from crosstill.errors import InputError
-from crosstill.evaluate import Evaluation, table, tabular
+from crosstill.evaluate import Evaluation, table
 from crosstill.evaluate.evaluation import HEADINGS, LATENCY
 from crosstill.files import VERSION
 from crosstill.report import curves, html_page, run_results, space
@@ -43,7 +43,7 @@ def write_run(folder: Path, out: Path, latency: bool) -> Path:
     heads, body = _cells(results)
     texts = {
         "table.md": "\n\n".join([table(_rows(results)), results.summary, *results.notes]) + "\n",
-        "table.tex": tabular.latex(results.summary, heads, body),
+        "table.tex": formats.latex(results.summary, heads, body),
     }
     page = html_page.html(title, results.summary, sections)
     return html_page.save(out, page, texts, ("report.json", _figures(results, shown)))

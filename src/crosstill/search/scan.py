@@ -22,7 +22,7 @@ import numpy as np
 
 from crosstill import decoding, formats, pixels
 from crosstill.errors import DataError, ImageError
-from crosstill.preprocess import Preprocess
+from crosstill.pixels import Preprocess
 
 MAX_BYTES = 2**29  # of one photo's file: what a worker is ready to hold
 CAPTION = 10_000  # characters of a caption that are kept

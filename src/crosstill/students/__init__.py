@@ -8,16 +8,10 @@ import torch
 
 from crosstill.data.pairs import read_licence
 from crosstill.errors import ConfigError, MismatchError
-from crosstill.students.matryoshka import shorten
+from crosstill.students import student_config
 from crosstill.students.student import Student
-from crosstill.students.student_config import (
-    ImageTowerConfig,
-    StudentConfig,
-    TextTowerConfig,
-    TowerConfig,
-    load_config,
-)
-from crosstill.towers import hub, narrow, processors, tower_parts, vocabulary
+from crosstill.students.student_config import StudentConfig, load_config
+from crosstill.towers import hub, processors, tower_parts, vocabulary
 
 __all__ = ["build", "load", "load_config", "shorten"]
 
@@ -72,7 +66,36 @@ def load(folder: str | Path) -> Student:
     return Student.load(Path(folder))
 
 
-def image_part(config: ImageTowerConfig) -> tower_parts.ImagePart:
+def shorten(student: Student, width: int) -> Student:
+    """Cut a student to its first `width` numbers: the same towers under smaller heads.
+
+    Of a student with several widths they lie along its axes. At its full width, the first w
+    numbers of what this gives are, at length 1, the embedding of any width w.
+
+    Raises:
+        ConfigError: it is not that wide.
+    """
+    if not 0 < width <= student.dim:
+        raise ConfigError(f"{student.name}: has embeddings of {student.dim}, not of {width}")
+    name = student.name if width == student.dim else f"{student.name}@{width}"
+    changes = {"dim": width, "widths": (), "name": name}
+    training, licences = student.training, student.licences
+    with torch.random.fork_rng():
+        again = Student(
+            student.config.model_copy(update=changes),
+            tower_parts.ImagePart(student.image_tower, student.preprocess, licences["image"]),
+            tower_parts.TextPart(student.text_tower, student.tokenizer, licences["text"]),
+        ).to(student.device)
+    axes = student.axes if student.config.widths else torch.eye(student.dim, device=student.device)
+    for side in ("image_head", "text_head"):
+        weights = getattr(student, side).state_dict().items()
+        turned = {name: axes[:, :width].T @ value for name, value in weights}
+        getattr(again, side).load_state_dict(turned)
+    again.source = student.source
+    return again.train(training)
+
+
+def image_part(config: student_config.ImageTowerConfig) -> tower_parts.ImagePart:
     """Read or start an image tower; its preprocess is that of its source: see `processors.fit`.
 
     Raises:
@@ -88,7 +111,9 @@ def image_part(config: ImageTowerConfig) -> tower_parts.ImagePart:
     return tower_parts.ImagePart(tower, processors.fit(folder, tower), read_licence(folder))
 
 
-def text_part(config: TextTowerConfig, captions: Sequence[str]) -> tower_parts.TextPart:
+def text_part(
+    config: student_config.TextTowerConfig, captions: Sequence[str]
+) -> tower_parts.TextPart:
     """Read or start a text tower; the captions train or trim its vocabulary.
 
     Raises:
@@ -109,11 +134,11 @@ def text_part(config: TextTowerConfig, captions: Sequence[str]) -> tower_parts.T
             tokenizer, rows = vocabulary.trim(tokenizer, captions)
             tower = tower_parts.with_rows(tower, config.pooling, tokenizer, rows)
     if config.narrow is not None:
-        narrow.fit(tower, config.narrow)
+        tower_parts.factor_table(tower, config.narrow)
     return tower_parts.TextPart(tower, tokenizer, licence)
 
 
-def _started(config: TowerConfig) -> Any:
+def _started(config: student_config.TowerConfig) -> Any:
     """Build the configuration of a tower that starts at random, cut to its layers."""
     start = tower_parts.restore(dict(config.config or {}))
     if config.layers is not None:

@@ -13,34 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerFast
 
 from crosstill import artefacts, files
-from crosstill.errors import ConfigError, CorruptError
+from crosstill.errors import ConfigError
 from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
-from crosstill.students.student_config import (
-    ImageTowerConfig,
-    StudentConfig,
-    TextTowerConfig,
-    parse,
-)
-from crosstill.teachers.base import (
-    Kind,
-    embed_by_length,
-    embed_pixels,
-    encode_by_length,
-    evaluating,
-    tensors_digest,
-    unit,
-)
-from crosstill.towers import narrow, saved
-from crosstill.towers.tower_parts import (
-    ImagePart,
-    TextPart,
-    assemble,
-    describe,
-    pool,
-    restore,
-    token_embeddings,
-)
+from crosstill.students import student_config
+from crosstill.students.student_config import StudentConfig
+from crosstill.teachers import base
+from crosstill.towers import hub, tower_parts
+from crosstill.towers.tower_parts import ImagePart, TextPart
 from crosstill.towers.vocabulary import plain
 from crosstill.types import Features
 
@@ -71,10 +51,10 @@ class Student(nn.Module):
         preprocess: how it wants its images.
         tokenizer: already set to truncate at `config.max_length`.
         licences: of the pretrained towers, by "image" and "text".
-        axes: (D, D), columns, of a student with several widths: see `matryoshka`.
+        axes: (D, D), columns, of a student with several widths: see `shorten`.
     """
 
-    kind: ClassVar[Kind] = "encoder"
+    kind: ClassVar[base.Kind] = "encoder"
     modalities = frozenset({"image", "text"})
     axes: Tensor
 
@@ -133,7 +113,7 @@ class Student(nn.Module):
         return self
 
     def forward(self, images: Tensor, texts: Tokens | Tensor, normalise: bool = True) -> Features:
-        """Both towers' rows, (B, D) each.
+        """Run both towers: rows (B, D) of each.
 
         Args:
             images: uint8 pixels (B, 3, H, W), or (B, W) pooled before, for a frozen tower.
@@ -147,15 +127,15 @@ class Student(nn.Module):
         return Features(self.embed_image(image), self.embed_text(text))
 
     def pool_image(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W), uint8 or normalised floats, → the tower's own rows (B, W)."""
+        """Pool pixels (B, 3, H, W), uint8 or normalised floats, → the tower's own rows (B, W)."""
         values = normalise(pixels, self.preprocess) if pixels.dtype == torch.uint8 else pixels
         values = values.contiguous(memory_format=torch.channels_last)
-        return pool(self.image_tower(pixel_values=values), self.config.image.pooling)
+        return tower_parts.pool(self.image_tower(pixel_values=values), self.config.image.pooling)
 
     def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Tokens (B, L) → the tower's own rows (B, W)."""
+        """Pool tokens (B, L) → the tower's own rows (B, W)."""
         output = self.text_tower(input_ids=input_ids, attention_mask=attention_mask)
-        return pool(output, self.config.text.pooling, attention_mask)
+        return tower_parts.pool(output, self.config.text.pooling, attention_mask)
 
     def _pool_by_length(self, texts: Tokens) -> Tensor:
         """`pool_text` in chunks of similar length: on a CPU padding is work (1.5 x measured)."""
@@ -166,34 +146,34 @@ class Student(nn.Module):
         def pool_rows(rows: list[int]) -> Tensor:
             return self.pool_text(*(part[rows, : lengths[rows[-1]]] for part in texts))
 
-        return encode_by_length(lengths, pool_rows, CHUNK)
+        return base.encode_by_length(lengths, pool_rows, CHUNK)
 
     def embed_image(self, pooled: Tensor) -> Tensor:
-        """(B, W) → unit rows (B, D)."""
+        """Project pooled (B, W) → unit rows (B, D)."""
         return functional.normalize(self.image_head(pooled), dim=-1)
 
     def embed_text(self, pooled: Tensor) -> Tensor:
-        """(B, W) → unit rows (B, D)."""
+        """Project pooled (B, W) → unit rows (B, D)."""
         return functional.normalize(self.text_head(pooled), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) → unit rows (B, D)."""
+        """Embed pixels (B, 3, H, W) → unit rows (B, D)."""
         return self.embed_image(self.pool_image(pixels))
 
     def encode_text(self, tokens: Tokens) -> Tensor:
-        """Tokens (B, L) → unit rows (B, D)."""
+        """Embed tokens (B, L) → unit rows (B, D)."""
         return self.embed_text(self.pool_text(*tokens))
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special ones included, at most `max_length`."""
+        """Return the token ids of each text, special ones included, at most `max_length`."""
         return [encoding.ids for encoding in self._encodings(texts)]
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are cut at `max_length`."""
+        """Count the texts that are cut at `max_length`."""
         return sum(bool(encoding.overflowing) for encoding in self._encodings(texts))
 
     def pad(self, ids: Sequence[Sequence[int]]) -> Tokens:
-        """Token ids of B texts → (B, L) with L that of the longest."""
+        """Pad the token ids of B texts → (B, L) with L that of the longest."""
         rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
         masks = [torch.ones_like(row) for row in rows]
         padding = float(self.tokenizer.pad_token_id or 0)
@@ -206,21 +186,21 @@ class Student(nn.Module):
         """As `Teacher.embed_images`; the training mode is as before afterwards."""
         if not len(pixels):
             return torch.empty(0, self.dim)
-        with evaluating(self):
-            return unit(embed_pixels(pixels, self.encode_image, self.device), self.name)
+        with base.evaluating(self):
+            return base.unit(base.embed_pixels(pixels, self.encode_image, self.device), self.name)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """As `Teacher.embed_texts`; the training mode is as before afterwards."""
         if not texts:
             return torch.empty(0, self.dim)
-        with evaluating(self):
-            return unit(embed_by_length(texts, self._embed_texts), self.name)
+        with base.evaluating(self):
+            return base.unit(base.embed_by_length(texts, self._embed_texts), self.name)
 
     def identity(self) -> dict[str, str]:
-        """See `Teacher`; computed anew each time, since training changes the weights."""
+        """As `Teacher.identity`; computed anew each time, since training changes the weights."""
         parts = (self.image_tower.config, self.text_tower.config)
         return {
-            "weights": tensors_digest(self.state_dict()),
+            "weights": base.tensors_digest(self.state_dict()),
             "preprocess": self.preprocess.digest(),
             "tokenizer": files.digest_json(self.tokenizer.backend_tokenizer.to_str()),
             "activation": "/".join(str(getattr(part, "hidden_act", "none")) for part in parts),
@@ -228,10 +208,10 @@ class Student(nn.Module):
         }
 
     def tower_digest(self, side: str) -> str:
-        """SHA-256 of all that decides what `pool_image` or `pool_text` gives."""
+        """Return the SHA-256 of what decides the rows of `pool_image` or `pool_text`."""
         config = getattr(self.config, side)
         reads = self.preprocess.digest() if side == "image" else self.identity()["tokenizer"]
-        weights = tensors_digest(getattr(self, f"{side}_tower").state_dict())
+        weights = base.tensors_digest(getattr(self, f"{side}_tower").state_dict())
         return files.digest_json([weights, config.pooling, reads])
 
     def save(self, folder: Path) -> None:
@@ -245,7 +225,7 @@ class Student(nn.Module):
             "preprocess": self.preprocess.to_json(),
             "licences": self.licences,
         }
-        saved.write(folder, RECORD, record, self.state_dict(), self.tokenizer)
+        hub.save(folder, RECORD, record, self.state_dict(), self.tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Student:
@@ -255,14 +235,11 @@ class Student(nn.Module):
             ModelError: the folder holds no student.
             CorruptError: one of its files was damaged; it is named.
         """
-        record, weights, tokenizer = saved.read(folder, RECORD)
+        record, weights, tokenizer = hub.read_saved(folder, RECORD)
         with artefacts.readable(folder / RECORD):
             student = cls._assembled(folder, record, tokenizer)
-        try:
+        with hub.fitting(folder, "student"):
             student.load_state_dict(weights)
-        except RuntimeError as error:
-            path = folder / saved.WEIGHTS
-            raise CorruptError(f"{path}: not the weights of this student ({error})") from None
         student.source = str(folder.absolute())
         return student.eval()
 
@@ -271,14 +248,14 @@ class Student(nn.Module):
         cls, folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     ) -> Student:
         """Build a student from its record, with random weights."""
-        config = parse(record["config"], str(folder / RECORD))
+        config = student_config.parse(record["config"], str(folder / RECORD))
         preprocess, licences = Preprocess.from_json(record["preprocess"]), record["licences"]
         image, text = (
-            assemble(restore(part.config or {}), part.pooling)
+            tower_parts.assemble(tower_parts.restore(part.config or {}), part.pooling)
             for part in (config.image, config.text)
         )
         if config.text.narrow is not None:
-            narrow.put(text, config.text.narrow)
+            tower_parts.put_factored(text, config.text.narrow)
         with torch.random.fork_rng():
             return cls(
                 config,
@@ -287,27 +264,29 @@ class Student(nn.Module):
             )
 
     def parameters_by_part(self) -> dict[str, int]:
-        """How many parameters each part has; "text tower" includes "text embeddings"."""
+        """Count the parameters of each part; "text tower" includes "text embeddings"."""
         counts = {
             "image tower": _count(self.image_tower),
             "text tower": _count(self.text_tower),
-            "text embeddings": _count(token_embeddings(self.text_tower)),
+            "text embeddings": _count(tower_parts.token_embeddings(self.text_tower)),
             "heads": _count(self.image_head) + _count(self.text_head),
         }
         return {**counts, "total": _count(self)}
 
     def parameter_count(self) -> int:
-        """How many parameters it has in all."""
+        """Count its parameters."""
         return _count(self)
 
     def _inlined(self) -> StudentConfig:
-        """The configuration with the towers' own in place of where they came from."""
+        """Return the configuration with the towers' own in place of their sources."""
         image, text = self.config.image, self.config.text
-        described = [describe(t.config) for t in (self.image_tower, self.text_tower)]
+        described = [tower_parts.describe(t.config) for t in (self.image_tower, self.text_tower)]
         return self.config.model_copy(
             update={
-                "image": ImageTowerConfig(config=described[0], pooling=image.pooling),
-                "text": TextTowerConfig(
+                "image": student_config.ImageTowerConfig(
+                    config=described[0], pooling=image.pooling
+                ),
+                "text": student_config.TextTowerConfig(
                     config=described[1], pooling=text.pooling, narrow=text.narrow
                 ),
                 "batch_norm": "frozen" if self.config.freezes_batch_norm else "train",
@@ -315,9 +294,9 @@ class Student(nn.Module):
         )
 
     def _image_width(self) -> int:
-        """The width of the image tower's rows, and whether it takes such photos at all."""
+        """Measure the width of the image tower's rows; refuse photos that it does not take."""
         size = self.preprocess.size
-        with evaluating(self):
+        with base.evaluating(self):
             try:
                 return self.pool_image(torch.zeros(1, 3, *size)).shape[1]
             except (RuntimeError, ValueError) as error:
@@ -325,9 +304,9 @@ class Student(nn.Module):
                 raise ConfigError(f"photos of {size} pixels do not fit {kind} ({line})") from None
 
     def _text_width(self) -> int:
-        """The width of the text tower's rows, and whether it takes texts of `max_length`."""
+        """Measure the width of the text tower's rows; refuse a `max_length` that is too long."""
         ids, most = self.tokenize(["a"])[0], self.config.max_length
-        with evaluating(self):
+        with base.evaluating(self):
             width = self.pool_text(*self.pad([ids])).shape[1]
             try:
                 self.pool_text(*self.pad([(ids * most)[:most]]))

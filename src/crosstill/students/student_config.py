@@ -83,7 +83,7 @@ class StudentConfig(_Frozen):
         image: the image tower.
         text: the text tower.
         dim: D, the width of the joint space; None takes that of the teacher.
-        widths: smaller widths to train as well: see `crosstill.students.matryoshka`.
+        widths: smaller widths to train as well: see `crosstill.objectives.wrappers`.
         bias: whether the heads have one.
         max_length: tokens of a caption, special ones included; the rest is cut off.
         batch_norm: whether batch statistics follow the data ("train") or stay as they came
@@ -178,7 +178,7 @@ def _bert(width: int, layers: int) -> dict[str, Any]:
 
 
 def _focalnet() -> dict[str, Any]:
-    """A ResNet's pooler gives maps, which `VisionTextDualEncoderModel` cannot project."""
+    """Describe a FocalNet: `VisionTextDualEncoderModel` cannot project a ResNet's pooled maps."""
     return {
         "model_type": "focalnet",
         "embed_dim": 32,

@@ -23,7 +23,7 @@ _FAMILIES = {
     "open_clip": "crosstill.teachers.open_clip",
     "vectors": "crosstill.teachers.features",
     "fusion": "crosstill.fusion.families",
-    "heads": "crosstill.teachers.heads",
+    "heads": "crosstill.teachers.dual",
 }
 FAMILIES = plugins.Kind(__name__, "teacher family", _FAMILIES)
 
@@ -48,17 +48,17 @@ def load(source: str | Path, device: torch.device | None = None) -> Any:
         ModelError: it cannot be found, or it is not one of these.
     """
     # transformers takes seconds to import, and `crosstill --help` should not wait for it.
-    from crosstill.teachers import checkpoints, dual, heads, open_clip
+    from crosstill.teachers import checkpoints, dual, open_clip
     from crosstill.towers import hub
 
     text = str(source)
     if text.startswith(open_clip.PREFIX):
         return open_clip.OpenClip(text, device=device)
-    source = text.removeprefix(heads.PREFIX)
+    source = text.removeprefix(dual.PREFIX)
     checkpoints.refuse_file(Path(source))
     folder, name = hub.locate(source), hub.display_name(source)
-    if text.startswith(heads.PREFIX):
-        return heads.load(folder, name, device)
+    if text.startswith(dual.PREFIX):
+        return dual.load(folder, name, device)
     families = map(FAMILIES.find, FAMILIES.in_order())
     family = next((family for family in families if family.holds(folder)), None)
     if family is not None:

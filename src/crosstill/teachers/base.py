@@ -65,6 +65,12 @@ class PairModel(Model, Protocol):
         ...
 
 
+def kind_of(model: object) -> Kind:
+    """Return a model's kind; one from elsewhere need not say it, and then scores or embeds."""
+    kind: Kind = getattr(model, "kind", "matcher" if hasattr(model, "score") else "encoder")
+    return kind
+
+
 @runtime_checkable
 class Teacher(Protocol):
     """A frozen model that turns images, texts or both into unit-norm rows of one space.
@@ -101,19 +107,19 @@ class Teacher(Protocol):
         ...
 
     def parameter_count(self) -> int:
-        """How many parameters it has in all."""
+        """Count its parameters."""
         ...
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W), resized by `preprocess` → float32 (B, D), unit rows, on the CPU."""
+        """Embed uint8 (B, 3, H, W), sized by `preprocess` → float32 unit rows (B, D) on the CPU."""
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """B texts → float32 (B, D), unit rows, on the CPU."""
+        """Embed B texts → float32 unit rows (B, D) on the CPU."""
         ...
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than it can read."""
+        """Count the texts that are longer than it can read."""
         ...
 
 
@@ -138,11 +144,11 @@ class TwoTowers(ABC):
 
     @abstractmethod
     def _encode_images(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) on the device → (B, D) of any length."""
+        """Encode uint8 (B, 3, H, W) on the device → (B, D) of any length."""
 
     @abstractmethod
     def _encode_texts(self, texts: list[str]) -> Tensor:
-        """B texts → (B, D) of any length."""
+        """Encode B texts → (B, D) of any length."""
 
     @cached_property
     def _identity(self) -> dict[str, str]:
@@ -240,7 +246,7 @@ class TextReader(Protocol):
     """A model that reads texts up to a length, whatever it makes of them."""
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than it can read."""
+        """Count the texts that are longer than it can read."""
         ...
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from crosstill.errors import ConfigError, ModelError
 from crosstill.teachers import beit3
-from crosstill.teachers.beit3 import RECORD, Beit3
-from crosstill.teachers.beit3_network import SIZES, Network, Shape
+from crosstill.teachers.beit3 import RECORD, SIZES, Beit3, Network, Shape
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
 from crosstill.towers.tower_parts import grid_of, resized_positions
 
@@ -33,7 +32,7 @@ LEFTOVERS = {
 
 
 def is_released(names: Iterable[str]) -> bool:
-    """Whether these are BEiT-3's parameter names."""
+    """Tell whether these are BEiT-3's parameter names."""
     return any(name.startswith("beit3.") for name in names)
 
 
@@ -66,7 +65,7 @@ def examine(tensors: Mapping[str, Tensor]) -> tuple[Network, Findings]:
 def load(
     tensors: Mapping[str, Tensor], tokenizer: Path, name: str, image_size: int | None = None
 ) -> Beit3:
-    """A teacher of a released state dict, in float32.
+    """Make a teacher of a released state dict, in float32.
 
     Args:
         tensors: the file's, under its names, of any float type; they are copied.

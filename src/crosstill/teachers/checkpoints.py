@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, by name, whatever file or folder holds them.
+"""Checkpoints from elsewhere: what they hold, whether they load whole, and conversion to folders.
 
 Safetensors are read as they are. Pickled files (.ckpt, .pth, .pt, .bin) are read only when the
 caller says so, and then by torch's restricted unpickler, which makes tensors and plain containers
@@ -10,22 +10,34 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from crosstill.errors import CorruptError, ModelError
-from crosstill.towers.hub import weight_files
+from crosstill.errors import ConfigError, CorruptError, ModelError, unknown
+from crosstill.progress import quiet
+from crosstill.towers import hub
 
 Size = tuple[int, ...]
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")
 _HOLDERS = ("state_dict", "model", "module")  # where trainers put the weights
+
+# the modules that know a family's released files; METER's is found by name only, because models
+# that read pairs are an annex. Each has RECORD, is_released, examine, load, read_folder and sizes.
+_RELEASED = {
+    "beit3": "crosstill.teachers.beit3_released",
+    "meter": "crosstill.fusion.meter_released",
+}
+FAMILIES = tuple(_RELEASED)
 
 
 class _Callback:
@@ -68,7 +80,7 @@ class Findings:
         return not (self.missing or self.unexpected or self.misshapen)
 
     def summary(self) -> str:
-        """How many of each kind, and the first of them."""
+        """Count each kind, and name the first of it."""
         kinds: dict[str, Collection[str]] = {
             "missing": self.missing,
             "unexpected": self.unexpected,
@@ -79,10 +91,214 @@ class Findings:
         )
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """The contents of a checkpoint, compared with the model that they make.
+
+    Attributes:
+        family: "beit3", "meter", or transformers' name of the architecture.
+        sizes: part → what decides its shapes, where known.
+        parameters: how many there are, by part and in all.
+        findings: what does not fit.
+    """
+
+    family: str
+    sizes: dict[str, dict[str, Any]]
+    parameters: dict[str, int]
+    findings: Findings = field(default_factory=Findings)
+
+    def to_json(self) -> dict[str, Any]:
+        findings = self.findings
+        return {
+            "family": self.family,
+            "sizes": self.sizes,
+            "parameters": self.parameters,
+            "whole": findings.whole,
+            "missing": findings.missing,
+            "unexpected": findings.unexpected,
+            "misshapen": {
+                name: {"found": shape, "wanted": wanted}
+                for name, (shape, wanted) in findings.misshapen.items()
+            },
+            "leftovers": findings.leftovers,
+        }
+
+    def text(self) -> str:
+        """Write the inspection for people, line by line."""
+        return "\n".join(_lines(self))
+
+
+def inspect(
+    source: str, family: str | None = None, student: bool = False, unpickle: bool = False
+) -> Inspection:
+    """Inspect a checkpoint, without loading what does not fit.
+
+    Args:
+        source: a file; a folder of a Hugging Face model, or one that `convert` wrote; a hub id.
+        family: whose released names a file has; None finds out.
+        student: of METER's, look at DCD's student.
+        unpickle: allow pickled files, see `read`.
+
+    Raises:
+        ConfigError: no such family.
+        ModelError: there is nothing there, or nothing that is known.
+    """
+    if family is not None and family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    path = _find(source)
+    for name, module in _released_modules().items():
+        if (path / module.RECORD).is_file():
+            model = module.read_folder(path)
+            return Inspection(name, module.sizes(model), model.parameters_by_part())
+    if (path / "config.json").is_file():
+        return _of_transformers(path)
+    tensors = read(path, unpickle)
+    family = family or _family(tensors, source)
+    released = _released_modules()[family]
+    try:
+        model, findings = released.examine(tensors, **_options(family, student))
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from None
+    return Inspection(family, released.sizes(model), model.parameters_by_part(), findings)
+
+
+def convert(
+    source: str,
+    folder: Path,
+    tokenizer: Path,
+    student: bool = False,
+    unpickle: bool = False,
+    image_size: int | None = None,
+) -> None:
+    """Write a released BEiT-3 or METER file as a folder that `crosstill.open_model` opens.
+
+    Args:
+        source: the file.
+        folder: where to write.
+        tokenizer: of BEiT-3 its `beit3.spm`, of METER the folder of RoBERTa's tokenizer.
+        student: of METER's, take DCD's student.
+        unpickle: allow pickled files, see `read`.
+        image_size: in pixels; positions are resized bicubically. None keeps the file's own.
+
+    Raises:
+        ConfigError: it is such a folder already, or the patches do not tile that size.
+        ModelError: it does not load whole, or the tokenizer is another model's.
+        InputError: the folder cannot be written to.
+    """
+    path = _find(source)
+    records = [module.RECORD for module in _released_modules().values()]
+    if any((path / name).is_file() for name in (*records, "config.json")):
+        raise ConfigError(f"{source}: a folder that needs no conversion; give it as it is")
+    tensors = read(path, unpickle)
+    family = _family(tensors, source)
+    options = _options(family, student)
+    released = _released_modules()[family]
+    released.load(tensors, tokenizer, path.stem, image_size=image_size, **options).save(folder)
+
+
+def _family(tensors: Mapping[str, Tensor], source: str) -> str:
+    """Find the family whose released names these are."""
+    for name, module in _released_modules().items():
+        if module.is_released(tensors):
+            return name
+    raise ModelError(
+        f"{source}: {len(tensors)} tensors ({min(tensors)}, ...) of no known family; known "
+        f"are the names of {', '.join(FAMILIES)}, and folders with a config.json"
+    )
+
+
+def _options(family: str, student: bool) -> dict[str, bool]:
+    """Return what a family's module takes beside the tensors; only METER's files hold a student."""
+    if student and family != "meter":
+        raise ConfigError(f"--student is for METER files, and this is {family}; leave it out")
+    return {"student": True} if student else {}
+
+
+def _released_modules() -> dict[str, Any]:
+    """Import the modules that know released files, by the family's name."""
+    return {family: import_module(module) for family, module in _RELEASED.items()}
+
+
+def _find(source: str) -> Path:
+    """Find a file, or the folder that holds the weights: of a run, its best."""
+    if Path(source).is_file():
+        return Path(source)
+    folder = hub.locate(source)
+    best = folder / "best"
+    place = best if best.is_dir() and not list(folder.glob("*.safetensors")) else folder
+    if (place / "student.json").is_file():
+        raise ModelError(
+            f"{source}: a crosstill student, which checks its own weights when it is opened; "
+            "inspect is for checkpoints from elsewhere"
+        )
+    return place
+
+
+def _of_transformers(folder: Path) -> Inspection:
+    """Inspect a Hugging Face folder by the report of transformers on loading it."""
+    config = hub.read_config(folder)
+    shapes = {name: tuple(value.shape) for name, value in read(folder).items()}
+    model, report = _loaded(folder, _architecture(config))
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    findings = Findings(
+        missing={name: wanted.get(name, ()) for name in sorted(report["missing_keys"])},
+        unexpected={name: shapes.get(name, ()) for name in sorted(report["unexpected_keys"])},
+        misshapen={
+            name: (tuple(shape), tuple(expected))
+            for name, shape, expected in sorted(report["mismatched_keys"])
+        },
+    )
+    return Inspection(str(config.model_type), {}, {"total": model.num_parameters()}, findings)
+
+
+def _architecture(config: Any) -> Any:
+    """Find the class that the config names, or the family's plain one."""
+    kinds = (getattr(transformers, name, None) for name in config.architectures or ())
+    models = (k for k in kinds if isinstance(k, type) and issubclass(k, PreTrainedModel))
+    return next(models, transformers.AutoModel)
+
+
+def _loaded(folder: Path, kind: Any) -> tuple[Any, dict[str, Any]]:
+    """Load the model, random where the folder has no values, and transformers' report."""
+    try:
+        with quiet(), torch.random.fork_rng():
+            return kind.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... by model
+        line = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(f"{folder}: does not load ({line})") from None
+
+
+def _lines(inspection: Inspection) -> Iterator[str]:
+    of = inspection.findings
+    yield f"family      {inspection.family}"
+    for part, sizes in inspection.sizes.items():
+        line = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        yield f"{part:<12}{line}"
+    yield "parameters  " + ", ".join(f"{part} {n:,}" for part, n in inspection.parameters.items())
+    yield f"missing     {len(of.missing)}"
+    yield from (f"    {name} {list(shape)}" for name, shape in of.missing.items())
+    yield f"unexpected  {len(of.unexpected)}"
+    yield from (f"    {name} {list(shape)}" for name, shape in of.unexpected.items())
+    yield f"misshapen   {len(of.misshapen)}"
+    for name, (shape, wanted) in of.misshapen.items():
+        yield f"    {name} {list(shape)}, asked for {list(wanted)}"
+    yield f"left out    {sum(map(len, of.leftovers.values()))}"
+    yield from (f"    {len(names)}: {reason}" for reason, names in of.leftovers.items())
+    yield "loads whole" if of.whole else "does not load whole"
+
+
 def compare(
     wanted: Mapping[str, Size], given: Mapping[str, Tensor], leftovers: Mapping[str, str]
 ) -> Findings:
-    """What fits of a checkpoint, and what does not.
+    """Compare the names and shapes of a checkpoint with those of a model.
 
     Args:
         wanted: the model's parameters, under the checkpoint's names, and their shapes.
@@ -105,7 +321,7 @@ def compare(
 
 
 def usual_size(tensors: Mapping[str, Tensor], pattern: str, axis: int, default: int) -> int:
-    """The most frequent size along an axis of the tensors of a kind: one wrong is outvoted."""
+    """Find the most frequent size along an axis of tensors of a kind: one wrong is outvoted."""
     sizes = Counter(
         value.shape[axis]
         for name, value in tensors.items()
@@ -115,12 +331,12 @@ def usual_size(tensors: Mapping[str, Tensor], pattern: str, axis: int, default: 
 
 
 def count_layers(names: Iterable[str], pattern: str, default: int) -> int:
-    """How many layers the names tell of; the pattern's first group is a layer's number."""
+    """Count the layers in the names; the pattern's first group is a layer's number."""
     return len({match[1] for name in names if (match := re.match(pattern, name))}) or default
 
 
 def read(source: Path, unpickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file, or of all weight files of a folder, on the CPU.
+    """Read the tensors of a file, or of all weight files of a folder, on the CPU.
 
     Args:
         source: a .safetensors file, a pickled one, or a folder of either.
@@ -155,7 +371,7 @@ def refuse_file(path: Path) -> None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    paths = weight_files(folder)
+    paths = hub.weight_files(folder)
     paths = paths or sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
     if not paths:
         raise ModelError(
@@ -183,7 +399,7 @@ def _file(path: Path, unpickle: bool) -> Iterable[tuple[str, Tensor]]:
 
 
 def _restricted(path: Path) -> Any:
-    """What the restricted unpickler makes of a file."""
+    """Read a pickled file with torch's restricted unpickler."""
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # torch's notes about a file that it then refuses
@@ -207,7 +423,7 @@ def _reason(text: str) -> str:
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors under the first known holder that has any, or of the file itself."""
+    """Find the tensors under the first known holder that has any, or in the file itself."""
     whole = content if isinstance(content, Mapping) else {}
     for inner in (*(whole.get(holder) for holder in _HOLDERS), whole):
         if isinstance(inner, Mapping):

@@ -1,14 +1,23 @@
-"""Any Hugging Face dual encoder as a teacher; what its family needs is found by its config."""
+"""Any Hugging Face dual encoder as a teacher; what its family needs is found by its config.
+
+Some models that read pairs have contrastive heads too, which are dual encoders:
+
+BLIP         Li et al., arXiv 2201.12086: `BlipForImageTextRetrieval`, only where it is asked for
+             by "dual:", because the same folder's fusion model is what a name alone means
+BridgeTower  Xu et al., arXiv 2206.08657: `BridgeTowerForContrastiveLearning`
+"""
 
 import json
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import normalizers
 from torch import Tensor, nn
+from transformers import BlipForImageTextRetrieval, BridgeTowerForContrastiveLearning
 
 from crosstill import files
 from crosstill.data.pairs import read_licence
@@ -17,7 +26,10 @@ from crosstill.formats import encodable
 from crosstill.images import normalise
 from crosstill.teachers.base import TwoTowers
 from crosstill.towers import hub, processors
+from crosstill.towers.tower_parts import additive
 
+PREFIX = "dual:"  # in front of a source: its contrastive heads, not what reads pairs
+TYPES = {"text": 0, "image": 1}  # rows of BridgeTower's token type embeddings
 FAMILIES = (
     "align",
     "altclip",
@@ -112,7 +124,7 @@ class DualEncoder(TwoTowers):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the model can read."""
+        """Count the texts that are longer than the model can read."""
         plain = [encodable(text) for text in texts]
         ids = self.tokenizer(plain, truncation=False, verbose=False)["input_ids"] if plain else []
         return sum(len(row) > self.max_length for row in ids)
@@ -136,7 +148,7 @@ class DualEncoder(TwoTowers):
 
 
 def _rows(output: Any) -> Tensor:
-    """The features, which transformers 5 wraps in an output object."""
+    """Return the features, which transformers 5 wraps in an output object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -165,7 +177,7 @@ def _max_length(tokenizer: Any, model: Any) -> int:
 
 
 def logits(model: Any, source: Path | str) -> tuple[float | None, float | None]:
-    """The scale and the bias of a model's logits, where it has them."""
+    """Read the scale and the bias of a model's logits, where it has them."""
     scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
     scale = None if scale is None else float(scale.exp())
     if hasattr(model, "temperature"):  # ALIGN divides by it
@@ -177,7 +189,7 @@ def logits(model: Any, source: Path | str) -> tuple[float | None, float | None]:
 
 
 def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
-    """What the tokenizer does to a text, less the padding and truncation of its last call."""
+    """Return a tokenizer's rules, without the padding and truncation of its last call."""
     side = {"padding_side": tokenizer.padding_side, "pad_token": tokenizer.pad_token}
     if not hasattr(tokenizer, "backend_tokenizer"):  # SigLIP's, around a SentencePiece model
         kind = {"class": type(tokenizer).__name__, "special": tokenizer.special_tokens_map}
@@ -186,3 +198,133 @@ def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
         return {**side, **kind, "lower": lower, "model": model}
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return {**rules, **side, "padding": None, "truncation": None}
+
+
+class BlipDual(DualEncoder):
+    """The dual encoder within a retrieval checkpoint: its towers and contrastive heads.
+
+    The same folder's `Blip` re-ranks what this one finds.
+    """
+
+    def _read_model(self, config: Any) -> Any:
+        processors.check_size(self.folder, self.preprocess, config.vision_config.image_size)
+        # without an image to look at, the text encoder's cross-attention does nothing
+        config.text_config.is_decoder = False
+        model = hub.read_model(self.folder, config, kind=BlipForImageTextRetrieval)
+        self.family = "blip-itc"
+        return _BlipHeads(model).requires_grad_(False).to(self.device)
+
+
+class _BlipHeads(nn.Module):
+    """BLIP's towers and contrastive heads, as `DualEncoder` calls a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+        self.vision_model, self.vision_proj = model.vision_model, model.vision_proj
+        self.text_encoder, self.text_proj = model.text_encoder, model.text_proj
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        return self.vision_proj(hidden[:, 0])
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Tensor:
+        output = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+        return self.text_proj(output.last_hidden_state[:, 0])
+
+
+class BridgeTowerDual(DualEncoder):
+    """The dual encoder within a `BridgeTowerForContrastiveLearning` folder."""
+
+    def _read_model(self, config: Any) -> Any:
+        processors.check_size(self.folder, self.preprocess, config.vision_config.image_size)
+        # RoBERTa counts positions from behind its padding id
+        limit = min(self.tokenizer.model_max_length, text_positions(config))
+        self.tokenizer.model_max_length = limit
+        kind = BridgeTowerForContrastiveLearning
+        model = hub.read_model(self.folder, config, kind=kind)
+        self.family = "bridgetower-itc"
+        return _BridgeTowerHeads(model).requires_grad_(False).to(self.device)
+
+
+class _BridgeTowerHeads(nn.Module):
+    """BridgeTower's towers and contrastive heads, as `DualEncoder` calls a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        core, self.config = model.bridgetower, model.config
+        self.vision_model, self.text_model = core.vision_model, core.text_model
+        self.transform, self.types = core.cross_modal_image_transform, core.token_type_embeddings
+        self.image_head, self.text_head = model.itc_image_head, model.itc_text_head
+        self.logit_scale = model.logit_scale
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        first = self.transform(image_outputs(self, pixel_values, 1)[:, 0, 0])
+        return self.image_head(first + self.types.weight[TYPES["image"]])
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Tensor:
+        return self.text_head(text_outputs(self, input_ids, attention_mask, 1)[:, 0, 0])
+
+
+def image_outputs(core: Any, values: Tensor, last: int) -> Tensor:
+    """Run BridgeTower's image tower: normalised pixels → its last outputs (B, L, last, W)."""
+    visual = core.vision_model.visual
+    blocks = visual.transformer.resblocks[: len(core.text_model.encoder.layer)]
+    first = visual.forward_pre(values)
+    outputs = list(accumulate(blocks, lambda x, block: block(x), initial=first))
+    return torch.stack([visual.forward_post(hidden) for hidden in outputs[-last:]], dim=2)
+
+
+def text_outputs(core: Any, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+    """Run BridgeTower's text tower: ids and mask (B, L) → its last outputs (B, L, last, W)."""
+    text, added = core.text_model, additive(mask)
+    first = text.embeddings(input_ids=ids)
+    outputs = list(accumulate(text.encoder.layer, lambda x, layer: layer(x, added), initial=first))
+    return torch.stack(outputs[-last:], dim=2)
+
+
+def text_positions(config: Any) -> int:
+    """Count the tokens that BridgeTower has positions for; RoBERTa counts from its padding id."""
+    text = config.text_config
+    return int(text.max_position_embeddings - (text.pad_token_id or 0) - 1)
+
+
+# by the architecture that config.json names: always, and of models that also read pairs
+_ALWAYS: dict[str, type[DualEncoder]] = {"BridgeTowerForContrastiveLearning": BridgeTowerDual}
+_ASKED: dict[str, type[DualEncoder]] = {**_ALWAYS, "BlipForImageTextRetrieval": BlipDual}
+_QUERIES = "Blip2ForImageTextRetrieval"  # has contrastive heads, of many rows an image
+
+
+def holds(folder: Path) -> bool:
+    """Tell whether a folder's model has contrastive heads, and is not better used whole."""
+    return any(name in {*_ALWAYS, _QUERIES} for name in hub.architectures(folder))
+
+
+def has_heads(folder: Path) -> bool:
+    """Tell whether a folder's model has contrastive heads, though it may read pairs too."""
+    return any(name in _ASKED for name in hub.architectures(folder))
+
+
+def load(folder: Path, name: str, device: torch.device | None = None) -> DualEncoder:
+    """Load the contrastive heads of a folder's model as a dual encoder.
+
+    Args:
+        folder: of a model of transformers.
+        name: what to call it in tables.
+        device: where to compute; None takes a GPU when there is one.
+
+    Raises:
+        ModelError: the model has no contrastive heads, has several rows an image, or does not load.
+    """
+    if _QUERIES in hub.architectures(folder):
+        raise ModelError(
+            f"{folder}: BLIP-2 gives an image a row for each query and scores by the best of them, "
+            "and a dual encoder has one row an image; choose another teacher, such as a CLIP or a "
+            "SigLIP"
+        )
+    heads = next((_ASKED[name] for name in hub.architectures(folder) if name in _ASKED), None)
+    if heads is None:
+        raise ModelError(
+            f"{folder}: no model that reads pairs and has contrastive heads too; leave out {PREFIX}"
+        )
+    return heads(folder, name, device)

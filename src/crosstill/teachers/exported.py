@@ -47,11 +47,11 @@ class BundleModel:
         self.licence: str | None = self.bundle.record["licence"]
 
     def identity(self) -> dict[str, str]:
-        """See `Teacher`."""
+        """As `Teacher.identity`."""
         return {**self.bundle.identity, "family": "crosstill-bundle"}
 
     def parameter_count(self) -> int:
-        """How many parameters the student has that was exported."""
+        """Count the parameters of the student that was exported."""
         return int(self.bundle.record["parameters"]["total"])
 
     def embed_images(self, pixels: Tensor) -> Tensor:

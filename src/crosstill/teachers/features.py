@@ -1,4 +1,4 @@
-"""Your own vectors as a teacher: a folder of rows and of what they belong to.
+"""Precomputed vectors as a teacher: a folder of rows and of the names they belong to.
 
     filenames.txt    one image a line
     *.npy            its vectors, (I, D), any float type
@@ -30,7 +30,7 @@ _BLOCK = 65_536  # rows checked at a time: a memory-mapped file never comes in w
 
 
 def holds(folder: Path) -> bool:
-    """Whether a folder holds precomputed vectors rather than a model."""
+    """Tell whether a folder holds precomputed vectors rather than a model."""
     vectors = (folder / _NAMES["image"]).is_file() or any(_files(folder, ".npy"))
     return vectors and not (folder / "config.json").exists()
 
@@ -100,7 +100,7 @@ class FeaturesTeacher:
         return dict(self._identity)
 
     def lookup_images(self, paths: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Vectors of images, by their path and else by their base name, in any Unicode form.
+        """Look up vectors of images by path and else by base name, in any Unicode form.
 
         Returns:
             (n, D) unit rows of the paths that were found, in the order given, and the others.
@@ -123,7 +123,7 @@ class FeaturesTeacher:
             )
 
     def lookup_texts(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Vectors of texts, by the very text; returned as by `lookup_images`.
+        """Look up vectors of texts, by the very text; returned as by `lookup_images`.
 
         Raises:
             ModelError: the folder has no text vectors.
@@ -146,7 +146,7 @@ def _base(path: str) -> str:
 
 
 def _files(folder: Path, *endings: str) -> list[Path]:
-    """The files of a folder with one of the endings, hidden ones aside."""
+    """List the files of a folder with one of the endings, hidden ones aside."""
     if not folder.is_dir():
         return []
     paths = (path for path in folder.iterdir() if not formats.hidden(path.name))
@@ -158,7 +158,7 @@ def _lacking(names: Sequence[str], rows: list[int | None]) -> list[str]:
 
 
 def _read_rows(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays by "image" and "text"."""
+    """Read the arrays, by "image" and "text"."""
     rows: dict[str, np.ndarray] = {}
     for path in _files(folder, ".npy", ".safetensors"):
         for kind, array in _read_file(path).items():
@@ -185,7 +185,7 @@ def _read_names(path: Path) -> list[str]:
 
 
 def _unique(path: Path, names: list[str]) -> dict[str, int]:
-    """The row of each name; a name given twice would leave open which row is meant."""
+    """Map each name to its row; refuse a name that stands twice."""
     rows: dict[str, int] = {}
     for row, name in enumerate(names):
         if name in rows:

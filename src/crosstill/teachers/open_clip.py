@@ -30,8 +30,8 @@ CONFIG = "open_clip_config.json"
 _FILTERS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 
 
-class _Found(NamedTuple):
-    """A model of the library: what it calls it, its weights, and how they want their images."""
+class _Entry(NamedTuple):
+    """A model of the library: its name there, its weights, and how they want their images."""
 
     model: str
     name: str
@@ -41,7 +41,7 @@ class _Found(NamedTuple):
 
 
 def holds(source: str | Path) -> bool:
-    """Whether it is `open_clip:MODEL:WEIGHTS`, or a folder in OpenCLIP's form alone."""
+    """Tell whether it is `open_clip:MODEL:WEIGHTS`, or a folder in OpenCLIP's form alone."""
     folder = Path(source)
     own = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
     return own or str(source).startswith(PREFIX)
@@ -116,7 +116,7 @@ class OpenClip(TwoTowers):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the model can read."""
+        """Count the texts that are longer than the model can read."""
         inner, limit = getattr(self.tokenizer, "tokenizer", None), self.tokenizer.context_length
         plain = [encodable(text) for text in texts]
         if inner is None:  # what it encodes has no first and last token yet
@@ -143,7 +143,7 @@ def _library() -> Any:
         ) from None
 
 
-def _find(library: Any, source: str) -> _Found:
+def _find(library: Any, source: str) -> _Entry:
     if not source.startswith(PREFIX):
         folder = Path(source)
         weights = hub.weight_files(folder)
@@ -153,7 +153,7 @@ def _find(library: Any, source: str) -> _Found:
                 "weights are never read"
             )
         name, licence = hub.display_name(folder), read_licence(folder)
-        return _Found(f"local-dir:{folder}", name, weights[0], {}, licence)
+        return _Entry(f"local-dir:{folder}", name, weights[0], {}, licence)
     model, _, wanted = source.removeprefix(PREFIX).partition(":")
     if model not in library.list_models():
         raise ModelError(f"{source}: OpenCLIP has no model {model!r}; see open_clip.list_models()")
@@ -168,7 +168,7 @@ def _find(library: Any, source: str) -> _Found:
             ".safetensors file, or the checkpoint's id on the Hugging Face hub"
         )
     name = path.stem if path == Path(wanted) else wanted
-    return _Found(model, f"{model}-{name}", path, preprocess, None)
+    return _Entry(model, f"{model}-{name}", path, preprocess, None)
 
 
 def _check_tag(library: Any, source: str, model: str, tag: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ def _preprocess(record: dict[str, Any], source: str) -> Preprocess:
 
 
 def _rules(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer of the library does to a text."""
+    """Return the rules of a tokenizer of the library."""
     steps = {name: getattr(tokenizer, name, None) for name in ("clean_fn", "reduction_fn")}
     named = {name: getattr(step, "__name__", None) for name, step in steps.items()}
     kept = {**named, "class": type(tokenizer).__name__, "length": tokenizer.context_length}

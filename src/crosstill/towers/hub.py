@@ -1,13 +1,20 @@
-"""Hugging Face folders: found on disk or on the hub, read without pickle and without chatter.
+"""Folders of models: Hugging Face's, on disk or on the hub, and ours, sealed.
 
 A source is a folder or a hub id, "owner/name" or "owner/name@revision". Whatever comes from the
-hub is first brought to disk, so that everything else here reads folders.
+hub is first brought to disk, so that everything else here reads folders. They are read without
+pickle and without chatter. In a folder of ours nothing may be damaged:
+
+    student.json             format, configuration, preprocess, licences; seals itself and holds
+      or matcher.json        the SHA-256 of every other file
+    model.safetensors        the weights
+    tokenizer.json           the tokenizer, as transformers saves it
+    tokenizer_config.json
 """
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +22,17 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from crosstill import files
+from crosstill import artefacts, files
 from crosstill.errors import CorruptError, ModelError
 from crosstill.progress import quiet
 
+WEIGHTS = "model.safetensors"
+_FORMAT = 1  # of a folder of ours
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _WANTED = (".json", ".txt", ".model", ".safetensors", "README.md")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -183,3 +195,70 @@ def weights_digest(folder: Path) -> str:
 def display_name(source: str | Path) -> str:
     """Return the last part of a folder or hub id."""
     return os.path.basename(os.path.normpath(str(source))).partition("@")[0] or str(source)
+
+
+class Saved(artefacts.Record):
+    """The record of a saved model; what its kind adds is not looked at here."""
+
+    files: artefacts.Digests
+
+
+def save(
+    folder: Path,
+    name: str,
+    record: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Write a model; its record, `name`, comes last: a folder with one is complete.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    files.writable_folder(folder)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    size = sum(value.nbytes for value in tensors.values())
+    with files.writing(folder, size):
+        files.write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path), size)
+        names = [WEIGHTS, *_write_tokenizer(folder, tokenizer)]
+        digests = artefacts.digests(folder, names)
+        sealed = files.sealed({**record, "format": _FORMAT, "files": digests})
+        files.write_json(folder / name, sealed)
+
+
+def read_saved(
+    folder: Path, name: str
+) -> tuple[dict[str, Any], dict[str, Tensor], PreTrainedTokenizerFast]:
+    """Read record, weights and tokenizer of a folder that `save` wrote, whose record is `name`.
+
+    Raises:
+        ModelError: it holds no such model.
+        CorruptError: one of its files was damaged; it is named.
+    """
+    if not (folder / name).is_file():
+        raise ModelError(f"{folder}: no {name}; give a folder in which such a model was saved")
+    record = artefacts.read(folder / name, Saved, {_FORMAT})
+    artefacts.check_files(folder, {WEIGHTS: "", **record.files})
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise CorruptError(f"{folder / WEIGHTS}: not readable ({error}); rebuild it") from None
+    with quiet(), artefacts.foreign(folder / "tokenizer.json", "not a tokenizer"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return record.model_dump(), weights, tokenizer
+
+
+def fitting(folder: Path, noun: str) -> AbstractContextManager[None]:
+    """Turn what torch raises over weights of another model into one line that names the file."""
+    complaint = f"not the weights of this {noun}"
+    return artefacts.foreign(folder / WEIGHTS, complaint, "restore the folder from a copy")
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Save beside, then move file by file: transformers does not write atomically."""
+    with files.scratch(folder, "tokenizer") as beside, quiet():
+        tokenizer.save_pretrained(beside)
+        written = sorted(beside.iterdir())
+        for path in written:
+            files.write_bytes(folder / path.name, path.read_bytes())
+    return [path.name for path in written]

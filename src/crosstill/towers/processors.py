@@ -117,7 +117,7 @@ def _bounded(shorter: int, multiple: int, crop: dict[str, int]) -> dict[str, Any
 
 
 def _pads_only_batches(record: dict[str, Any], size: list[int]) -> bool:
-    """Whether an image that comes alone is left as it is; a batch's padding lies under a mask."""
+    """Tell whether only batches are padded: an image that comes alone is left as it is."""
     multiple = record.get("size_divisor")
     return bool(multiple and not record.get("pad_size") and not any(s % multiple for s in size))
 
@@ -214,7 +214,7 @@ def default(config: Any) -> Preprocess:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """The record of the folder's image processor; None where there is none that loads."""
+    """Read the record of the folder's image processor; None where there is none that loads."""
     try:
         with quiet():
             reader = AutoImageProcessor.from_pretrained(

@@ -24,7 +24,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def train(captions: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer of about `size` tokens, learnt from captions.
+    """Train a lower-casing WordPiece tokenizer of about `size` tokens on captions.
 
     It holds every character, whole and as a continuation, and the most frequent words; the
     tokenizers library's own trainer would number its tokens differently in every process.
@@ -57,7 +57,7 @@ def train(captions: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def plain(tokenizer: Any, backend: Tokenizer | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer free of its model's own class, which would rebuild it on loading."""
+    """Free a tokenizer of its model's own class, which would rebuild it on loading."""
     backend = backend or Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
@@ -110,7 +110,7 @@ def _encode(tokenizer: Tokenizer, captions: Sequence[str]) -> Iterator[tuple[int
 
 
 def _restrict(rules: dict[str, Any], kept: set[str]) -> dict[str, Any]:
-    """The tokenizer's JSON with only the kept tokens, numbered anew in their old order."""
+    """Keep only some tokens of a tokenizer's JSON, numbered anew in their old order."""
     restrict = {"WordPiece": _wordpiece, "BPE": _bpe, "Unigram": _unigram}
     kind = rules["model"].get("type")
     if kind not in restrict:
@@ -166,7 +166,7 @@ def _bpe(model: dict[str, Any], kept: set[str]) -> dict[str, Any]:
 
 
 def _symbols(token: str, prefix: str, suffix: str) -> list[str]:
-    """What a token's characters are called before any merge."""
+    """List the symbols of a token's characters before any merge."""
     ends = bool(suffix) and token.endswith(suffix)
     body = token.removesuffix(suffix) if ends else token
     symbols = list(body.removeprefix(prefix))
@@ -178,7 +178,7 @@ def _symbols(token: str, prefix: str, suffix: str) -> list[str]:
 def _merges(
     symbols: list[str], ranks: dict[tuple[str, str], int], prefix: str
 ) -> Iterator[tuple[str, str]]:
-    """The merges that BPE applies to a word, the lowest rank and the leftmost first."""
+    """List the merges that BPE applies to a word, the lowest rank and the leftmost first."""
     while True:
         known = [p for p in pairwise(symbols) if p in ranks]
         if not known:

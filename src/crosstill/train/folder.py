@@ -26,8 +26,7 @@ from crosstill import cache as caches
 from crosstill.cache import CacheBase, is_cache
 from crosstill.cache.format import QUARANTINE
 from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError
-from crosstill.evaluate import runs
-from crosstill.evaluate.runs import CONFIG, FORMAT
+from crosstill.models import CONFIG, FORMAT
 from crosstill.students.student import RECORD, Student
 from crosstill.train.config import TrainConfig, parse
 
@@ -141,7 +140,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         CorruptError: it is missing, a link or damaged, a newer crosstill wrote it, or a field is
             not what it should be.
     """
-    record = runs.read_record(folder)
+    record = models.read_record(folder)
     path = folder / CONFIG
     try:
         settings = parse(record["settings"])

@@ -21,8 +21,7 @@ from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.recall import Retrieval
 from crosstill.objectives import Input, Objective
-from crosstill.objectives.wrappers import PerWidth
-from crosstill.students import matryoshka
+from crosstill.objectives.wrappers import ROWS, PerWidth, principal_axes
 from crosstill.students.student import Student, Tokens
 from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import distributed, layers
@@ -410,8 +409,8 @@ def _principal_axes(cache: Cache, split: str) -> Tensor:
         sides.append(cache.image_features(rows.images[_evenly(len(rows.images))]))
     if "text" in cache.modalities:
         sides.append(cache.text_features(rows.captions[_evenly(len(rows.captions))]))
-    return matryoshka.axes(sides)
+    return principal_axes(sides)
 
 
 def _evenly(count: int) -> np.ndarray:
-    return np.linspace(0, count - 1, min(count, matryoshka.MOST)).astype(int)
+    return np.linspace(0, count - 1, min(count, ROWS)).astype(int)

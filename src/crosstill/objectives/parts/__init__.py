@@ -1,1 +1,0 @@
-"""Code that several losses share; no loss is in here."""
