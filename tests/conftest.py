@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,10 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def scenes() -> Pairs:
     """Sixty rendered scenes: 48 to train on, 6 and 6."""
-    return data.open("scenes:60")
+    pairs = data.open("scenes:60")
+    held = {example.path: pairs.read(example) for example in pairs.examples}
+    # rendering them for each test would take longer than most tests
+    return replace(pairs, read=lambda example: held[example.path])
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ FAST = (
     "log_every=1",
     "losses.contrastive.queue_size=64",
 )
+
+
+def matrix(cases: Iterable[object], chosen: Collection[object]) -> list[object]:
+    """The cases for `parametrize`, of which only those that are chosen run by default."""
+    return [
+        case
+        if case in chosen
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def lengthen(listing: Path, out: Path) -> Path:

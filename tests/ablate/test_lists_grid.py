@@ -3,6 +3,8 @@
 import json
 import os
 import queue
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +136,9 @@ def test_dual_encoders_are_measured_in_the_whole_split(dual, scored):
 
 def test_a_grid_that_was_stopped_ends_with_the_same_table(done, scored, tmp_path, monkeypatch):
     calls, real = iter(range(100)), lists.ListStream.batch
+    out = Path(shutil.copytree(done[1], tmp_path / "grid"))
+    for row in done[0].rows[2:]:
+        shutil.rmtree(out / "runs" / row.runs[0].name)
 
     def dying(self, epoch, step):
         if next(calls) == 4:
@@ -142,10 +147,10 @@ def test_a_grid_that_was_stopped_ends_with_the_same_table(done, scored, tmp_path
 
     monkeypatch.setattr(lists.ListStream, "batch", dying)
     with pytest.raises(KeyboardInterrupt):
-        fill(scored, tmp_path)
+        fill(scored, out)
     monkeypatch.undo()
-    assert sum(grid.finished(tmp_path, run.name) for run in (tmp_path / "runs").iterdir()) == 1
-    assert ablate.markdown(fill(scored, tmp_path)) == ablate.markdown(done[0])
+    assert [grid.finished(out, row.runs[0].name) for row in done[0].rows] == [True] * 3 + [False]
+    assert ablate.markdown(fill(scored, out)) == ablate.markdown(done[0])
 
 
 def test_a_worker_opens_a_score_cache_too(done, scored, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from crosstill.errors import ConfigError, DataError
 from crosstill.evaluate import extended
 from crosstill.evaluate.extended import Extended, Queries, opened, place, rank, read
 from crosstill.types import Example
-from support import small_config
+from support import matrix, small_config
 from verbs import crosstill, refusal
 
 
@@ -141,8 +141,9 @@ def scores_of(rows, wide, draw, liked):
     return (scores + prime * more * torch.randint(0, 2, (len(rows), 1), generator=draw)).float()
 
 
+@pytest.mark.parametrize("rounds", matrix([2, 20], [2]))
 @pytest.mark.parametrize("name", ["eccv", "cxc"])
-def test_the_published_package_agrees(package, test_split, name, capsys):
+def test_the_published_package_agrees(package, test_split, name, rounds, capsys):
     metrics, folder = package
     captions, examples = test_split
     truth = read(folder / f"{name}_caption_to_image.json")
@@ -153,7 +154,7 @@ def test_the_published_package_agrees(package, test_split, name, capsys):
     asked, answered = {"i2t": images, "t2i": texts}, {"i2t": texts, "t2i": images}
     draw = torch.Generator().manual_seed(0)
     some = torch.randperm(1200, generator=draw)[:100]
-    for _ in range(20):
+    for _ in range(rounds):
         for side, (whole, wide) in sides.items():
             few = Queries(*(part[some] for part in whole))
             scores = scores_of(few.rows, wide, draw, few.items)

@@ -85,11 +85,10 @@ def make_runs(home: Path) -> None:
         for name in RUNS
         for deaths in ([], [{"step": DEATH}])
     ]
-    (home / "cases.json").write_text(json.dumps(cases))
     script = TESTS / "train/commanded_runs.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, home / "cases.json"], env=environment, check=True)
-    (home / "cases.json").unlink()
+    lines = "".join(f"{json.dumps(case)}\n" for case in cases)
+    subprocess.run([sys.executable, script], input=lines, text=True, env=environment, check=True)
 
 
 def trim(home: Path) -> None:

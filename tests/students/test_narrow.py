@@ -11,6 +11,7 @@ from crosstill.errors import ConfigError
 from crosstill.students.student import Student
 from crosstill.students.student_config import StudentConfig
 from crosstill.towers import tower_parts
+from support import matrix
 
 CAPTIONS = families.CAPTIONS
 
@@ -21,7 +22,7 @@ def student(text: Path, rank: int | None, **changes: object) -> Student:
     return students.build(StudentConfig.model_validate(config), 16, CAPTIONS).eval()
 
 
-@pytest.fixture(scope="module", params=TEXT, ids=lambda family: family.type)
+@pytest.fixture(scope="module", params=matrix(TEXT, TEXT[:2]), ids=[family.type for family in TEXT])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return families.save_text(request.param, tmp_path_factory.mktemp("text"))
 

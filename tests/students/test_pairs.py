@@ -4,7 +4,7 @@ Each image tower meets one text tower and each text tower one image tower, with 
 poolings: towers know nothing of each other, so their whole product would test the same again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import families
@@ -21,6 +21,7 @@ from crosstill.recipes import distill
 from crosstill.students.student import Student
 from crosstill.students.student_config import StudentConfig
 from crosstill.towers.tower_parts import pool
+from support import matrix
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "students.md"
 ONE_STEP = (
@@ -33,15 +34,35 @@ ONE_STEP = (
     "log_every=1",
 )
 CASES = [(family, pooling) for family in IMAGE + TEXT for pooling in family.poolings]
-# one whose operations are the furthest from plain matrix products, of each side
-EARLY = [case for case in CASES if case in ((IMAGE[11], "pooler"), (TEXT[4], "mean"))]
+# one of each mechanism of ours: a token, maps with batch norms, stages without either; a learnt
+# pooler, layers that share weights, none of BERT's names
+CHIEF = {
+    ("vit", "cls"),
+    ("resnet", "mean"),
+    ("swin", "pooler"),
+    ("bert", "pooler"),
+    ("albert", "cls"),
+    ("modernbert", "mean"),
+}
+CHIEF_TYPES = {kind for kind, _ in CHIEF}
 PARTS = {"image_tower", "text_tower", "image_head", "text_head"}
 Build = Callable[[Family, str], Student]
 
 
-def each(cases: list[tuple[Family, str]]) -> pytest.MarkDecorator:
+def each(
+    cases: list[tuple[Family, str]], chosen: Collection[tuple[str, str]] = CHIEF
+) -> pytest.MarkDecorator:
+    """All these cases, of which those that are not chosen are slow."""
     names = [f"{family.type}-{pooling}" for family, pooling in cases]
-    return pytest.mark.parametrize(("family", "pooling"), cases, ids=names)
+    chief = [case for case in cases if (case[0].type, case[1]) in chosen]
+    return pytest.mark.parametrize(("family", "pooling"), matrix(cases, chief), ids=names)
+
+
+def each_family(families: tuple[Family, ...]) -> pytest.MarkDecorator:
+    chief = [family for family in families if family.type in CHIEF_TYPES]
+    return pytest.mark.parametrize(
+        "family", matrix(families, chief), ids=[family.type for family in families]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +141,7 @@ def _side(family: Family) -> str:
     return "image" if family in IMAGE else "text"
 
 
-@each([(family, "mean") for family in IMAGE + TEXT])
+@each([(family, "mean") for family in IMAGE + TEXT], [(kind, "mean") for kind in CHIEF_TYPES])
 def test_a_task_model_gives_the_tower_that_it_holds(
     build: Build, saved: Callable[..., Path], family: Family, pooling: str
 ) -> None:
@@ -139,14 +160,9 @@ def test_a_task_model_gives_the_tower_that_it_holds(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@each(EARLY)
+# those whose operations are the furthest from plain matrix products
+@each(CASES, [("resnet", "mean"), ("modernbert", "mean")])
 def test_it_is_exported(build: Build, family: Family, pooling: str, tmp_path: Path) -> None:
-    export.onnx(build(family, pooling).eval(), tmp_path / "bundle")
-
-
-@pytest.mark.slow
-@each([case for case in CASES if case not in EARLY])
-def test_so_are_all(build: Build, family: Family, pooling: str, tmp_path: Path) -> None:
     export.onnx(build(family, pooling).eval(), tmp_path / "bundle")
 
 
@@ -158,7 +174,10 @@ def test_each_is_a_sentence_transformer(
     export.sentence_transformers(build(family, pooling).eval(), tmp_path / "folder")
 
 
-@each([(family, "pooler") for family in IMAGE + TEXT if "pooler" in family.poolings])
+@each(
+    [(family, "pooler") for family in IMAGE + TEXT if "pooler" in family.poolings],
+    [("vit", "pooler"), ("resnet", "pooler")],
+)
 def test_a_pooler_makes_it_plain_transformers(
     saved: Callable[..., Path], cached: Cache, family: Family, pooling: str, tmp_path: Path
 ) -> None:
@@ -174,7 +193,7 @@ def test_a_pooler_makes_it_plain_transformers(
         export.transformers(student, tmp_path / "folder")
 
 
-@pytest.mark.parametrize("family", IMAGE, ids=lambda family: family.type)
+@each_family(IMAGE)
 def test_a_pooling_that_makes_no_sense_is_refused(
     saved: Callable[..., Path], family: Family
 ) -> None:
@@ -185,7 +204,7 @@ def test_a_pooling_that_makes_no_sense_is_refused(
             students.build(StudentConfig.model_validate(told), 16, families.CAPTIONS)
 
 
-@pytest.mark.parametrize("family", TEXT, ids=lambda family: family.type)
+@each_family(TEXT)
 def test_a_pooler_that_is_not_there_is_named(build: Build, saved, family: Family) -> None:
     if "pooler" not in family.poolings:
         with pytest.raises(ConfigError, match='no pooler; set its pooling to "mean" or "cls"'):
@@ -197,7 +216,7 @@ def test_a_pooler_that_is_not_there_is_named(build: Build, saved, family: Family
         students.build(StudentConfig.model_validate(told), 16, families.CAPTIONS)
 
 
-@pytest.mark.parametrize("family", IMAGE + TEXT, ids=lambda family: family.type)
+@each_family(IMAGE + TEXT)
 def test_layers_are_cut_or_refused(build: Build, family: Family) -> None:
     if not family.layers:
         with pytest.raises(ConfigError, match=f"a {family.type} has (stages, and )?no layers"):

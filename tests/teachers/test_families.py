@@ -27,6 +27,7 @@ from crosstill import cache, data, images, teachers
 from crosstill.errors import ModelError
 from crosstill.teachers.base import Teacher
 from crosstill.teachers.dual import BlipDual, DualEncoder
+from support import matrix
 from teachers import family_models
 from teachers.family_models import FAMILIES, POSITIONS, TEXTS
 
@@ -191,6 +192,11 @@ def test_rows_do_not_depend_on_their_company(teacher: DualEncoder) -> None:
     torch.testing.assert_close(teacher.embed_images(black)[40:41], one, atol=4e-6, rtol=0)
 
 
+# what they read is of the folder and of the weights, whatever the family
+HEADS = pytest.mark.parametrize("folder", matrix(FAMILIES, ["clip", "blip_2"]), indirect=True)
+
+
+@HEADS
 def test_identity_follows_the_weights_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / folder.name
     moved.mkdir()
@@ -208,6 +214,7 @@ def test_identity_follows_the_weights_and_nothing_else(folder: Path, tmp_path: P
     assert {key for key in before if before[key] != after[key]} == {"weights"}
 
 
+@HEADS
 def test_nan_weights_and_lost_ones(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / folder.name
     moved.mkdir()

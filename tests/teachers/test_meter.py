@@ -14,6 +14,7 @@ from crosstill.fusion.meter import Meter
 from crosstill.fusion.meter_network import ClipVisual
 from crosstill.towers.tower_parts import resized_positions
 from crosstill.types import States
+from support import matrix
 from teachers.released_files import PRETRAIN, RETRIEVAL, STUDENT, on_meta, small, write_tokenizer
 from teachers.slow_meter import MEAN, STD, SlowMeter
 
@@ -196,10 +197,14 @@ def test_a_checkpoint_for_another_resolution(tokenizer, state):
 # --- released names ---
 
 
-@pytest.mark.parametrize(
-    "absent", [(), (WORDS_OF_CLIP,), (POSITION_IDS,), (WORDS_OF_CLIP, POSITION_IDS)]
-)
-@pytest.mark.parametrize("table", [RETRIEVAL, PRETRAIN])
+RELEASED = [
+    (table, absent)
+    for table in (RETRIEVAL, PRETRAIN)
+    for absent in ((), (WORDS_OF_CLIP,), (POSITION_IDS,), (WORDS_OF_CLIP, POSITION_IDS))
+]
+
+
+@pytest.mark.parametrize(("table", "absent"), matrix(RELEASED, [RELEASED[3], RELEASED[4]]))
 def test_the_released_files_load_whole(table, absent, tokenizer):
     full = {k: v for k, v in on_meta(table).items() if k not in absent}
     _, found = meter_released.examine(full)
@@ -260,9 +265,11 @@ DECIDING = [
     "cross_modal_image_pooler.dense.bias",
     "rank_output.weight",
 ]
+# one of each tower, and one of the fusion layers
+CHIEF = [DECIDING[0], DECIDING[4], DECIDING[7]]
 
 
-@pytest.mark.parametrize("name", DECIDING)
+@pytest.mark.parametrize("name", matrix(DECIDING, CHIEF))
 def test_a_missing_and_a_renamed_key_are_named(name):
     full = on_meta(RETRIEVAL, layers=2)
     value = full.pop(name)
@@ -284,7 +291,10 @@ def test_what_is_not_whole_does_not_load(state, tokenizer):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in DECIDING if "embeddings.w" not in name])
+SIZED = [name for name in DECIDING if "embeddings.w" not in name]
+
+
+@pytest.mark.parametrize("name", matrix(SIZED, CHIEF))
 def test_a_key_of_another_shape_is_named(name):
     full = on_meta(RETRIEVAL, layers=2)
     right = tuple(full[name].shape)

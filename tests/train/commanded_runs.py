@@ -1,12 +1,12 @@
 """Runs that are started, killed and resumed by the command line, as a user does it.
 
-    python commanded_runs.py CASES.json
+    python commanded_runs.py < CASES
 
-A case is one run: the words after `crosstill train`, its folder, and the deaths that it dies one
-after the other before it is resumed to its end; with "finish": false it stays dead. Every command
-is a process of its own, forked from this one so that only this one pays for the imports. Prints
-one JSON line a case: the exit code of the last command, whether each death struck, and the
-moments and seconds of the last command.
+Reads a case a line, in JSON. A case is one run: the words after `crosstill train`, its folder,
+and the deaths that it dies one after the other before it is resumed to its end; with
+"finish": false it stays dead. Every command is a process of its own, forked from this one so that
+only this one pays for the imports. Prints one JSON line a case: the exit code of the last command,
+whether each death struck, and the moments and seconds of the last command.
 
 A death is one of
     {"at": N}       at the Nth moment: before something in the run's folder is opened, renamed or
@@ -135,8 +135,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        sys.stdout.write(json.dumps(run(case)) + "\n")
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(run(json.loads(line))) + "\n")
         sys.stdout.flush()
 
 

@@ -6,6 +6,7 @@ Rank 0 leaves the gradient of the first step in gradient.safetensors.
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -18,25 +19,21 @@ from crosstill.train import TrainConfig, train  # noqa: E402
 from support import SETTINGS, small_student  # noqa: E402
 
 
-def keep_first_gradient(out: Path) -> None:
+def run(cache: Cache, out: Path, changes: list[str]) -> None:
+    """Train, keeping the first gradient; alone, or as one of torchrun's processes."""
     step = torch.optim.AdamW.step
 
     def noting(self, *args):
         path = out / "gradient.safetensors"
-        if os.environ["RANK"] == "0" and not path.exists():
+        if os.environ.get("RANK", "0") == "0" and not path.exists():
             learnt = self.param_groups[0]["params"]
             save_file({str(i): p.grad.clone().contiguous() for i, p in enumerate(learnt)}, path)
         return step(self, *args)
 
-    torch.optim.AdamW.step = noting
-
-
-def main() -> None:
-    cache, out = Cache(sys.argv[1]), Path(sys.argv[2])
-    keep_first_gradient(out)
-    config = TrainConfig(**SETTINGS).changed(["epochs=1", *sys.argv[3:]])
-    train(small_student(cache, dropout=0.0), cache, config, out)
+    config = TrainConfig(**SETTINGS).changed(["epochs=1", *changes])
+    with mock.patch.object(torch.optim.AdamW, "step", noting):
+        train(small_student(cache, dropout=0.0), cache, config, out)
 
 
 if __name__ == "__main__":
-    main()
+    run(Cache(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

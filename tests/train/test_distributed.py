@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from crosstill.errors import ConfigError
 from crosstill.train import checkpoint
 from crosstill.train.distributed import Group
+from support import matrix
+from train import steady_run
 
-RUNNER = Path(__file__).with_name("steady_run.py")
+RUNNER = Path(steady_run.__file__)
 
 
 def test_shares_are_equal_and_cover_the_batch():
@@ -28,7 +30,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         Group(0, 2).check(25)
 
 
-def launch(cached, out: Path, processes: int, *changes: str) -> checkpoint.State:
+def launch(cached, out: Path, processes: int, changes: list[str]) -> checkpoint.State:
     out.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", str(RUNNER), str(cached.folder), str(out)]
@@ -38,11 +40,16 @@ def launch(cached, out: Path, processes: int, *changes: str) -> checkpoint.State
     return checkpoint.load_latest(out / "checkpoints")
 
 
-@pytest.mark.parametrize("changes", [(), ("chunk_size=5", "balance=uncertainty")])
+CHUNKS = ["chunk_size=5", "balance=uncertainty"]
+
+
+@pytest.mark.parametrize("changes", matrix([[], CHUNKS], [CHUNKS]), ids=["plain", "chunks"])
 def test_two_processes_do_what_one_does(cached, tmp_path, changes):
     """The same gradient, and after an epoch the same queue to the bit."""
-    one = launch(cached, tmp_path / "one", 1, *changes)
-    two = launch(cached, tmp_path / "two", 2, *changes)
+    (tmp_path / "one").mkdir()
+    steady_run.run(cached, tmp_path / "one", changes)
+    one = checkpoint.load_latest(tmp_path / "one/checkpoints")
+    two = launch(cached, tmp_path / "two", 2, changes)
     assert one["position"] == two["position"]
     for name in ("entries", "ids", "pointer"):
         key = f"contrastive.queue.{name}"

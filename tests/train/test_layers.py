@@ -20,7 +20,7 @@ from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.towers import vocabulary
 from crosstill.train import train
 from crosstill.train.layers import LayerTap, as_map, blank
-from support import same, small_student
+from support import matrix, same, small_student
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,10 @@ def changed(settings, losses, *changes):
     return settings.changed([f"losses={losses}", "balance=fixed", "epochs=1", *changes])
 
 
-@pytest.mark.parametrize("losses", ["fitnets", "at", "fitnets+at+info_nce"])
+LIVE = ["fitnets", "at", "fitnets+at+info_nce"]
+
+
+@pytest.mark.parametrize("losses", matrix(LIVE, LIVE[-1:]))
 def test_a_run_with_a_live_teacher_learns_and_resumes(losses, live, told, settings, tmp_path):
     config = changed(settings, losses, f"teacher={live}", "lr=3e-3").changed(["epochs=3"])
     run = train(small_student(told), told, config, tmp_path / "run")
@@ -96,7 +99,9 @@ def test_a_student_can_be_the_live_teacher(scenes, settings, tmp_path):
     teacher = small_student(cache.build(None, scenes, tmp_path / "none"))
     teacher.save(tmp_path / "teacher")
     seen = cache.build(teacher.load(tmp_path / "teacher"), scenes, tmp_path / "cache")
-    config = changed(settings, "fitnets+feature", f"teacher={tmp_path / 'teacher'}")
+    config = changed(settings, "fitnets+feature", f"teacher={tmp_path / 'teacher'}").changed(
+        ["steps_per_epoch=2"]
+    )
     assert train(small_student(seen), seen, config, tmp_path / "run").metrics["steps"] > 0
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import random
@@ -21,11 +22,13 @@ from crosstill.errors import (
 )
 from crosstill.files import locked
 from crosstill.objectives import feature
-from crosstill.train import checkpoint, train
+from crosstill.train import TrainConfig, checkpoint, train
 from crosstill.train import loop as module
 from crosstill.train.batches import Sampler
 from crosstill.train.task import PairTask
-from support import SmallTeacher, same, small_student
+from support import SETTINGS, SmallTeacher, matrix, same, small_student
+
+SHORT = ["epochs=1", "steps_per_epoch=2"]
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -77,22 +80,39 @@ def die_after(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 10, 13, 19])
-@pytest.mark.parametrize("balance", ["dsmd", "uncertainty"])
+@pytest.fixture(scope="module")
+def whole_run(cached, tmp_path_factory):
+    """Makes the run of these changes that nothing interrupted, once; read it, never write to it."""
+    places: dict[tuple[str, ...], Path] = {}
+
+    def make(*changes: str) -> Path:
+        if changes not in places:
+            places[changes] = tmp_path_factory.mktemp("whole") / "run"
+            config = TrainConfig(**SETTINGS).changed(changes)
+            train(small_student(cached), cached, config, places[changes])
+        return places[changes]
+
+    return make
+
+
+INTERRUPTED = list(itertools.product(["dsmd", "uncertainty"], [1, 3, 4, 10, 13, 19]))
+
+
+@pytest.mark.parametrize(("balance", "steps"), matrix(INTERRUPTED, [("dsmd", 13)]))
 def test_an_interrupted_run_resumes_to_the_same_bits(
-    cached, student, settings, tmp_path, die_after, steps, balance
+    cached, settings, whole_run, tmp_path, die_after, steps, balance
 ):
-    config = settings.changed([f"balance={balance}"])
-    train(student, cached, config, tmp_path / "whole")
+    changes = [] if balance == "dsmd" else [f"balance={balance}"]
+    config, whole = settings.changed(changes), whole_run(*changes)
     die_after(steps)
     with pytest.raises(Interrupted):
-        train(module.Run(tmp_path / "whole").untrained, cached, config, tmp_path / "cut")
+        train(module.Run(whole).untrained, cached, config, tmp_path / "cut")
     die_after(None)
     train(None, cached, config, tmp_path / "cut", resume=True)
-    assert same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert same(final(tmp_path / "cut"), final(whole))
     assert load_file(tmp_path / "cut/best/model.safetensors").keys()
     for name in ("events.jsonl", "best.json", "metrics.json", "best/model.safetensors"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def _replace(monkeypatch, loss) -> None:
@@ -109,6 +129,33 @@ class Drawing(feature.FeatureDistillation):
         return super().forward(student, teacher, ids) * (1 + noise)
 
 
+@pytest.fixture(scope="module")
+def drawing_runs(cached, tmp_path_factory):
+    """Makes a run with that loss, whole and interrupted, once for each learning rate."""
+    places: dict[float, Path] = {}
+
+    def make(lr: float) -> Path:
+        if lr not in places:
+            place = places[lr] = tmp_path_factory.mktemp("drawing")
+            config = TrainConfig(**SETTINGS | {"lr": lr})
+            backward, steps = PairTask.backward, iter(range(14))
+
+            def die(self, batch):
+                if next(steps, None) is None:
+                    raise Interrupted
+                return backward(self, batch)
+
+            with pytest.MonkeyPatch.context() as patch:
+                _replace(patch, Drawing)
+                train(small_student(cached), cached, config, place / "whole")
+                patch.setattr(PairTask, "backward", die)
+                with pytest.raises(Interrupted):
+                    train(module.Run(place / "whole").untrained, cached, config, place / "cut")
+        return places[lr]
+
+    return make
+
+
 @pytest.mark.parametrize(
     "piece",
     [
@@ -123,18 +170,13 @@ class Drawing(feature.FeatureDistillation):
         "rng_python",
     ],
 )
-def test_each_piece_of_state_matters(
-    cached, student, settings, tmp_path, die_after, monkeypatch, piece
-):
+def test_each_piece_of_state_matters(cached, settings, drawing_runs, tmp_path, monkeypatch, piece):
     """Leave one piece out of a resume: the comparison above must notice every one."""
-    _replace(monkeypatch, Drawing)
     if piece == "best":  # it matters to runs whose best epoch lies behind them
         settings = settings.changed(["lr=1e-12"])
-    train(student, cached, settings, tmp_path / "whole")
-    die_after(14)
-    with pytest.raises(Interrupted):
-        train(module.Run(tmp_path / "whole").untrained, cached, settings, tmp_path / "cut")
-    die_after(None)
+    made = drawing_runs(settings.lr)
+    shutil.copytree(made / "cut", tmp_path / "cut")
+    _replace(monkeypatch, Drawing)
     restore = module.Session.restore
 
     def forgetful(self, state):
@@ -142,7 +184,7 @@ def test_each_piece_of_state_matters(
 
     monkeypatch.setattr(module.Session, "restore", forgetful)
     train(None, cached, settings, tmp_path / "cut", resume=True)
-    assert not same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert not same(final(tmp_path / "cut"), final(made / "whole"))
 
 
 def test_chunks_give_the_gradient_of_the_whole_batch(cached, settings, tmp_path):
@@ -176,7 +218,7 @@ def test_chunks_replay_their_dropout(cached, settings, tmp_path):
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_a_frozen_tower_stays_and_its_head_learns(cached, student, settings, tmp_path, side):
-    frozen = settings.changed([f"freeze={side}", "epochs=1"])
+    frozen = settings.changed([f"freeze={side}", *SHORT])
     before = {k: v.clone() for k, v in student.state_dict().items()}
     train(student, cached, frozen, tmp_path / "run")
     after = final(tmp_path / "run")["student"]
@@ -188,7 +230,7 @@ def test_a_frozen_tower_stays_and_its_head_learns(cached, student, settings, tmp
 
 def test_a_run_without_a_teacher(scenes, student, settings, tmp_path):
     captions = build(None, scenes, tmp_path / "captions")
-    config = settings.changed(["losses=info_nce", "balance=fixed", "epochs=1"])
+    config = settings.changed(["losses=info_nce", "balance=fixed", *SHORT])
     run = train(student, captions, config, tmp_path / "run")
     assert run.metrics["teacher"] is None
 
@@ -205,7 +247,7 @@ def test_losses_that_read_what_the_teacher_did_not_leave_refuse_by_name(
         train(student, cache, settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # what the message says to do
-    advice = ["losses=info_nce", 'losses.instance.side="image"', "balance=fixed", "epochs=1"]
+    advice = ["losses=info_nce", 'losses.instance.side="image"', "balance=fixed", *SHORT]
     run = train(student, cache, settings.changed(advice), tmp_path / "run")
     assert events(run.folder, "step")[0]["losses"].keys() == {"info_nce", "instance"}
 
@@ -272,7 +314,7 @@ def test_a_run_folder_is_not_shared_and_not_overwritten(cached, student, setting
         train(student, cached, settings, tmp_path / "run")
     with pytest.raises(InputError, match="no run to resume"):
         train(None, cached, settings, tmp_path / "run", resume=True)
-    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    train(student, cached, settings.changed(SHORT), tmp_path / "run")
     with pytest.raises(ConfigError, match="already holds a run; give --resume"):
         train(student, cached, settings, tmp_path / "run")
     with pytest.raises(ConfigError, match="started with epochs = 1"):
@@ -290,18 +332,18 @@ def test_what_a_kill_leaves_of_a_beginning_is_cleared(cached, student, settings,
     for name in (".writing-1-probe", ".starting", "student/half"):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
-    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    train(student, cached, settings.changed(SHORT), tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/.writing-1-probe").touch()
     again = module.Run(tmp_path / "run").untrained
-    train(again, cached, settings.changed(["epochs=1"]), tmp_path / "other")
+    train(again, cached, settings.changed(SHORT), tmp_path / "other")
 
 
 def test_a_run_does_not_go_on_with_another_cache(cached, scenes, student, settings, tmp_path):
-    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    train(student, cached, settings.changed(SHORT), tmp_path / "run")
     other = build(SmallTeacher(weights=5), scenes, tmp_path / "other")
     with pytest.raises(MismatchError, match="another cache"):
-        train(None, other, settings.changed(["epochs=1"]), tmp_path / "run", resume=True)
+        train(None, other, settings.changed(SHORT), tmp_path / "run", resume=True)
 
 
 def test_a_width_that_does_not_fit_is_refused(scenes, student, settings, tmp_path):
@@ -318,9 +360,9 @@ def test_bf16_is_refused_where_it_would_crawl(cached, student, settings, tmp_pat
 
 def test_bf16_trains(cached, student, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
-    short = settings.changed(["precision=bf16", "epochs=1"])
+    short = settings.changed(["precision=bf16", *SHORT])
     run = train(student, cached, short, tmp_path / "run")
-    assert run.metrics["steps"] == 10
+    assert run.metrics["steps"] == 2
 
 
 @pytest.mark.slow
@@ -334,8 +376,7 @@ def test_a_compiled_student_trains_to_nearly_the_same(cached, student, settings,
     assert fused == pytest.approx(plain, rel=0.2)
 
 
-def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, student, settings, tmp_path):
-    train(student, cached, settings, tmp_path / "whole")
+def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, settings, whole_run, tmp_path):
     backward = PairTask.backward
 
     def interrupt(self, batch):
@@ -348,13 +389,13 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, student, settings,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PairTask, "backward", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(module.Run(tmp_path / "whole").untrained, cached, settings, tmp_path / "cut")
+            train(module.Run(whole_run()).untrained, cached, settings, tmp_path / "cut")
     assert final(tmp_path / "cut")["position"] == {"epoch": 0, "step": 1, "total": 1}
     train(None, cached, settings, tmp_path / "cut", resume=True)
-    assert same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert same(final(tmp_path / "cut"), final(whole_run()))
 
 
 def test_tensorboard_gets_the_same_curves(cached, student, settings, tmp_path):
     pytest.importorskip("tensorboard")
-    train(student, cached, settings.changed(["epochs=1"]), tmp_path / "run")
+    train(student, cached, settings.changed(SHORT), tmp_path / "run")
     assert list((tmp_path / "run/tensorboard").glob("events.out.*"))

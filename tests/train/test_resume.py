@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +20,11 @@ from crosstill.files import sealed
 from crosstill.fusion.score_build import build_scores
 from crosstill.train import checkpoint
 from fusion.listed import meter_config, parameters
-from support import SmallTeacher, same, small_student
+from support import SmallTeacher, matrix, same, small_student
 from verbs import TOML, crosstill, refusal
+
+CarryOut = Callable[[list[dict]], list[dict]]
+Killed = Callable[..., tuple[Path, Path]]
 
 SETTINGS = [
     "epochs=2",
@@ -58,21 +63,26 @@ def words(home: Path, cache: str, recipe: str, *changes: str, student: str = "")
     return [str(home / cache), *chosen, *(word for change in every for word in ("--set", change))]
 
 
-def carried_out(cases: list[dict], tmp_path: Path) -> list[dict]:
-    """Start, kill and resume each case's run."""
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
+@pytest.fixture(scope="module")
+def carry_out() -> Iterator[CarryOut]:
+    """Starts, kills and resumes each case's run, in one process for all tests of this file."""
     script = Path(__file__).with_name("commanded_runs.py")
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "cases.json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    for outcome in outcomes:
-        assert outcome["code"] == 0, Path(outcome["out"] + ".log").read_text()
-    return outcomes
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, script], env=environment, **pipes) as process:
+
+        def run(cases: list[dict]) -> list[dict]:
+            outcomes = []
+            for case in cases:
+                process.stdin.write(json.dumps(case) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                assert line, "the process of the runs has ended"
+                outcomes.append(json.loads(line))
+                assert outcomes[-1]["code"] == 0, Path(case["out"] + ".log").read_text()
+            return outcomes
+
+        yield run
 
 
 def content(run: Path) -> dict[str, object]:
@@ -93,22 +103,23 @@ def check_equal(run: Path, whole: Path) -> None:
 
 
 def check_resumes(
-    runs: dict[str, list[str]], deaths: list[list[dict]], tmp_path: Path, least: float = 1.0
+    carry_out: CarryOut,
+    typed: list[str],
+    deaths: list[list[dict]],
+    tmp_path: Path,
+    least: float = 1.0,
 ) -> None:
-    """Runs that died each of these ways end as those that were never killed, file for file.
+    """Runs that died each of these ways end as one that was never killed, file for file.
 
-    All in one process, because its imports take longer than a run does. At `least` this share of
-    the deaths has to strike before the run is over.
+    At `least` this share of the deaths has to strike before the run is over.
     """
     cases = [
-        {"words": typed, "out": str(tmp_path / f"{name}-{number}"), "deaths": each}
-        for name, typed in runs.items()
+        {"words": typed, "out": str(tmp_path / f"run-{number}"), "deaths": each}
         for number, each in enumerate([[], *deaths])
     ]
     struck: list[bool] = []
-    for outcome in carried_out(cases, tmp_path):
-        run = Path(outcome["out"])
-        check_equal(run, run.with_name(f"{run.name.rpartition('-')[0]}-0"))
+    for outcome in carry_out(cases):
+        check_equal(Path(outcome["out"]), tmp_path / "run-0")
         struck += outcome["struck"]
     assert sum(struck) >= least * len(struck)
 
@@ -117,70 +128,85 @@ def check_resumes(
 LATE, EARLY, TWICE = [{"step": 6}], [{"step": 2}], [{"validate": 1}, {"step": 3}]
 
 
-def test_every_recipe(home, tmp_path):
-    runs = {recipe: words(home, "features", recipe) for recipe in recipes.RECIPES}
-    check_resumes(runs, [LATE, TWICE], tmp_path)
+# runs of other caches, students and balancers are resumed in tests/golden too
+@pytest.mark.parametrize("recipe", matrix(recipes.RECIPES, ["dsmd"]))
+def test_every_recipe(home, carry_out, tmp_path, recipe):
+    check_resumes(carry_out, words(home, "features", recipe), [LATE, TWICE], tmp_path)
 
 
-def test_every_balancer(home, tmp_path):
-    runs = {rule: words(home, "features", "dsmd", f"balance={rule}") for rule in balance.known()}
-    check_resumes(runs, [LATE], tmp_path)
+@pytest.mark.parametrize("rule", matrix(balance.known(), ["gradnorm"]))
+def test_every_balancer(home, carry_out, tmp_path, rule):
+    typed = words(home, "features", "dsmd", f"balance={rule}")
+    check_resumes(carry_out, typed, [LATE], tmp_path)
 
 
-def test_every_kind_of_cache(home, scenes, tmp_path):
-    build(SmallTeacher(), scenes, home / "views", views=3)
-    heads = ["init_heads=ridge", "freeze=text", "chunk_size=5", "captions_per_image=2"]
-    runs = {
-        "joined": words(home, "joined", "dsmd", "balance=uncertainty"),
-        "joined-ridge": words(home, "joined", "kd", "init_heads=ridge"),
-        "none": words(home, "none", "info_nce"),
-        "scores": words(home, "scores", "dcd", "losses.dcd.hardest=3"),
-        "drawn": words(home, "scores", "cprd", "losses.cprd.hardest=3", "drawn=8"),
-        "views": words(home, "views", "dsmd", *heads),
-    }
-    check_resumes(runs, [LATE, EARLY], tmp_path)
+HEADS = ["init_heads=ridge", "freeze=text", "chunk_size=5", "captions_per_image=2"]
+KINDS = [
+    ("joined", "dsmd", ["balance=uncertainty"]),
+    ("joined", "kd", ["init_heads=ridge"]),
+    ("none", "info_nce", []),
+    ("scores", "dcd", ["losses.dcd.hardest=3"]),
+    ("scores", "cprd", ["losses.cprd.hardest=3", "drawn=8"]),
+    ("views", "dsmd", HEADS),
+]
 
 
-def test_fusion_students(home, tmp_path):
-    shape = "layers = 2\nwidth = 16\nheads = 2\nmlp = 16\ndropout = 0.1\n"
-    text = f'fusion = "meter"\nname = "meter"\ntowers = "{home / "dual"}"\n[shape]\n{shape}'
-    (home / "meter.toml").write_text(text)
+@pytest.mark.parametrize(("cache", "recipe", "changes"), matrix(KINDS, KINDS[-1:]))
+def test_every_kind_of_cache(home, carry_out, scenes, tmp_path, cache, recipe, changes):
+    if cache == "views":
+        build(SmallTeacher(), scenes, home / "views", views=3)
+    check_resumes(carry_out, words(home, cache, recipe, *changes), [LATE, EARLY], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["half", "meter"])
+def test_fusion_students(home, carry_out, tmp_path, student):
+    if student == "meter":
+        shape = "layers = 2\nwidth = 16\nheads = 2\nmlp = 16\ndropout = 0.1\n"
+        text = f'fusion = "meter"\nname = "meter"\ntowers = "{home / "dual"}"\n[shape]\n{shape}'
+        (home / "meter.toml").write_text(text)
+        student = str(home / "meter.toml")
     changes = ["losses.dcd.hardest=3", "batch_size=8"]
-    students = {"half": "half", "meter": str(home / "meter.toml")}
-    runs = {k: words(home, "scores", "dcd", *changes, student=s) for k, s in students.items()}
-    check_resumes(runs, [LATE, EARLY], tmp_path)
+    typed = words(home, "scores", "dcd", *changes, student=student)
+    check_resumes(carry_out, typed, [LATE, EARLY], tmp_path)
 
 
-def test_asked_to_stop(home, tmp_path):
-    deaths = [
-        [{"signal": signal, "step": step} for step in (2, 4)] for signal in ("SIGTERM", "SIGINT")
-    ]
-    check_resumes({"dsmd": words(home, "features", "dsmd")}, deaths, tmp_path)
+@pytest.mark.parametrize("name", matrix(["SIGTERM", "SIGINT"], ["SIGTERM"]))
+def test_asked_to_stop(home, carry_out, tmp_path, name):
+    deaths = [[{"signal": name, "step": step} for step in (2, 4)]]
+    check_resumes(carry_out, words(home, "features", "dsmd"), deaths, tmp_path)
 
 
-def test_a_few_moments_inside_writes(home, tmp_path):
-    deaths = [[{"at": n}] for n in (40, 110, 180)] + [[{"size": n}] for n in (9000, 60_000)]
-    check_resumes({"dsmd": words(home, "features", "dsmd")}, deaths, tmp_path)
+# few of what the slow tests below do at every moment
+@pytest.mark.parametrize(
+    "deaths",
+    matrix(
+        [[{"at": 40}], [{"at": 110}], [{"at": 180}], [{"size": 9000}], [{"size": 60_000}]],
+        [[{"at": 110}], [{"size": 9000}]],
+    ),
+)
+def test_a_few_moments_inside_writes(home, carry_out, tmp_path, deaths):
+    check_resumes(carry_out, words(home, "features", "dsmd"), [deaths], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_every_moment_inside_writes(home, tmp_path, part):
+def test_every_moment_inside_writes(home, carry_out, tmp_path, part):
     """Killed at each moment of one whole run, and within the writes of files of many sizes."""
     typed = words(home, "features", "dsmd")
-    (whole,) = carried_out([{"words": typed, "out": str(tmp_path / "w"), "deaths": []}], tmp_path)
+    (whole,) = carry_out([{"words": typed, "out": str(tmp_path / "w"), "deaths": []}])
     assert whole["moments"] > 100
     moments, sizes = range(1 + part, whole["moments"] + 1, 4), range(500 + part * 250, 60_000, 4000)
     deaths = [[{"at": n}] for n in moments] + [[{"size": n}] for n in sizes]
-    check_resumes({"dsmd": typed}, deaths, tmp_path, least=0.95)
+    check_resumes(carry_out, typed, deaths, tmp_path, least=0.95)
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_times(home, tmp_path):
+def test_fifty_kills_at_random_times(home, carry_out, tmp_path):
     """Ten runs that are each killed five times, at whatever they are doing."""
     typed, draw = words(home, "features", "dsmd", "epochs=4"), random.Random(0)
     whole = {"words": typed, "out": str(tmp_path / "dsmd-0"), "deaths": []}
-    (outcome,) = carried_out([whole], tmp_path)
+    (outcome,) = carry_out([whole])
     each = outcome["seconds"] / 3
     cases = [
         {
@@ -191,7 +217,7 @@ def test_fifty_kills_at_random_times(home, tmp_path):
         for run in range(1, 11)
     ]
     struck = 0
-    for outcome in carried_out(cases, tmp_path):
+    for outcome in carry_out(cases):
         check_equal(Path(outcome["out"]), tmp_path / "dsmd-0")
         struck += sum(outcome["struck"])
     assert struck >= 30, "too few kills struck before the end"
@@ -214,18 +240,33 @@ def make_old(run: Path, monkeypatch: pytest.MonkeyPatch, command: str | None = N
             checkpoint.save(run / "checkpoints", state["position"]["total"], state, keep=9)
 
 
-@pytest.fixture
-def killed(home, tmp_path):
-    """Makes a run that was killed before its sixth step, and one that was not killed."""
+@pytest.fixture(scope="module")
+def made(home, carry_out, tmp_path_factory) -> Killed:
+    """Makes a run that was killed before its sixth step, and one that was not, once for all."""
+    places: dict[tuple[str, ...], Path] = {}
 
     def make(recipe: str, *changes: str) -> tuple[Path, Path]:
-        typed = words(home, "features", recipe, *changes)
-        whole = {"words": typed, "out": str(tmp_path / "whole"), "deaths": []}
-        cut = {"words": typed, "out": str(tmp_path / "cut"), "deaths": LATE, "finish": False}
-        carried_out([whole, cut], tmp_path)
-        return tmp_path / "cut", tmp_path / "whole"
+        if (recipe, *changes) not in places:
+            place = places[recipe, *changes] = tmp_path_factory.mktemp("killed")
+            typed = words(home, "features", recipe, *changes)
+            whole = {"words": typed, "out": str(place / "whole"), "deaths": []}
+            cut = {"words": typed, "out": str(place / "cut"), "deaths": LATE, "finish": False}
+            carry_out([whole, cut])
+        place = places[recipe, *changes]
+        return place / "cut", place / "whole"
 
     return make
+
+
+@pytest.fixture
+def killed(made, tmp_path) -> Killed:
+    """Copies of those runs, the one that was not killed to read only."""
+
+    def copied(recipe: str, *changes: str) -> tuple[Path, Path]:
+        cut, whole = made(recipe, *changes)
+        return Path(shutil.copytree(cut, tmp_path / "cut")), whole
+
+    return copied
 
 
 def check_goes_on(home: Path, cut: Path, whole: Path) -> None:
@@ -242,14 +283,14 @@ def state_of(run: Path) -> dict[str, object]:
     return {**state, "names": {k: v for k, v in state["names"].items() if k != "run"}}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "changes"),
-    [
-        ("dsmd", []),
-        ("dsmd", ["losses.info_nce.temperature=0.1", "losses.kd.temperature=2.0"]),
-        ("kd", ["losses=similarity+info_nce+feature", "balance=dwa"]),
-    ],
-)
+ORDERED = [
+    ("dsmd", []),
+    ("dsmd", ["losses.info_nce.temperature=0.1", "losses.kd.temperature=2.0"]),
+    ("kd", ["losses=similarity+info_nce+feature", "balance=dwa"]),
+]
+
+
+@pytest.mark.parametrize(("recipe", "changes"), matrix(ORDERED, ORDERED[-1:]))
 def test_a_run_of_before_goes_on_in_the_order_of_its_command(
     home, killed, monkeypatch, recipe, changes
 ):
@@ -258,7 +299,7 @@ def test_a_run_of_before_goes_on_in_the_order_of_its_command(
     check_goes_on(home, cut, whole)
 
 
-@pytest.mark.parametrize("changes", [[], ["losses.kd.temperature=2.0"]])
+@pytest.mark.parametrize("changes", matrix([[], ["losses.kd.temperature=2.0"]], [[]]))
 def test_a_run_of_before_from_python_goes_on_in_its_recipes_order(
     home, killed, monkeypatch, changes
 ):
@@ -319,13 +360,11 @@ def test_a_refused_resume_changes_nothing(home, killed):
     assert content(cut) == held
 
 
-def test_a_checkpoint_of_another_run_is_refused(home, killed, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(home, killed, made):
     cut, _ = killed("dsmd")
-    typed = words(home, "features", "dsmd", "seed=5")
-    other = {"words": typed, "out": str(tmp_path / "other"), "deaths": LATE, "finish": False}
-    carried_out([other], tmp_path)
-    for path in (tmp_path / "other").glob("checkpoints/*"):
-        shutil.copy(path, cut / "checkpoints")
+    other, _ = made("dsmd", "save_every=2")
+    shutil.rmtree(cut / "checkpoints")
+    shutil.copytree(other / "checkpoints", cut / "checkpoints")
     error = refusal("train", home / "features", "--out", cut, "--resume")
     assert "of a run with other settings, another cache or another live teacher" in error
 
