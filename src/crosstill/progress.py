@@ -79,13 +79,15 @@ def quiet(level: int = logging.WARNING) -> Iterator[None]:
     """
     own = logging.getLogger("crosstill")
     levels = {own: own.level}
-    own.setLevel(own.getEffectiveLevel())
+    effective = own.getEffectiveLevel()
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         if not isinstance(logger, logging.Logger) or logger.name.split(".")[0] == own.name:
             continue
         if logger.level:  # those without inherit from one that has
             levels[logger] = logger.level
-            logger.setLevel(max(logger.level, level + 1))
+            logger.level = max(logger.level, level + 1)
+    # once for all: it makes each of hundreds of loggers forget what it had looked up
+    own.setLevel(effective)
     transformers: Any = sys.modules.get("transformers.utils.logging")
     bars = transformers is not None and transformers.is_progress_bar_enabled()
     if bars:
@@ -96,6 +98,7 @@ def quiet(level: int = logging.WARNING) -> Iterator[None]:
             yield
     finally:
         for logger, before in levels.items():
-            logger.setLevel(before)
+            logger.level = before
+        own.setLevel(levels[own])
         if bars:
             transformers.enable_progress_bar()

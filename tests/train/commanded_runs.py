@@ -34,6 +34,11 @@ import torch
 
 torch.set_num_threads(1)
 
+# what every child would import
+import transformers.models.bert.modeling_bert  # noqa: E402
+import transformers.models.vit.modeling_vit  # noqa: E402, F401
+
+import crosstill.recipes  # noqa: E402
 from crosstill.cli import main as crosstill  # noqa: E402
 from crosstill.fusion.list_task import ListTask  # noqa: E402
 from crosstill.train.task import PairTask  # noqa: E402

@@ -23,7 +23,6 @@ from fusion.listed import meter_config, parameters
 from support import SmallTeacher, matrix, same, small_student
 from verbs import TOML, crosstill, refusal
 
-CarryOut = Callable[[list[dict]], list[dict]]
 Killed = Callable[..., tuple[Path, Path]]
 
 SETTINGS = [
@@ -63,28 +62,6 @@ def words(home: Path, cache: str, recipe: str, *changes: str, student: str = "")
     return [str(home / cache), *chosen, *(word for change in every for word in ("--set", change))]
 
 
-@pytest.fixture(scope="module")
-def carry_out() -> Iterator[CarryOut]:
-    """Starts, kills and resumes each case's run, in one process for all tests of this file."""
-    script = Path(__file__).with_name("commanded_runs.py")
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, script], env=environment, **pipes) as process:
-
-        def run(cases: list[dict]) -> list[dict]:
-            outcomes = []
-            for case in cases:
-                process.stdin.write(json.dumps(case) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-                assert line, "the process of the runs has ended"
-                outcomes.append(json.loads(line))
-                assert outcomes[-1]["code"] == 0, Path(case["out"] + ".log").read_text()
-            return outcomes
-
-        yield run
-
-
 def content(run: Path) -> dict[str, object]:
     """Every file of a run but its lock; of config.json all but where and how it was started."""
     held: dict[str, object] = {
@@ -102,26 +79,58 @@ def check_equal(run: Path, whole: Path) -> None:
     assert [name for name in ours if ours[name] != theirs[name]] == [], run
 
 
-def check_resumes(
-    carry_out: CarryOut,
-    typed: list[str],
-    deaths: list[list[dict]],
-    tmp_path: Path,
-    least: float = 1.0,
-) -> None:
-    """Runs that died each of these ways end as one that was never killed, file for file.
+class Runs:
+    """Runs that a process forks off, so that only it pays for the imports."""
 
-    At `least` this share of the deaths has to strike before the run is over.
-    """
-    cases = [
-        {"words": typed, "out": str(tmp_path / f"run-{number}"), "deaths": each}
-        for number, each in enumerate([[], *deaths])
-    ]
-    struck: list[bool] = []
-    for outcome in carry_out(cases):
-        check_equal(Path(outcome["out"]), tmp_path / "run-0")
-        struck += outcome["struck"]
-    assert sum(struck) >= least * len(struck)
+    def __init__(self, process: subprocess.Popen[str], place: Path) -> None:
+        self._process, self._place = process, place
+        self._whole: dict[tuple[str, ...], Path] = {}
+
+    def carry_out(self, cases: list[dict]) -> list[dict]:
+        """Start, kill and resume each case's run."""
+        outcomes = []
+        for case in cases:
+            self._process.stdin.write(json.dumps(case) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+            assert line, "the process of the runs has ended"
+            outcomes.append(json.loads(line))
+            assert outcomes[-1]["code"] == 0, Path(case["out"] + ".log").read_text()
+        return outcomes
+
+    def whole(self, typed: list[str]) -> Path:
+        """The run that was never killed; read it, never write to it."""
+        if (*typed,) not in self._whole:
+            out = self._place / f"whole-{len(self._whole)}"
+            self.carry_out([{"words": typed, "out": str(out), "deaths": []}])
+            self._whole[(*typed,)] = out
+        return self._whole[(*typed,)]
+
+    def check(
+        self, typed: list[str], deaths: list[list[dict]], tmp_path: Path, least: float = 1.0
+    ) -> None:
+        """Check that runs that died each of these ways end as the whole one, file for file.
+
+        At `least` this share of the deaths has to strike before the run is over.
+        """
+        cases = [
+            {"words": typed, "out": str(tmp_path / f"run-{number}"), "deaths": each}
+            for number, each in enumerate(deaths)
+        ]
+        struck: list[bool] = []
+        for outcome in self.carry_out(cases):
+            check_equal(Path(outcome["out"]), self.whole(typed))
+            struck += outcome["struck"]
+        assert sum(struck) >= least * len(struck)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Iterator[Runs]:
+    command = [sys.executable, str(Path(__file__).with_name("commanded_runs.py"))]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield Runs(process, tmp_path_factory.mktemp("runs"))
 
 
 # after the first checkpoint; before it; twice, in a validation and in the second epoch
@@ -130,14 +139,14 @@ LATE, EARLY, TWICE = [{"step": 6}], [{"step": 2}], [{"validate": 1}, {"step": 3}
 
 # runs of other caches, students and balancers are resumed in tests/golden too
 @pytest.mark.parametrize("recipe", matrix(recipes.RECIPES, ["dsmd"]))
-def test_every_recipe(home, carry_out, tmp_path, recipe):
-    check_resumes(carry_out, words(home, "features", recipe), [LATE, TWICE], tmp_path)
+def test_every_recipe(home, runs, tmp_path, recipe):
+    runs.check(words(home, "features", recipe), [LATE, TWICE], tmp_path)
 
 
 @pytest.mark.parametrize("rule", matrix(balance.known(), ["gradnorm"]))
-def test_every_balancer(home, carry_out, tmp_path, rule):
+def test_every_balancer(home, runs, tmp_path, rule):
     typed = words(home, "features", "dsmd", f"balance={rule}")
-    check_resumes(carry_out, typed, [LATE], tmp_path)
+    runs.check(typed, [LATE], tmp_path)
 
 
 HEADS = ["init_heads=ridge", "freeze=text", "chunk_size=5", "captions_per_image=2"]
@@ -152,15 +161,15 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("cache", "recipe", "changes"), matrix(KINDS, KINDS[-1:]))
-def test_every_kind_of_cache(home, carry_out, scenes, tmp_path, cache, recipe, changes):
+def test_every_kind_of_cache(home, runs, scenes, tmp_path, cache, recipe, changes):
     if cache == "views":
         build(SmallTeacher(), scenes, home / "views", views=3)
-    check_resumes(carry_out, words(home, cache, recipe, *changes), [LATE, EARLY], tmp_path)
+    runs.check(words(home, cache, recipe, *changes), [LATE, EARLY], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("student", ["half", "meter"])
-def test_fusion_students(home, carry_out, tmp_path, student):
+def test_fusion_students(home, runs, tmp_path, student):
     if student == "meter":
         shape = "layers = 2\nwidth = 16\nheads = 2\nmlp = 16\ndropout = 0.1\n"
         text = f'fusion = "meter"\nname = "meter"\ntowers = "{home / "dual"}"\n[shape]\n{shape}'
@@ -168,13 +177,13 @@ def test_fusion_students(home, carry_out, tmp_path, student):
         student = str(home / "meter.toml")
     changes = ["losses.dcd.hardest=3", "batch_size=8"]
     typed = words(home, "scores", "dcd", *changes, student=student)
-    check_resumes(carry_out, typed, [LATE, EARLY], tmp_path)
+    runs.check(typed, [LATE, EARLY], tmp_path)
 
 
 @pytest.mark.parametrize("name", matrix(["SIGTERM", "SIGINT"], ["SIGTERM"]))
-def test_asked_to_stop(home, carry_out, tmp_path, name):
+def test_asked_to_stop(home, runs, tmp_path, name):
     deaths = [[{"signal": name, "step": step} for step in (2, 4)]]
-    check_resumes(carry_out, words(home, "features", "dsmd"), deaths, tmp_path)
+    runs.check(words(home, "features", "dsmd"), deaths, tmp_path)
 
 
 # few of what the slow tests below do at every moment
@@ -185,28 +194,28 @@ def test_asked_to_stop(home, carry_out, tmp_path, name):
         [[{"at": 110}], [{"size": 9000}]],
     ),
 )
-def test_a_few_moments_inside_writes(home, carry_out, tmp_path, deaths):
-    check_resumes(carry_out, words(home, "features", "dsmd"), [deaths], tmp_path)
+def test_a_few_moments_inside_writes(home, runs, tmp_path, deaths):
+    runs.check(words(home, "features", "dsmd"), [deaths], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_every_moment_inside_writes(home, carry_out, tmp_path, part):
+def test_every_moment_inside_writes(home, runs, tmp_path, part):
     """Killed at each moment of one whole run, and within the writes of files of many sizes."""
     typed = words(home, "features", "dsmd")
-    (whole,) = carry_out([{"words": typed, "out": str(tmp_path / "w"), "deaths": []}])
+    (whole,) = runs.carry_out([{"words": typed, "out": str(tmp_path / "w"), "deaths": []}])
     assert whole["moments"] > 100
     moments, sizes = range(1 + part, whole["moments"] + 1, 4), range(500 + part * 250, 60_000, 4000)
     deaths = [[{"at": n}] for n in moments] + [[{"size": n}] for n in sizes]
-    check_resumes(carry_out, typed, deaths, tmp_path, least=0.95)
+    runs.check(typed, deaths, tmp_path, least=0.95)
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_times(home, carry_out, tmp_path):
+def test_fifty_kills_at_random_times(home, runs, tmp_path):
     """Ten runs that are each killed five times, at whatever they are doing."""
     typed, draw = words(home, "features", "dsmd", "epochs=4"), random.Random(0)
     whole = {"words": typed, "out": str(tmp_path / "dsmd-0"), "deaths": []}
-    (outcome,) = carry_out([whole])
+    (outcome,) = runs.carry_out([whole])
     each = outcome["seconds"] / 3
     cases = [
         {
@@ -217,7 +226,7 @@ def test_fifty_kills_at_random_times(home, carry_out, tmp_path):
         for run in range(1, 11)
     ]
     struck = 0
-    for outcome in carry_out(cases):
+    for outcome in runs.carry_out(cases):
         check_equal(Path(outcome["out"]), tmp_path / "dsmd-0")
         struck += sum(outcome["struck"])
     assert struck >= 30, "too few kills struck before the end"
@@ -241,19 +250,18 @@ def make_old(run: Path, monkeypatch: pytest.MonkeyPatch, command: str | None = N
 
 
 @pytest.fixture(scope="module")
-def made(home, carry_out, tmp_path_factory) -> Killed:
+def made(home, runs, tmp_path_factory) -> Killed:
     """Makes a run that was killed before its sixth step, and one that was not, once for all."""
     places: dict[tuple[str, ...], Path] = {}
 
     def make(recipe: str, *changes: str) -> tuple[Path, Path]:
-        if (recipe, *changes) not in places:
-            place = places[recipe, *changes] = tmp_path_factory.mktemp("killed")
-            typed = words(home, "features", recipe, *changes)
-            whole = {"words": typed, "out": str(place / "whole"), "deaths": []}
-            cut = {"words": typed, "out": str(place / "cut"), "deaths": LATE, "finish": False}
-            carry_out([whole, cut])
-        place = places[recipe, *changes]
-        return place / "cut", place / "whole"
+        typed = words(home, "features", recipe, *changes)
+        if (*typed,) not in places:
+            cut = tmp_path_factory.mktemp("killed") / "cut"
+            death = {"words": typed, "out": str(cut), "deaths": LATE, "finish": False}
+            runs.carry_out([death])
+            places[(*typed,)] = cut
+        return places[(*typed,)], runs.whole(typed)
 
     return make
 
