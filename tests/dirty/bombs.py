@@ -4,10 +4,10 @@ As a script: for each file named, one line of JSON with its verdict, seconds and
 """
 
 import json
+import os
 import re
 import struct
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -152,13 +152,23 @@ def main() -> None:
     pixels.decode(encoded(picture(), "PNG"), "warm")  # plugins are loaded at the first image
     for path in sys.argv[1:]:
         content = Path(path).read_bytes()
-        before, began = _memory(), time.monotonic()
+        before, began = _memory(), _seconds()
         try:
             found = "x".join(map(str, pixels.decode(content, path).shape))
         except ImageError as error:
             found = error.reason
-        row = {"found": found, "seconds": time.monotonic() - began, "rise": _memory() - before}
+        row = {"found": found, "seconds": _seconds() - began, "rise": _memory() - before}
         sys.stdout.write(json.dumps(row) + "\n")
+
+
+def _seconds() -> float:
+    """CPU time of this process and of those that decode for it: what else runs adds nothing."""
+    ticks = 0
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return sum(os.times()[:4]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _memory() -> int:

@@ -1,4 +1,4 @@
-"""A cache by a teacher that keeps the pixels it was shown: folder of the cache, views, file."""
+"""A cache by a teacher that keeps the pixels it was shown: scenes, folder of it, views, file."""
 
 import sys
 from pathlib import Path
@@ -28,12 +28,11 @@ class Watching(SmallTeacher):
         return super().embed_images(pixels)
 
 
-def main() -> None:
-    folder, views, kept = sys.argv[1:]
+def main(scenes: str, folder: str, views: str, kept: str) -> None:
     teacher = Watching()
-    build(teacher, data.open("scenes:125:8"), folder, views=int(views), seed=5)
+    build(teacher, data.open(f"scenes:{scenes}:8"), folder, views=int(views), seed=5)
     np.save(kept, torch.cat(teacher.shown).numpy())
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -30,14 +30,14 @@ def listing(folder: Path, count: int) -> Path:
 
 
 def verdict(content: bytes, path: str) -> str:
-    began = time.monotonic()
+    began = time.process_time()
     try:
         pixels = images.load(content, path, images.Preprocess((16, 16), "crop"))
     except ImageError as error:
         assert str(error).isprintable() and " at 0x" not in str(error)
         return error.reason
     finally:
-        assert time.monotonic() - began < 5, path
+        assert time.process_time() - began < 5, path  # a worker has a limit of its own
     assert pixels.shape == (3, 16, 16)
     return ""
 
