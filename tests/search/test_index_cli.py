@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 
 from crosstill import files
 from crosstill.search.verification import verify
-from support import flip
+from support import PATIENCE, flip, wait_for
 from verbs import crosstill, refusal
 
 NONE = "this model knows none of these words"
@@ -272,7 +271,7 @@ from crosstill.search import index_builder
 
 class Slow(index_builder.Encoder):
     def encode_images(self, images):
-        time.sleep(0.2)
+        time.sleep(0.5)
         return super().encode_images(images)
 
 index_builder.Encoder, index_builder.BATCH = Slow, 1
@@ -280,7 +279,10 @@ main()
 """
 
 
-@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, -15, marks=pytest.mark.slow)],
+)
 def test_asked_to_stop_it_goes_on_with_the_same_command(
     bundle_folder, photos, tmp_path, asked, code
 ):
@@ -288,11 +290,10 @@ def test_asked_to_stop_it_goes_on_with_the_same_command(
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "index/work.sqlite-wal").exists():
-        assert child.poll() is None
-        time.sleep(0.01)
+    begun = tmp_path / "index/work.sqlite-wal"
+    wait_for(lambda: begun.exists() or child.poll() is not None)
     child.send_signal(asked)
-    _, stderr = child.communicate(timeout=60)
+    _, stderr = child.communicate(timeout=PATIENCE)
     assert child.returncode == code and "Traceback" not in stderr
     if asked == signal.SIGINT:
         assert stderr.splitlines()[-1] == "interrupted; the same command goes on where it was"
@@ -311,7 +312,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("limit", [0, 3000, 20_000, 60_000])
+@pytest.mark.parametrize(
+    "limit", [0, 20_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (3000, 60_000))]
+)
 def test_a_full_disk_is_one_line_and_the_old_index_stays(
     bundle_folder, photos, own, tmp_path, limit
 ):

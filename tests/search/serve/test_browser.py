@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from serving import proxied
+from support import PATIENCE
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"
@@ -24,6 +25,7 @@ QUIET = (
 )
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 expect = playwright.expect
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ class Visit:
     def __init__(self, browser, base, **window):
         self.base, self.said, self.asked = base, [], []
         self.context = browser.new_context(base_url=base, **window)
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(1000 * PATIENCE)
         self.context.on("request", lambda request: self.asked.append(request.url))
         self.page = self.context.new_page()
         self.page.on("console", self._say)
@@ -145,6 +147,7 @@ def test_words_find_photos(visit, searcher):
     assert "photo=" not in page.url and "image=" not in page.url
 
 
+@pytest.mark.slow
 def test_under_a_path_of_a_proxy(browser, server, photo):
     with proxied(server) as base:
         visited = Visit(browser, base)
@@ -164,6 +167,7 @@ def test_under_a_path_of_a_proxy(browser, server, photo):
         assert visited.said == []
 
 
+@pytest.mark.slow
 def test_more_are_shown(visit, searcher):
     page = visit()
     page.goto("/?q=a+red+circle")
@@ -173,6 +177,7 @@ def test_more_are_shown(visit, searcher):
     expect(page.locator("#r25")).to_be_in_viewport()
 
 
+@pytest.mark.slow
 def test_more_like_one_and_with_words(visit):
     page = visit()
     page.goto("/?q=a+red+circle")
@@ -205,6 +210,7 @@ def test_a_chosen_photo_finds_itself(visit, photo, photo_id):
     expect(heading(page)).to_have_text("Photos like yours")
 
 
+@pytest.mark.slow
 def test_a_dropped_photo(visit, photo):
     page = visit()
     page.goto("/?q=a+red+circle")
@@ -219,6 +225,7 @@ def test_a_dropped_photo(visit, photo):
     expect(results(page).first).to_contain_text("Score 1.000")
 
 
+@pytest.mark.slow
 def test_a_pasted_photo_with_words(visit, photo):
     page = visit()
     page.goto("/")
@@ -232,6 +239,7 @@ def test_a_pasted_photo_with_words(visit, photo):
     expect(heading(page)).to_have_text("Photos like yours, with “on grass”")
 
 
+@pytest.mark.slow
 def test_nothing_relevant(visit, searcher):
     """A student that was not trained fits some words worse than the captions it knows."""
     words = [
@@ -268,6 +276,7 @@ def test_nothing_relevant(visit, searcher):
     expect(page.get_by_role("checkbox")).not_to_be_checked()
 
 
+@pytest.mark.slow
 def test_a_broken_upload(visit):
     page = visit()
     page.goto("/")
@@ -279,6 +288,7 @@ def test_a_broken_upload(visit):
     search(page, "a red circle")
 
 
+@pytest.mark.slow
 def test_a_photo_that_is_too_large_is_not_sent(visit, huge):
     page = visit()
     page.goto("/")
@@ -303,7 +313,11 @@ def test_without_scripts(visit, photo, huge):
     assert sent.value.status == 413
 
 
-@pytest.mark.parametrize(("scheme", "lightest"), [("light", 255), ("dark", 40)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "lightest"),
+    [("light", 255), ("dark", 40)],
+)
 def test_light_and_dark(visit, scheme, lightest):
     page = visit(color_scheme=scheme)
     page.goto("/?q=a+red+circle")
@@ -335,6 +349,7 @@ def test_a_phone(visit, photo, photo_id):
     assert len(columns) == 2
 
 
+@pytest.mark.slow
 def test_the_layout_does_not_jump(visit):
     page = visit()
     page.route("**/thumbnails/*", lambda route: None)  # which never answers
@@ -376,6 +391,7 @@ def test_keys_alone(visit):
     page.wait_for_url("**/images/*")
 
 
+@pytest.mark.slow
 def test_what_has_the_focus_can_be_seen(visit):
     page = visit()
     page.goto("/?q=a+red+circle")
@@ -428,6 +444,7 @@ def test_what_a_screen_reader_is_told(visit, searcher):
     assert unnamed == []
 
 
+@pytest.mark.slow
 def test_nothing_moves_for_who_wants_no_motion(visit):
     page = visit()
     page.goto("/?q=a+red+circle")
