@@ -11,8 +11,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: $(READY)
 	$(BIN)/crosstill demo
 
+# a file's tests stay together, so that what they share is made once
 test: $(READY)
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check

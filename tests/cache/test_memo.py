@@ -1,14 +1,13 @@
 """What is computed from a cache once: whole, or made again, and never twice at a time."""
 
 import threading
-import time
 
 import numpy as np
 import torch
 
 from crosstill import cache, evaluate
 from crosstill.cache import memo
-from support import small_student
+from support import small_student, wait_for
 
 
 def test_it_is_computed_once_and_made_again_when_damaged(cached):
@@ -37,17 +36,18 @@ def test_one_may_be_computed_from_another(cached):
 
 
 def test_a_second_process_waits_and_finds_it_done(cached):
-    calls, found = [], []
+    begun, calls, found = [], [], []
 
     def slow() -> torch.Tensor:
         calls.append(1)
-        time.sleep(0.2)
+        wait_for(lambda: len(begun) == 4)
         return torch.ones(1)
 
-    threads = [
-        threading.Thread(target=lambda: found.append(memo.memoised_tensor(cached, "race", slow)))
-        for _ in range(4)
-    ]
+    def ask() -> None:
+        begun.append(1)
+        found.append(memo.memoised_tensor(cached, "race", slow))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

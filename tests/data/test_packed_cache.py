@@ -72,7 +72,14 @@ def about(cache: Cache) -> dict:
     return header | {"files": named, "data": known}
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
+# one archive, and one of columns; the others are read alike
+TAR, COLUMNS = FORMS[1], FORMS[-1]
+SLOW = [
+    pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:] if form not in (TAR, COLUMNS)
+]
+
+
+@pytest.mark.parametrize("form", [TAR, COLUMNS, *SLOW])
 def test_the_cache_differs_only_in_where_its_images_are(form, home, tmp_path):
     files = build(SmallTeacher(), opened(home, "files"), tmp_path / "files", views=2)
     cache = build(SmallTeacher(), opened(home, form), tmp_path / form, views=2)
@@ -84,7 +91,7 @@ def test_the_cache_differs_only_in_where_its_images_are(form, home, tmp_path):
     assert [path.rpartition("/")[2] for path in cache.paths] != files.paths or form == "tar"
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", [TAR, COLUMNS, *SLOW])
 def test_a_build_that_was_stopped_goes_on_from_any_form(form, home, tmp_path):
     options = {"batch_size": 8}
     whole = rows(build(SmallTeacher(), opened(home, "files"), tmp_path / "w", **options).folder)
@@ -99,7 +106,7 @@ def test_a_build_that_was_stopped_goes_on_from_any_form(form, home, tmp_path):
     assert rows(folder) == whole
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", [TAR, COLUMNS, *SLOW])
 def test_a_student_sees_the_same_pixels(form, home, tmp_path):
     size = Preprocess(size=(16, 16))
     stores = []
@@ -110,7 +117,7 @@ def test_a_student_sees_the_same_pixels(form, home, tmp_path):
     assert (stores[0] == stores[1]).all()
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", [TAR, COLUMNS, *SLOW])
 def test_an_archive_that_moved_only_moves(form, home, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()

@@ -3,8 +3,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
+from itertools import count
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from crosstill import files
 from crosstill.errors import ConfigError, CorruptError, InputError, LockedError
 from crosstill.export.export_folder import RECORD, aside
+from support import wait_for
 
 
 def _write(place: Path, text: str, name: str = "model.bin") -> None:
@@ -134,21 +136,30 @@ def test_two_at_a_time_and_what_a_kill_leaves(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-out", "b", "out"]
 
 
-def _replace(out: Path, times: int) -> None:
-    for number in range(times):
+def _replace(out: Path, enough: Event) -> None:
+    for number in count():
+        if enough.is_set():
+            return
         _write(out, str(number))
 
 
 def test_readers_always_find_one_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     _write(out, "start")
-    writer = multiprocessing.get_context("fork").Process(target=_replace, args=(out, 30))
+    fork, seen = multiprocessing.get_context("fork"), set()
+    enough = fork.Event()
+    writer = fork.Process(target=_replace, args=(out, enough))
     writer.start()
-    seen = set()
-    end = time.monotonic() + 30
-    while writer.is_alive() and time.monotonic() < end:
+
+    def look() -> bool:
         assert out.exists()
         with suppress(FileNotFoundError):  # the old one may go between its folder and its file
             seen.add((out / "part" / "model.bin").read_text())
-    writer.join()
-    assert writer.exitcode == 0 and len(seen) > 2
+        return len(seen) > 9
+
+    try:
+        wait_for(look, pause=0)
+    finally:
+        enough.set()
+        writer.join()
+    assert writer.exitcode == 0

@@ -268,8 +268,8 @@ def test_a_batch_of_64_takes_a_fraction_of_a_second():
     loss = objectives.build("crd", dim=512, keys=torch.arange(5000))
     taken = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         loss(student, Features(*rows[2:]), torch.arange(64)).backward()
         loss.update(Features(*rows[2:]), torch.arange(64))
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     assert min(taken) < 1.0  # 0.03 s on one thread of a Xeon at 2.8 GHz

@@ -145,9 +145,9 @@ def test_a_batch_of_64_takes_a_fraction_of_a_second():
     student = Features(*(x.requires_grad_() for x in rows[:2]))
     loss, taken = objectives.build("rkd"), []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         loss(student, Features(*rows[2:]), torch.arange(64)).backward()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     assert min(taken) < 1.0  # 0.07 s on one thread of a Xeon at 2.8 GHz
 
 

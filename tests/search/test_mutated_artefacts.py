@@ -36,7 +36,7 @@ def mutants(kind: str, artefact: Path, home: Path, seed: int, count: int, note: 
     assert found["memory"] < 1 << 30
 
 
-@pytest.fixture(params=["bundle", "index", "cache", "run"])
+@pytest.fixture(params=["bundle", "index", "cache", pytest.param("run", marks=pytest.mark.slow)])
 def artefact(request, tmp_path) -> tuple[str, Path]:
     if request.param == "run":
         cached = request.getfixturevalue("cached")
@@ -50,7 +50,7 @@ def artefact(request, tmp_path) -> tuple[str, Path]:
 
 
 def test_some_changed_artefacts(artefact, tmp_path, record_property):
-    mutants(*artefact, tmp_path / "home", 1, 40, record_property)
+    mutants(*artefact, tmp_path / "home", 1, 20, record_property)
 
 
 @pytest.mark.slow

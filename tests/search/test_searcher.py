@@ -20,6 +20,7 @@ from crosstill.search import calibrate, index_builder, index_folder, searcher
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.index_builder import build
 from crosstill.search.searcher import MAX_TOP, Searcher, combine
+from support import wait_for
 
 SEEDS = range(60)
 
@@ -233,13 +234,17 @@ def test_queries_run_on_while_generations_change(place, opened):
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for seed in range(100, 106):
-        again(place, new=seed)
-        assert opened.refresh()
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong and len(answered) > 20
+    try:
+        for seed in range(100, 106):
+            before = len(answered)
+            again(place, new=seed)
+            assert opened.refresh()
+            wait_for(lambda before=before: len(answered) > before + 4)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
 
 
 def test_an_index_that_switches_while_it_is_opened(place, monkeypatch):

@@ -212,7 +212,7 @@ def rows_of(path: Path) -> list[list[tuple]] | None:
         return None
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_the_memory_is_noticed_or_is_in_no_row(place, count):
     put(place / "photos", **{f"more{seed}": seed for seed in range(40)})
     (place / "photos/a.txt").write_text("a dog on snow")
