@@ -30,8 +30,8 @@ import numpy as np
 
 from crosstill.errors import DataError
 from crosstill.search import index_builder, index_folder, searcher
+from crosstill.search.index_folder import verify
 from crosstill.search.searcher import Searcher
-from crosstill.search.verification import verify
 
 WATCHED = (
     "open",

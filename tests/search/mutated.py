@@ -132,9 +132,9 @@ def open_bundle(folder: Path) -> None:
 
 
 def open_index(folder: Path) -> None:
-    from crosstill.search import searcher, verification
+    from crosstill.search import index_folder, searcher
 
-    verification.verify(folder)
+    index_folder.verify(folder)
     opened = searcher.Searcher.open(folder)
     try:
         found = opened.find(opened.encode_texts(["a red circle"]), 5)[0]

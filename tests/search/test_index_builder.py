@@ -40,8 +40,8 @@ from crosstill.search import (
     vector_index,
 )
 from crosstill.search.index_builder import Built, build
+from crosstill.search.index_folder import verify
 from crosstill.search.searcher import Searcher
-from crosstill.search.verification import verify
 from support import PATIENCE, wait_for
 
 COUNTS = ("new", "unchanged", "changed", "moved", "deleted", "unreadable", "encoded")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from crosstill import files
-from crosstill.search.verification import verify
+from crosstill.search.index_folder import verify
 from support import PATIENCE, flip, wait_for
 from verbs import crosstill, refusal
 

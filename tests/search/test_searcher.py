@@ -16,7 +16,7 @@ from crosstill.errors import (
     MismatchError,
     ModelError,
 )
-from crosstill.search import calibrate, index_builder, index_folder, searcher
+from crosstill.search import index_builder, index_folder, searcher
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.index_builder import build
 from crosstill.search.searcher import MAX_TOP, Searcher, combine
@@ -157,11 +157,11 @@ def test_many_captions_are_thinned_and_a_graph_is_asked_like_a_table(monkeypatch
         index.add(np.arange(300), rows)
     captions = np.stack([row(seed) for seed in range(5000, 7000)])
     asked = []
-    monkeypatch.setattr(calibrate, "calibration", lambda _: (captions, [sha(0)] * 2000))
+    monkeypatch.setattr(searcher, "calibration", lambda _: (captions, [sha(0)] * 2000))
     for kind, index in held.items():
         search = index.search
         monkeypatch.setattr(index, "search", lambda q, k, s=search: asked.append(len(q)) or s(q, k))
-        held[kind] = calibrate.threshold(calibrate.quantiles(None, index, {}), 0.05)
+        held[kind] = searcher.quantile_score(searcher.calibrate(None, index, {}), 0.05)
     assert asked == [1000, 1000]
     assert held["flat"] == pytest.approx(held["hnsw"], abs=0.01)
 

@@ -17,7 +17,7 @@ from crosstill.errors import (
     MismatchError,
     RunError,
 )
-from crosstill.search import faiss_vectors, milvus_vectors, vector_checks
+from crosstill.search import faiss_vectors, milvus_vectors, vector_index
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.milvus_vectors import MilvusVectors
 from crosstill.search.vector_index import VectorIndex, estimate_bytes, kind_for, open_vectors
@@ -426,9 +426,9 @@ def test_kinds_by_size():
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path, missing, words):
-    found = vector_checks.find_spec
+    found = vector_index.find_spec
     monkeypatch.setattr(
-        vector_checks, "find_spec", lambda name: None if name == missing else found(name)
+        vector_index, "find_spec", lambda name: None if name == missing else found(name)
     )
     with pytest.raises(ConfigError, match=words):
         if missing == "faiss":

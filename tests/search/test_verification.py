@@ -11,7 +11,7 @@ from fakes import FakeEncoder, bundle, put, row
 from crosstill import files
 from crosstill.bundle import Bundle
 from crosstill.errors import CrosstillError, DataError, LockedError
-from crosstill.search import index_builder, index_folder, searcher, verification
+from crosstill.search import index_builder, index_folder, searcher
 from crosstill.search.builder_memory import Memory
 from crosstill.search.index_builder import build
 from crosstill.search.index_folder import Pointer
@@ -27,8 +27,8 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def check(place: Path) -> verification.Verdict:
-    found = verification.verify(place / "index")
+def check(place: Path) -> index_folder.Verdict:
+    found = index_folder.verify(place / "index")
     for line in (*found.problems, *found.outdated):
         assert "\n" not in line
     return found
@@ -178,9 +178,9 @@ def test_a_lost_memory_is_no_problem(place):
 
 def test_what_cannot_be_checked(place, tmp_path):
     with pytest.raises(DataError, match="no such index"):
-        verification.verify(tmp_path / "nowhere")
+        index_folder.verify(tmp_path / "nowhere")
     with files.locked(place / "index"), pytest.raises(LockedError, match="in use by process"):
-        verification.verify(place / "index")
+        index_folder.verify(place / "index")
 
 
 def test_every_flipped_bit_is_noticed(place):

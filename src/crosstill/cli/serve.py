@@ -58,9 +58,8 @@ def command(
     """
     try:
         from crosstill.search import MAX_TOP
-        from crosstill.search.serve.hosts import names
+        from crosstill.search.serve.limits import MIB, Settings, check_hosts
         from crosstill.search.serve.server import run
-        from crosstill.search.serve.settings import MIB, Settings
     except ImportError as error:
         raise ConfigError(
             f"{error.name} is not installed; pip install 'crosstill[search]'"
@@ -75,7 +74,7 @@ def command(
         timeout=timeout,
         queue=queue,
         workers=workers,
-        hosts=names(allowed_host or ()),
+        hosts=check_hosts(allowed_host or ()),
     )
     run(index, host, port, bundle, threads, settings, lambda at: common.say(f"listening on {at}"))
 

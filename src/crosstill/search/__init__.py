@@ -3,20 +3,19 @@
 bundle ─ build ─► index folder ─ Searcher ─► hits ─ serve ─► page and JSON
 
 scan            photos of a folder, read and decoded
-builder         what has changed → encoded → published
+index_builder   what has changed → encoded → published
 builder_memory  work.sqlite: contents and vectors known from earlier runs
-index_folder    index.json and the generation of files that it names
+index_folder    index.json and the generation of files that it names; verification of both
 index_writer    one generation after another
 catalogue       photos.sqlite: the photos of a generation
-vector_index    their vectors, by FAISS or in Milvus
+vector_index    their vectors: `faiss_vectors`, or `milvus_vectors`
 searcher        queries in, photos out
-verification    is an index whole, and still that of its photos
 serve/          HTTP service and search page
 """
 
 from crosstill.search.index_builder import Built, build
+from crosstill.search.index_folder import Verdict, verify
 from crosstill.search.searcher import MAX_TOP, Hit, Photo, Searcher, combine
-from crosstill.search.verification import Verdict, verify
 
 __all__ = [
     "MAX_TOP",

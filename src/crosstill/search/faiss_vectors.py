@@ -8,11 +8,18 @@ Both keep an array of ids beside FAISS, one a position. A removed row stays at i
 under no id and is left out of searches; when more than a fifth of the rows are like that, the
 index drops them: a graph cannot forget a node, so that an `hnsw` index is then built anew from
 its own codes.
+
+A stranger may have made the files, so they are checked before FAISS reads them. FAISS knows some
+hundred kinds of index. Some of them name other files, which it opens for writing, and it believes
+sizes and links between vectors without looking. Only the two kinds that are written here are let
+through, and only where every size and every link in them fits.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,23 +31,10 @@ from pydantic import Field
 
 from crosstill import artefacts, files
 from crosstill.errors import ConfigError, CorruptError, MismatchError, unknown
-from crosstill.search import faiss_files
-from crosstill.search.vector_checks import (
-    NO_ROW,
-    Ranked,
-    checked_ids,
-    checked_k,
-    checked_rows,
-    checked_vectors,
-    needed,
-    ranked,
-)
+from crosstill.search import vector_index
 
 log = logging.getLogger(__name__)
 
-KINDS = ("flat", "hnsw")
-FLAT_UP_TO = 200_000  # vectors; a query of so many takes one thread some 30 ms
-LINKS = 32  # of a node of the graph; twice as many on its lowest level
 BUILD_WIDTH, SEARCH_WIDTH = 200, 256  # candidates kept while a node is placed, and in a search
 FAIR = 1_000  # vectors that tell the range of those to come
 DEAD = 0.2  # share of removed rows at which an index drops them
@@ -48,6 +42,10 @@ FORMAT = 1
 NAMES = RECORD, INDEX, IDS = "vectors.json", "vectors.faiss", "vectors.npy"
 BLOCK = 1 << 20  # bytes read or written at a time
 ROWS = 10_000  # decoded at a time when a graph is built anew
+FLAT, HNSW, CODES = b"IxFI", b"IHNs", b"IxSQ"
+EIGHT_BITS = 0  # faiss.ScalarQuantizer.QT_8bit
+DEEPEST = 64  # levels of a graph; one of 10^12 vectors has 9
+WIDEST = 1_000_000  # candidates that a file may ask for in each search
 
 
 class _Record(artefacts.Record):
@@ -76,12 +74,12 @@ class FaissVectors:
         Raises:
             ConfigError: a value that cannot work, or FAISS is not installed.
         """
-        if kind not in KINDS:
-            raise unknown("kind of index", kind, KINDS)
+        if kind not in vector_index.KINDS:
+            raise unknown("kind of index", kind, vector_index.KINDS)
         if dim < 1 or threads < 1:
             raise ConfigError(f"an index of {dim} dimensions on {threads} threads is not possible")
         self.dim, self.kind, self.threads = dim, kind, threads
-        self._faiss = needed("faiss", "search")
+        self._faiss = vector_index.needed("faiss", "search")
         # From four queries on a matrix product is faster (16 x 100,000 x 512: 1.8 ms a query, not
         # 7.8). FAISS compares queries x dim with this number, which is one for the whole process.
         self._faiss.cvar.distance_compute_blas_threshold = 4 * dim
@@ -103,7 +101,7 @@ class FaissVectors:
         artefacts.check_files(folder, record.files)
         index = cls(record.dim, record.kind, threads)
         index._ids = artefacts.array(folder / IDS, "i", 1).astype(np.int64)
-        faiss_files.check(folder / INDEX, record.kind, record.dim, len(index._ids))
+        _check_file(folder / INDEX, record.kind, record.dim, len(index._ids))
         index._index = _read(index._faiss, folder / INDEX)
         index._settle()
         return index
@@ -112,7 +110,7 @@ class FaissVectors:
         return len(self._sorted)
 
     def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
-        ids, vectors = checked_rows(ids, vectors, self.dim)
+        ids, vectors = vector_index.checked_rows(ids, vectors, self.dim)
         if not len(ids):
             return
         places = self._positions(ids)
@@ -120,21 +118,21 @@ class FaissVectors:
             if not self._index.is_trained:
                 self._index.train(_range(vectors))
             self._index.add(vectors)
-        self._ids[places[places >= 0]] = NO_ROW
+        self._ids[places[places >= 0]] = vector_index.NO_ROW
         self._ids = np.concatenate([self._ids, ids])
         self._settle()
 
     def remove(self, ids: np.ndarray) -> None:
-        places = self._positions(checked_ids(ids))
-        self._ids[places[places >= 0]] = NO_ROW
+        places = self._positions(vector_index.checked_ids(ids))
+        self._ids[places[places >= 0]] = vector_index.NO_ROW
         self._settle()
 
-    def search(self, queries: np.ndarray, k: int) -> Ranked:
-        queries, k = checked_vectors(queries, self.dim), checked_k(k)
-        return ranked(partial(self._find, queries), k, len(self))
+    def search(self, queries: np.ndarray, k: int) -> vector_index.Ranked:
+        queries, k = vector_index.checked_vectors(queries, self.dim), vector_index.checked_k(k)
+        return vector_index.ranked(partial(self._find, queries), k, len(self))
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
-        ids = checked_ids(ids)
+        ids = vector_index.checked_ids(ids)
         places = self._positions(ids)
         if (places < 0).any():
             raise KeyError(int(ids[places < 0][0]))
@@ -163,7 +161,7 @@ class FaissVectors:
     def close(self) -> None:
         """Do nothing: the memory goes with the last reference, searches under way finish."""
 
-    def _find(self, queries: np.ndarray, wide: int) -> Ranked:
+    def _find(self, queries: np.ndarray, wide: int) -> vector_index.Ranked:
         """Find the best `wide` live rows of each query (Q, D), in FAISS's order."""
         if not wide:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
@@ -194,7 +192,7 @@ class FaissVectors:
 
     def _settle(self) -> None:
         """Bring everything derived from the ids up to date, and drop dead rows if many."""
-        live = self._ids != NO_ROW
+        live = self._ids != vector_index.NO_ROW
         places = np.flatnonzero(live)
         order = np.argsort(self._ids[places], kind="stable")
         self._sorted_places = places[order]
@@ -209,7 +207,7 @@ class FaissVectors:
         """Take the removed rows out of FAISS."""
         if self._selector is None:
             return
-        live = np.flatnonzero(self._ids != NO_ROW)
+        live = np.flatnonzero(self._ids != vector_index.NO_ROW)
         with self._limited():
             if self.kind == "flat":
                 self._index.remove_ids(self._faiss.IDSelectorNot(self._selector))
@@ -233,7 +231,7 @@ class FaissVectors:
         if self.kind == "flat":
             return self._faiss.IndexFlatIP(self.dim)
         codes, metric = self._faiss.ScalarQuantizer.QT_8bit, self._faiss.METRIC_INNER_PRODUCT
-        index = self._faiss.IndexHNSWSQ(self.dim, codes, LINKS, metric)
+        index = self._faiss.IndexHNSWSQ(self.dim, codes, vector_index.LINKS, metric)
         index.hnsw.efConstruction = BUILD_WIDTH
         return index
 
@@ -258,15 +256,6 @@ def open_index(
             f"{place}: vectors of {index.dim} dimensions, and a model of {dim}; make the index anew"
         )
     return index
-
-
-def estimate_bytes(count: int, dim: int, kind: str) -> int:
-    """Estimate the memory of so many vectors, in bytes; while it grows, up to twice that."""
-    ours = 3 * 8  # the id of a position, and both halves of the way back
-    if kind == "flat":
-        return count * (4 * dim + ours)
-    above = LINKS / (LINKS - 1)  # what one node of the lowest level costs on all others
-    return count * int(dim + 4 * (2 * LINKS + above) + 8 + 4 + ours)
 
 
 def _range(vectors: np.ndarray) -> np.ndarray:
@@ -301,3 +290,140 @@ def _read(faiss: Any, path: Path) -> Any:
                 f"{path}: this version of FAISS ({faiss.__version__}) cannot read it; "
                 "make the index anew"
             ) from None
+
+
+def _check_file(path: Path, kind: str, dim: int, count: int) -> None:
+    """Refuse a file that is not an index of this kind, dimension and number of vectors.
+
+    Args:
+        path: the file.
+        kind: "flat" or "hnsw".
+        dim: D.
+        count: of vectors.
+
+    Raises:
+        CorruptError: it is not; the message says where it differs.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            reader = _Fields(data)
+            try:
+                _check_flat(reader, dim, count) if kind == "flat" else _check_graph(
+                    reader, dim, count
+                )
+                reader.expect("length", reader.at, len(data))
+            finally:
+                reader.close()
+    except (ValueError, struct.error) as error:
+        raise CorruptError(
+            f"{path}: not a {kind} index of {count} vectors as crosstill writes it ({error}); "
+            "make the index anew"
+        ) from None
+
+
+class _Fields:
+    """Walks over the fields of a FAISS file: little-endian, without gaps."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.at, self._data = 0, memoryview(data)
+
+    def close(self) -> None:
+        self._data.release()
+
+    def fields(self, form: str) -> tuple:
+        values = struct.unpack_from(f"<{form}", self._data, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return values
+
+    def skip(self, name: str, count: int, size: int, unit: int = 1) -> None:
+        """Pass a vector that must have `count` entries of `size` bytes, in units of `unit`."""
+        (length,) = self.fields("Q")
+        self.expect(name, length * unit, count * size)
+        self._room(count * size)
+        self.at += count * size
+
+    def vector(self, name: str, kind: type[np.generic], most: int) -> np.ndarray:
+        """Return a copy of a vector of at most so many entries."""
+        (length,) = self.fields("Q")
+        if length > most:
+            raise ValueError(f"{length} {name}, {most} at most")
+        size = length * np.dtype(kind).itemsize
+        self._room(size)
+        out = np.frombuffer(self._data[self.at : self.at + size], kind).copy()
+        self.at += size
+        return out
+
+    def expect(self, name: str, value: object, wanted: object) -> None:
+        if value != wanted:
+            raise ValueError(f"{name} {value!r}, not {wanted!r}")
+
+    def header(self, kind: bytes, dim: int, count: int) -> None:
+        """Pass what every index begins with."""
+        self.expect("kind", self.fields("4s")[0], kind)
+        file_dim, file_count, _, _, trained, metric = self.fields("iqqq?i")
+        self.expect("dimension", file_dim, dim)
+        self.expect("vectors", file_count, count)
+        self.expect("trained", trained or not count, True)
+        self.expect("metric", metric, 0)  # inner product
+
+    def _room(self, size: int) -> None:
+        if self.at + size > len(self._data):
+            raise ValueError("cut short")
+
+
+def _check_flat(reader: _Fields, dim: int, count: int) -> None:
+    reader.header(FLAT, dim, count)
+    reader.skip("values", count * dim, 4, unit=4)
+
+
+def _check_graph(reader: _Fields, dim: int, count: int) -> None:
+    reader.header(HNSW, dim, count)
+    probabilities = reader.vector("probabilities", np.float64, DEEPEST)
+    widths = reader.vector("widths of levels", np.int32, DEEPEST + 1)
+    levels = reader.vector("levels", np.int32, count)
+    offsets = reader.vector("offsets", np.uint64, count + 1)
+    neighbours = reader.vector("links", np.int32, 1 << 40)
+    entry, deepest, building, searching, _ = reader.fields("5i")
+    reader.expect("levels", len(levels), count)
+    reader.expect("offsets", len(offsets), count + 1)
+    reader.expect("widths of levels", len(widths), len(probabilities) + 1)
+    sound = {
+        "widths of levels": widths[0] == 0 and (np.diff(widths) > 0).all(),
+        "levels": not count or (levels.min() >= 1 and levels.max() < len(widths)),
+        "entry": entry == -1 if not count else 0 <= entry < count,
+        "links": not len(neighbours) or (neighbours.min() >= -1 and neighbours.max() < count),
+        "widths of searches": 0 < building <= WIDEST and 0 < searching <= WIDEST,
+    }
+    for name in (name for name, holds in sound.items() if not holds):
+        raise ValueError(f"impossible {name}")
+    if count:
+        spans = np.concatenate([[0], widths[levels].astype(np.uint64).cumsum()])
+        reader.expect("offsets", bool((spans == offsets).all()), True)
+        reader.expect("deepest level", deepest, int(levels[entry]) - 1)
+        reader.expect("deepest level", deepest, int(levels.max()) - 1)
+        _check_levels(widths, levels, offsets, neighbours)
+    reader.expect("links", len(neighbours), int(offsets[-1]))
+    _check_codes(reader, dim, count)
+
+
+def _check_levels(
+    widths: np.ndarray, levels: np.ndarray, offsets: np.ndarray, neighbours: np.ndarray
+) -> None:
+    """Refuse a link on a level that leads to a node without this level."""
+    for level in range(1, int(levels.max())):
+        nodes = np.flatnonzero(levels > level)
+        starts = offsets[nodes].astype(np.int64) + widths[level]
+        links = neighbours[starts[:, None] + np.arange(widths[level + 1] - widths[level])]
+        if (levels[links[links >= 0]] <= level).any():
+            raise ValueError("impossible links")
+
+
+def _check_codes(reader: _Fields, dim: int, count: int) -> None:
+    reader.header(CODES, dim, count)
+    kind, _, _, file_dim, size = reader.fields("iifQQ")
+    reader.expect("codes", (kind, file_dim, size), (EIGHT_BITS, dim, dim))
+    trained = reader.vector("ranges", np.float32, 2 * dim)
+    reader.expect("ranges", len(trained), 2 * dim if count else len(trained))
+    if not np.isfinite(trained).all():
+        raise ValueError("impossible ranges")
+    reader.skip("codes", count * dim, 1)

@@ -22,25 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crosstill import files, progress
+from crosstill import errors, files, progress
 from crosstill.bundle import Bundle, Encoder, check_same
-from crosstill.errors import (
-    ConfigError,
-    CorruptError,
-    DataError,
-    ImageError,
-    MismatchError,
-    ModelError,
-    RunError,
-    printable,
-)
 from crosstill.pixels import quarantine_row
-from crosstill.search import index_folder
+from crosstill.search import index_folder, vector_index
 from crosstill.search.builder_memory import KEPT_DAYS, Memory
 from crosstill.search.catalogue import Row
-from crosstill.search.index_folder import Pointer
 from crosstill.search.index_writer import IndexWriter, milvus_uri
-from crosstill.search.milvus_vectors import LITE
 from crosstill.search.scan import (
     Read,
     Reader,
@@ -134,25 +122,27 @@ def build(  # noqa: PLR0913  # its options are its arguments
     """
     for name, threads_wanted in (("workers", workers), ("threads", threads)):
         if threads_wanted is not None and threads_wanted < 1:
-            raise ConfigError(f"--{name} {threads_wanted}: give 1 or more")
+            raise errors.ConfigError(f"--{name} {threads_wanted}: give 1 or more")
     named = None if milvus is None else milvus_uri(milvus)
     options = _Options(workers, threads, milvus, named, strict, rebuild)
     bundle = Bundle.open(Path(bundle_folder))
     root = Path(photos_folder).resolve()
     if not root.is_dir():
-        raise DataError(f"{photos_folder}: no such folder; give a folder of photos")
+        raise errors.DataError(f"{photos_folder}: no such folder; give a folder of photos")
     index = _place(Path(out))
     begun = (index / index_folder.MEMORY).is_file()
     with files.locked(index):
         try:
             return _Build(bundle, root, index, options).run()
-        except DataError:
+        except errors.DataError:
             if not begun and not (index / QUARANTINE).is_file():
                 shutil.rmtree(index)  # there were no photos: nothing was begun
             raise
         except OSError as error:
             where, why = error.filename or index, error.strerror or error
-            raise RunError(f"{where}: {why}; mend that, then run the same command again") from None
+            raise errors.RunError(
+                f"{where}: {why}; mend that, then run the same command again"
+            ) from None
 
 
 class _Build:
@@ -165,8 +155,8 @@ class _Build:
         pointer = self._pointer()
         used = pointer.milvus if pointer and pointer.milvus else {}
         uri = options.milvus or (used and index_folder.milvus_place(index, used["uri"]))
-        if uri and uri.endswith(LITE) and not Path(uri).absolute().parent.is_dir():
-            raise ConfigError(
+        if uri and uri.endswith(vector_index.LITE) and not Path(uri).absolute().parent.is_dir():
+            raise errors.ConfigError(
                 f"{uri}: no such folder for vectors; make it, or name another place with "
                 "--milvus NEW.db"
             )
@@ -205,7 +195,7 @@ class _Build:
         unreadable = self._write_quarantine(scan)
         if not rows:
             where = self.index / QUARANTINE
-            raise DataError(f"{self.root}: none of its photos can be read; {where} says why")
+            raise errors.DataError(f"{self.root}: none of its photos can be read; {where} says why")
         if self.writer.differs(rows):
             self.writer.publish(rows)
         self.writer.sync_milvus()
@@ -215,29 +205,29 @@ class _Build:
 
     # --- what is there ---
 
-    def _pointer(self) -> Pointer | None:
+    def _pointer(self) -> index_folder.Pointer | None:
         if not (self.index / index_folder.POINTER).is_file():
             return None
         try:
             pointer = index_folder.read_pointer(self.index)
-        except CorruptError as error:
+        except errors.CorruptError as error:
             log.warning("%s; now it is made anew", str(error).partition(";")[0])
             return None
         if not self.options.rebuild:
             what = f"{self.index} is the index of another bundle than {self.bundle.folder}"
             try:
                 check_same(pointer.identity, self.bundle.identity, what)
-            except MismatchError as error:
-                raise MismatchError(f"{error} with --rebuild") from None
+            except errors.MismatchError as error:
+                raise errors.MismatchError(f"{error} with --rebuild") from None
         return pointer
 
-    def _sound(self, pointer: Pointer | None) -> Pointer | None:
+    def _sound(self, pointer: index_folder.Pointer | None) -> index_folder.Pointer | None:
         """Return the generation to start from, None where there is none or it must not be used."""
         if pointer is None or self.options.rebuild:
             return None
         try:
             index_folder.check_generation(self.index, pointer)
-        except CorruptError as error:
+        except errors.CorruptError as error:
             log.warning("%s; now it is made anew", str(error).partition(";")[0])
             return None
         return pointer
@@ -285,7 +275,7 @@ class _Build:
         fresh = {}
         for read in reads:
             if self.options.strict and read.known.reason:
-                raise ImageError(read.name, read.known.reason)
+                raise errors.ImageError(read.name, read.known.reason)
             self.memory.note(read.name, read.known)
             sha = read.known.sha
             if read.pixels is not None and sha is not None and sha not in self.taken:
@@ -299,7 +289,9 @@ class _Build:
     def _keep(self, shas: list[bytes], future: Future[np.ndarray]) -> None:
         rows = future.result()
         if not np.isfinite(rows).all():
-            raise ModelError(f"{self.bundle.folder}: its vectors are not finite; export it anew")
+            raise errors.ModelError(
+                f"{self.bundle.folder}: its vectors are not finite; export it anew"
+            )
         self.memory.keep(shas, rows)
         self.encoded += len(shas)
 
@@ -360,7 +352,7 @@ class _Build:
                 log.warning(
                     "%s: all %d photos in it are gone; if a disk is not mounted, mount it and run "
                     "the same command again: their vectors are kept for %d days",
-                    printable(str(self.root / folder)),
+                    errors.printable(str(self.root / folder)),
                     count,
                     KEPT_DAYS,
                 )
@@ -391,7 +383,7 @@ def _place(out: Path) -> Path:
     index = files.writable_folder(out).resolve()
     names = {path.name for path in index.iterdir() if not path.name.startswith(".")}
     if names and not names & {index_folder.POINTER, index_folder.MEMORY}:
-        raise ConfigError(f"{out} holds {min(names)} and no index; give another --out")
+        raise errors.ConfigError(f"{out} holds {min(names)} and no index; give another --out")
     return index
 
 

@@ -1,4 +1,4 @@
-"""The index folder: a pointer to the generation of files that counts, switched in one step.
+"""The index folder: its files, the pointer to the generation that counts, and verification.
 
 index.json      seals itself; names the generation that counts and the SHA-256 of its files
 bundle-1234…/   the bundle, so that the folder is enough to search
@@ -10,27 +10,29 @@ A generation is written aside, flushed, renamed, and counts when the pointer nam
 before is kept until the next switch, for those who are just opening it.
 """
 
+import hashlib
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field
 
-from crosstill import artefacts, files
-from crosstill.bundle import Bundle
-from crosstill.errors import ConfigError, CorruptError, CrosstillError, DataError
-from crosstill.search import catalogue, faiss_vectors, vector_index
-from crosstill.search.catalogue import REMEDY, damaged
-from crosstill.search.milvus_vectors import LITE
-from crosstill.search.vector_index import VectorIndex
+from crosstill import artefacts, errors, files
+from crosstill.bundle import Bundle, check_same
+from crosstill.search import builder_memory, catalogue, faiss_vectors, scan, vector_index
 
 POINTER = "index.json"
 MEMORY = "work.sqlite"
 FORMAT = 1
+CHUNK = 10_000  # vectors that are verified at a time
+LONGER = 0.02  # by which a vector of 8-bit codes may miss unit length
 Kind = Literal["flat", "hnsw", "milvus"]
 Opened = TypeVar("Opened")
 _FILES = (catalogue.NAME, *faiss_vectors.NAMES)  # and no others
@@ -58,7 +60,7 @@ class Pointer(artefacts.Record):
         folder: where the photos are, absolute.
         photos: how many.
         files: SHA-256 of the generation's files by name.
-        quantiles: see `calibrate`; None without captions to calibrate on.
+        quantiles: see `searcher.calibrate`; None without captions to calibrate on.
         milvus: uri and collection, where the vectors live there; the path of a Milvus Lite file
             that lies beside the index is relative to the index: see `milvus_place`.
     """
@@ -89,11 +91,11 @@ def read_pointer(index: Path) -> Pointer:
     """
     path = index / POINTER
     if not path.is_file():
-        raise DataError(_absent(index))
+        raise errors.DataError(_absent(index))
     try:
         return artefacts.read(path, Pointer, {FORMAT})
-    except CrosstillError as error:
-        raise damaged(path, str(error).partition(": ")[2].partition(";")[0]) from None
+    except errors.CrosstillError as error:
+        raise catalogue.damaged(path, str(error).partition(": ")[2].partition(";")[0]) from None
 
 
 def open_settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
@@ -102,7 +104,7 @@ def open_settled(index: Path, action: Callable[[Pointer], Opened]) -> Opened:
         pointer = read_pointer(index)
         try:
             return action(pointer)
-        except (CrosstillError, OSError):
+        except (errors.CrosstillError, OSError):
             if read_pointer(index) == pointer:
                 raise
 
@@ -127,18 +129,18 @@ def check_generation(index: Path, pointer: Pointer) -> None:
         raise problem
 
 
-def find_damage(index: Path, pointer: Pointer) -> Iterator[CorruptError]:
+def find_damage(index: Path, pointer: Pointer) -> Iterator[errors.CorruptError]:
     """Yield an error for each file of the generation that differs, is missing or is a link."""
     artefacts.member(index, generation_folder(index, pointer.generation).name)
     if pointer.milvus:
         place = milvus_place(index, pointer.milvus["uri"])
-        if place.endswith(LITE) and not Path(place).exists():
-            yield CorruptError(
+        if place.endswith(vector_index.LITE) and not Path(place).exists():
+            yield errors.CorruptError(
                 f"{place}: the vectors of this index were there and are gone; put them back, or "
                 "run `crosstill index` with --milvus NEW.db, which encodes nothing again"
             )
     folder = generation_folder(index, pointer.generation)
-    yield from artefacts.problems(folder, pointer.files, REMEDY)
+    yield from artefacts.problems(folder, pointer.files, catalogue.REMEDY)
 
 
 @contextmanager
@@ -171,7 +173,7 @@ def clean(index: Path, pointer: Pointer | None) -> None:
 def copy_bundle(index: Path, bundle: Bundle) -> str:
     """Copy the bundle into the index, unless a sound copy is there; return the copy's name."""
     target = index / f"bundle-{bundle.fingerprint[:12]}"
-    with suppress(CrosstillError):
+    with suppress(errors.CrosstillError):
         if Bundle.open(artefacts.member(index, target.name)).identity == bundle.identity:
             return target.name
     with written_aside(target) as aside:
@@ -182,7 +184,7 @@ def copy_bundle(index: Path, bundle: Bundle) -> str:
 
 def open_vectors(
     index: Path, pointer: Pointer, threads: int = 1, named: str | None = None
-) -> VectorIndex:
+) -> vector_index.VectorIndex:
     """Open the vectors of a generation, wherever they live.
 
     Args:
@@ -204,7 +206,7 @@ def open_vectors(
 
 def milvus_place(index: Path, uri: str) -> str:
     """Resolve a place in Milvus: a URI as it is, a Milvus Lite file as an absolute path."""
-    return str((index / uri).resolve()) if uri.endswith(LITE) else uri
+    return str((index / uri).resolve()) if uri.endswith(vector_index.LITE) else uri
 
 
 def milvus_token(uri: str, named: str | None = None) -> str | None:
@@ -218,11 +220,11 @@ def milvus_token(uri: str, named: str | None = None) -> str | None:
         ConfigError: there is a secret, and it is another server.
     """
     token = os.environ.get("MILVUS_TOKEN")
-    if not token or uri.endswith(LITE):
+    if not token or uri.endswith(vector_index.LITE):
         return None
     trusted = {place.rstrip("/") for place in (named, os.environ.get("MILVUS_URI")) if place}
     if uri.rstrip("/") not in trusted:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"the index keeps its vectors at {uri}, which you have not named, and MILVUS_TOKEN "
             f"would go there; if you trust it, set MILVUS_URI={uri}, if not, unset MILVUS_TOKEN"
         )
@@ -232,6 +234,52 @@ def milvus_token(uri: str, named: str | None = None) -> str | None:
 def digest_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder."""
     return artefacts.digests(folder, sorted(path.name for path in folder.iterdir()))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a verification.
+
+    Attributes:
+        photos: in the index; 0 where its pointer is damaged.
+        problems: one line each: what is damaged.
+        mend: the command that mends and updates the index.
+        gone, changed: how many files are no longer there, or are not what was indexed.
+        outdated: a line for each of those files, or for a whole folder of files that are gone.
+    """
+
+    photos: int
+    problems: list[str]
+    mend: str
+    gone: int = 0
+    changed: int = 0
+    outdated: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(index: Path) -> Verdict:
+    """Check all of an index; nothing is changed.
+
+    Raises:
+        DataError: there is no index.
+        LockedError: it is being built.
+    """
+    try:
+        pointer = read_pointer(index)
+    except errors.CorruptError as error:
+        return Verdict(0, [str(error)], _repair_command(index, None))
+    with files.locked(index):
+        damaged_files = [str(error) for error in find_damage(index, pointer)]
+        checks = (_check_bundle,) if damaged_files else (_check_bundle, _check_contents)
+        memory = _problem(_check_memory, index, pointer)
+        lines = [*damaged_files, *(_problem(check, index, pointer) for check in checks), memory]
+        problems = [line for line in lines if line]
+        verdict = Verdict(pointer.photos, problems, _repair_command(index, pointer))
+        path = index / MEMORY
+        known = {} if memory or not path.is_file() else builder_memory.read_files(path)
+        return _with_outdated(verdict, index, pointer, known)
 
 
 def _all(index: Path) -> list[tuple[int, Path]]:
@@ -248,3 +296,112 @@ def _absent(index: Path) -> str:
             "run `crosstill index` again, it goes on where it was"
         )
     return f"{index}: no index; make one with `crosstill index BUNDLE FOLDER --out INDEX`"
+
+
+def _problem(check: Callable[[Path, Pointer], None], index: Path, pointer: Pointer) -> str | None:
+    try:
+        check(index, pointer)
+    except errors.CrosstillError as error:
+        return str(error)
+    return None
+
+
+def _check_bundle(index: Path, pointer: Pointer) -> None:
+    bundle = Bundle.open(artefacts.member(index, pointer.bundle))
+    check_same(pointer.identity, bundle.identity, f"{bundle.folder} is not the index's bundle")
+
+
+def _check_contents(index: Path, pointer: Pointer) -> None:
+    """Check catalogue and vectors, each by itself and against the other."""
+    folder = generation_folder(index, pointer.generation)
+    with (
+        closing(catalogue.Catalogue(folder / catalogue.NAME)) as photos,
+        closing(open_vectors(index, pointer)) as vectors,
+    ):
+        photos.check()
+        numbers = np.array(sorted(photos.numbers().values()), np.int64)
+        there = vectors.ids()
+        lost, more = np.setdiff1d(numbers, there), np.setdiff1d(there, numbers)
+        if len(numbers) != pointer.photos or len(lost) or (len(more) and not pointer.milvus):
+            raise catalogue.damaged(
+                folder,
+                f"{pointer.photos} photos were published, the catalogue holds {len(numbers)}, of "
+                f"which {len(lost)} have no vector, and {len(more)} vectors have no photo",
+            )
+        for start in range(0, len(numbers), CHUNK):
+            lengths = np.linalg.norm(vectors.vectors(numbers[start : start + CHUNK]), axis=1)
+            bad = int((np.abs(lengths - 1) > LONGER).sum())
+            if bad:
+                raise catalogue.damaged(folder, f"{bad} vectors are not of unit length")
+
+
+def _check_memory(index: Path, pointer: Pointer) -> None:
+    path = index / MEMORY
+    if path.is_file():
+        builder_memory.check(path)
+
+
+def _with_outdated(
+    verdict: Verdict, index: Path, pointer: Pointer, known: Mapping[str, scan.KnownFile]
+) -> Verdict:
+    """Add to a verdict the files that are gone or have changed."""
+    root = Path(pointer.folder)
+    folder = generation_folder(index, pointer.generation)
+    try:
+        with closing(catalogue.Catalogue(folder / catalogue.NAME)) as photos:
+            rows = photos.rows()
+    except errors.CrosstillError:  # it is among the problems already
+        return verdict
+    gone, changed = {}, []
+    for path, row in sorted(rows.items()):
+        try:
+            status = os.stat(root / path)
+        except OSError as error:
+            gone[path] = f"{errors.printable(path)}: {error.strerror}"
+            continue
+        if why := _change(root, path, row, status, known.get(path)):
+            changed.append(f"{errors.printable(path)}: {why}")
+    folders = {f: n for f, n in scan.count_emptied(gone, rows.keys() - gone).items() if n > 1}
+    lines = [
+        f"{errors.printable(str(root / f))}: all {n:,} photos in it are gone"
+        for f, n in folders.items()
+    ]
+    emptied = tuple("" if f == "." else f"{f}/" for f in folders)
+    lines += [line for path, line in gone.items() if not path.startswith(emptied)]
+    return replace(verdict, gone=len(gone), changed=len(changed), outdated=sorted(lines + changed))
+
+
+def _change(
+    root: Path,
+    path: str,
+    row: catalogue.Row,
+    status: os.stat_result,
+    known: scan.KnownFile | None,
+) -> str:
+    """Return how a photo differs from what was indexed; "" where it does not."""
+    if (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns):
+        return "changed since it was indexed"
+    if known and (known.stamp.ctime_ns, known.sha) == (status.st_ctime_ns, row.sha):
+        return ""
+    try:
+        if hashlib.sha256(scan.read_photo(root, path)).digest() == row.sha:
+            return ""
+    except errors.ImageError as error:
+        return error.reason
+    return "changed since it was indexed, and yet of the same size and time"
+
+
+def _repair_command(index: Path, pointer: Pointer | None) -> str:
+    """Return the command that mends the index, with its own bundle where that is whole."""
+    if pointer is None:
+        return f"crosstill index BUNDLE FOLDER --out {shlex.quote(str(index))}"
+    own = str(index / pointer.bundle)
+    bundle = "BUNDLE" if _problem(_check_bundle, index, pointer) else shlex.quote(own)
+    where = [shlex.quote(errors.printable(name)) for name in (pointer.folder, str(index))]
+    command = f"crosstill index {bundle} {where[0]} --out {where[1]}"
+    place = Path(milvus_place(index, pointer.milvus["uri"]) if pointer.milvus else "")
+    return (
+        command
+        if place.suffix != vector_index.LITE or place.exists()
+        else f"{command} --milvus NEW.db"
+    )

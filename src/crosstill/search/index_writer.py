@@ -14,13 +14,14 @@ import numpy as np
 from crosstill import files
 from crosstill.bundle import Bundle
 from crosstill.errors import ConfigError
-from crosstill.search import calibrate, catalogue, index_folder, vector_index
-from crosstill.search.builder_memory import Memory
-from crosstill.search.catalogue import Catalogue, Change, Row
-from crosstill.search.faiss_vectors import FaissVectors
-from crosstill.search.index_folder import Kind, Pointer
-from crosstill.search.milvus_vectors import LITE
-from crosstill.search.vector_index import VectorIndex
+from crosstill.search import (
+    builder_memory,
+    catalogue,
+    faiss_vectors,
+    index_folder,
+    searcher,
+    vector_index,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,12 @@ class IndexWriter:
     """
 
     def __init__(
-        self, index: Path, bundle: Bundle, root: Path, base: Pointer | None, memory: Memory
+        self,
+        index: Path,
+        bundle: Bundle,
+        root: Path,
+        base: index_folder.Pointer | None,
+        memory: builder_memory.Memory,
     ) -> None:
         self.index, self.bundle, self.root, self.base, self.memory = (
             index,
@@ -58,16 +64,16 @@ class IndexWriter:
             base,
             memory,
         )
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, catalogue.Row] = {}
         self.numbers: dict[bytes, int] = {}
         self.milvus = base.milvus if base else None
         self.threads = 1
         self.named: str | None = None
         self.copy = index_folder.copy_bundle(index, bundle)
-        self._vectors: VectorIndex | None = None
-        self._kind: Kind = "flat"
+        self._vectors: vector_index.VectorIndex | None = None
+        self._kind: index_folder.Kind = "flat"
         if base:
-            photos = Catalogue(self._catalogue(base))
+            photos = catalogue.Catalogue(self._catalogue(base))
             self.rows, self.numbers = photos.rows(), photos.numbers()
             photos.close()
 
@@ -87,7 +93,7 @@ class IndexWriter:
             self.memory.put("collection", name)
         if used:
             log.info("the collection %s in Milvus is left to those who still read it", used)
-        beside = place.endswith(LITE) and Path(place).is_relative_to(self.index.parent)
+        beside = place.endswith(vector_index.LITE) and Path(place).is_relative_to(self.index.parent)
         kept = os.path.relpath(place, self.index) if beside else place  # both may be moved then
         self.milvus = {"uri": kept, "collection": name}
 
@@ -131,13 +137,13 @@ class IndexWriter:
             rows = stored.vectors(np.array(numbers))
             self.memory.keep(shas, rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
-    def differs(self, rows: dict[str, Row]) -> bool:
+    def differs(self, rows: dict[str, catalogue.Row]) -> bool:
         """Tell whether files, folder or place of the vectors differ from the last generation's."""
         if self.base is None or rows != self.rows:
             return True
         return (self.base.folder, self.base.milvus) != (str(self.root), self.milvus)
 
-    def publish(self, rows: dict[str, Row]) -> None:
+    def publish(self, rows: dict[str, catalogue.Row]) -> None:
         """Publish a generation of exactly these files; the memory holds all their vectors.
 
         Raises:
@@ -152,7 +158,7 @@ class IndexWriter:
             stored = self._next_vectors(change)
             stored.save(aside)
             digests = index_folder.digest_files(aside)
-        self.base = Pointer(
+        self.base = index_folder.Pointer(
             generation=number,
             previous=self.base.generation if self.base else None,
             identity=self.bundle.identity,
@@ -162,7 +168,7 @@ class IndexWriter:
             folder=str(self.root),
             photos=len(self.numbers),
             files=digests,
-            quantiles=calibrate.quantiles(self.bundle, stored, self.numbers),
+            quantiles=searcher.calibrate(self.bundle, stored, self.numbers),
             milvus=self.milvus,
         )
         index_folder.switch(self.index, self.base)
@@ -181,12 +187,14 @@ class IndexWriter:
         if self._vectors is not None:
             self._vectors.close()
 
-    def _next_vectors(self, change: Change) -> VectorIndex:
+    def _next_vectors(self, change: catalogue.Change) -> vector_index.VectorIndex:
         """Build the vectors of the next generation; in Milvus, old ones stay until the switch."""
         gone = set(change.removed)
         self.numbers = {sha: n for sha, n in self.numbers.items() if n not in gone}
         self.numbers |= {sha: number for number, sha in change.added}
-        kind: Kind = "milvus" if self.milvus else vector_index.kind_for(len(self.numbers))
+        kind: index_folder.Kind = (
+            "milvus" if self.milvus else vector_index.kind_for(len(self.numbers))
+        )
         if self.base and (self.base.kind, self.base.milvus) == (kind, self.milvus):
             stored = self._base_vectors(self.base)
             if not self.milvus:
@@ -198,15 +206,15 @@ class IndexWriter:
         self._add(self._vectors, self._in_order(kind))
         return self._vectors
 
-    def _base_vectors(self, base: Pointer) -> VectorIndex:
+    def _base_vectors(self, base: index_folder.Pointer) -> vector_index.VectorIndex:
         if self._vectors is None:
             self._vectors = index_folder.open_vectors(self.index, base, self.threads, self.named)
             self._kind = base.kind
         return self._vectors
 
-    def _empty_vectors(self, kind: Kind) -> VectorIndex:
+    def _empty_vectors(self, kind: index_folder.Kind) -> vector_index.VectorIndex:
         if self.milvus is None:
-            return FaissVectors(self.bundle.dim, kind, self.threads)
+            return faiss_vectors.FaissVectors(self.bundle.dim, kind, self.threads)
         uri = index_folder.milvus_place(self.index, self.milvus["uri"])
         name = self.milvus["collection"]
         token = index_folder.milvus_token(uri, self.named)
@@ -219,13 +227,13 @@ class IndexWriter:
             return every
         return [every[i] for i in np.random.default_rng(0).permutation(len(every))]
 
-    def _add(self, stored: VectorIndex, photos: Iterable[tuple[int, bytes]]) -> None:
+    def _add(self, stored: vector_index.VectorIndex, photos: Iterable[tuple[int, bytes]]) -> None:
         photos = list(photos)
         for start in range(0, len(photos), CHUNK):
             numbers, shas = zip(*photos[start : start + CHUNK], strict=True)
             stored.add(np.array(numbers), self.memory.vectors(shas))
 
-    def _catalogue(self, base: Pointer) -> Path:
+    def _catalogue(self, base: index_folder.Pointer) -> Path:
         return index_folder.generation_folder(self.index, base.generation) / catalogue.NAME
 
 
@@ -239,4 +247,4 @@ def milvus_uri(uri: str) -> str:
         raise ConfigError(f"--milvus {uri}: no Milvus; give http://host:19530 or a path in *.db")
     if "@" in urlsplit(uri).netloc:
         raise ConfigError("--milvus: holds a password; give it in the variable MILVUS_TOKEN alone")
-    return str(Path(uri).absolute()) if uri.endswith(LITE) else uri
+    return str(Path(uri).absolute()) if uri.endswith(vector_index.LITE) else uri

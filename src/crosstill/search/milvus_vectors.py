@@ -14,20 +14,9 @@ from typing import Any
 import numpy as np
 
 from crosstill.errors import ConfigError, LockedError, MismatchError, RunError
-from crosstill.search.vector_checks import (
-    NO_ROW,
-    Ranked,
-    checked_ids,
-    checked_k,
-    checked_rows,
-    checked_vectors,
-    needed,
-    ranked,
-)
+from crosstill.search import vector_index
 
 KEY, VECTOR, METRIC = "id", "vector", "IP"
-LITE = ".db"
-SCHEMES = ("http", "https", "tcp", "unix")
 FRESH = "Strong"  # consistency: whoever searches sees all that was added before
 CONNECT, CALL = 10.0, 60.0  # seconds until a server that does not answer is an error
 MESSAGE = 8 << 20  # bytes of vectors in one message; a cluster takes 64 MB
@@ -36,11 +25,6 @@ MOST = 16_384  # rows that Milvus returns for one query
 
 _lite: Counter[str] = Counter()  # Milvus Lite files open in this process, each with its own server
 _lock = Lock()
-
-
-def is_milvus(place: Path | str) -> bool:
-    """Tell whether a place is a Milvus URI or a Milvus Lite file, not a folder of FAISS files."""
-    return str(place).endswith(LITE) or _is_address(str(place))
 
 
 class MilvusVectors:
@@ -67,12 +51,12 @@ class MilvusVectors:
         """
         if not re.fullmatch(r"[A-Za-z_]\w{0,254}", collection, re.ASCII):
             raise ConfigError(f"collection {collection!r}: only letters, digits and _ are possible")
-        self._lite = uri.endswith(LITE)
+        self._lite = uri.endswith(vector_index.LITE)
         self._uri = str(Path(uri).absolute()) if self._lite else uri
         self.dim, self._name, self._where = dim, collection, _public(uri)
-        self._milvus = needed("pymilvus", "milvus")
+        self._milvus = vector_index.needed("pymilvus", "milvus")
         if self._lite:
-            needed("milvus_lite", "milvus")
+            vector_index.needed("milvus_lite", "milvus")
         self._client = self._connect(token)
         try:
             self._prepare()
@@ -86,7 +70,7 @@ class MilvusVectors:
         return int(rows[0]["count(*)"])
 
     def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
-        ids, vectors = checked_rows(ids, vectors, self.dim)
+        ids, vectors = vector_index.checked_rows(ids, vectors, self.dim)
         for part in _parts(len(ids), self._rows()):
             rows = [
                 {KEY: key, VECTOR: row}
@@ -96,19 +80,19 @@ class MilvusVectors:
                 self._client.upsert(self._name, rows, timeout=CALL)
 
     def remove(self, ids: np.ndarray) -> None:
-        ids = checked_ids(ids)
+        ids = vector_index.checked_ids(ids)
         for part in _parts(len(ids), IDS):
             with self._talking():
                 self._client.delete(self._name, ids=ids[part].tolist(), timeout=CALL)
 
-    def search(self, queries: np.ndarray, k: int) -> Ranked:
-        queries, k = checked_vectors(queries, self.dim), checked_k(k)
+    def search(self, queries: np.ndarray, k: int) -> vector_index.Ranked:
+        queries, k = vector_index.checked_vectors(queries, self.dim), vector_index.checked_k(k)
         if k > MOST:
             raise ConfigError(f"k = {k} is not possible; Milvus finds at most {MOST}")
-        return ranked(partial(self._find, queries), k, MOST)
+        return vector_index.ranked(partial(self._find, queries), k, MOST)
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
-        ids = checked_ids(ids)
+        ids = vector_index.checked_ids(ids)
         vectors_by_id: dict[int, np.ndarray] = {}
         for part in _parts(len(ids), min(self._rows(), IDS)):
             with self._talking():
@@ -138,10 +122,10 @@ class MilvusVectors:
         if self._lite:
             _release(self._uri)
 
-    def _find(self, queries: np.ndarray, wide: int) -> Ranked:
+    def _find(self, queries: np.ndarray, wide: int) -> vector_index.Ranked:
         """Find the best `wide` rows of each query (Q, D), in Milvus's order."""
         scores = np.full((len(queries), wide), -np.inf, np.float32)
-        ids = np.full((len(queries), wide), NO_ROW, np.int64)
+        ids = np.full((len(queries), wide), vector_index.NO_ROW, np.int64)
         for part in _parts(len(queries), max(1, min(self._rows(), MESSAGE // (64 * wide)))):
             for row, hits in enumerate(self._hits(queries[part], wide), part.start):
                 scores[row, : len(hits)] = [hit["distance"] for hit in hits]
@@ -174,7 +158,7 @@ class MilvusVectors:
         return max(1, MESSAGE // (4 * self.dim))
 
     def _connect(self, token: str | None) -> Any:
-        if not self._lite and not _is_address(self._uri):
+        if not self._lite and not vector_index.is_address(self._uri):
             raise ConfigError(f"{self._where}: no Milvus; give http://host:19530 or a *.db path")
         if self._lite and not Path(self._uri).parent.is_dir():
             raise ConfigError(f"{self._where}: no such folder; make it first")
@@ -278,10 +262,6 @@ def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _is_address(place: str) -> bool:
-    return place.partition(":")[0] in SCHEMES
-
-
 def _public(uri: str) -> str:
     """Return the URI without user and password, for messages."""
     scheme, mark, rest = uri.rpartition("://")
@@ -297,9 +277,9 @@ def _release(uri: str) -> None:
     with _lock:
         _lite[uri] -= 1
         if not _lite[uri]:
-            needed("milvus_lite.server_manager", "milvus").server_manager_instance.release_server(
-                uri
-            )
+            vector_index.needed(
+                "milvus_lite.server_manager", "milvus"
+            ).server_manager_instance.release_server(uri)
 
 
 def _held(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -12,17 +12,18 @@ from threading import Lock
 import numpy as np
 
 from crosstill import artefacts
-from crosstill.bundle import Bundle, Encoder, check_same
+from crosstill.bundle import Bundle, Encoder, calibration, check_same
 from crosstill.errors import ConfigError, CrosstillError
-from crosstill.search import calibrate, catalogue, index_folder
-from crosstill.search.catalogue import Catalogue
-from crosstill.search.index_folder import Pointer
-from crosstill.search.vector_index import VectorIndex
+from crosstill.search import catalogue, index_folder, vector_index
 
 log = logging.getLogger(__name__)
 
 MAX_TOP = 1000
 _SPARE = 16  # more hits than asked of Milvus, which may still know photos that have left the index
+CAPTIONS = 1000  # that are searched at most: enough for a rate of one in a hundred
+# Lower, and captions of photos much like those of the index would find nothing: see docs/search.md.
+RATE = 0.5
+STEPS = 200  # between the quantiles that are kept
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Photo:
 class _Generation:
     """An open generation, replaced as a whole when the index switches."""
 
-    pointer: Pointer
-    photos: Catalogue
-    vectors: VectorIndex
+    pointer: index_folder.Pointer
+    photos: catalogue.Catalogue
+    vectors: vector_index.VectorIndex
 
 
 class Searcher:
@@ -97,7 +98,7 @@ class Searcher:
             MismatchError: the index was made with another bundle.
         """
 
-        def both(pointer: Pointer) -> tuple[Bundle, _Generation]:
+        def both(pointer: index_folder.Pointer) -> tuple[Bundle, _Generation]:
             used = Bundle.open(bundle or artefacts.member(index, pointer.bundle))
             what = f"{index} was not made with the bundle {used.folder}"
             check_same(pointer.identity, used.identity, what)
@@ -166,13 +167,21 @@ class Searcher:
         scores, ids = opened.vectors.search(np.ascontiguousarray(vectors, np.float32), wanted)
         return [_hits(opened, *row, least)[:top] for row in zip(scores, ids, strict=True)]
 
-    def threshold(self, rate: float = calibrate.RATE) -> float:
+    def threshold(self, rate: float = RATE) -> float:
         """Return the score that this share of captions of other images reaches in this index.
 
         Raises:
             ConfigError: the bundle holds no captions to calibrate on, or no such rate.
         """
-        return calibrate.threshold(self._opened.pointer.quantiles, rate)
+        return quantile_score(self._opened.pointer.quantiles, rate)
+
+    def check_calibrated(self) -> None:
+        """Refuse an index that no threshold was calibrated for.
+
+        Raises:
+            ConfigError: the bundle held no captions to calibrate on.
+        """
+        self.threshold()
 
     def photo(self, photo_id: str) -> Photo | None:
         """Return the photo of an id, None where the index does not hold it."""
@@ -210,10 +219,59 @@ class Searcher:
         self._opened.vectors.close()
         self._opened.photos.close()
 
-    def _newer(self, pointer: Pointer) -> _Generation:
+    def _newer(self, pointer: index_folder.Pointer) -> _Generation:
         what = f"{self.index} was made anew with another bundle, start again to take it up"
         check_same(pointer.identity, self.bundle.identity, what)
         return _open(self.index, pointer, self._threads, self._opened)
+
+
+def calibrate(
+    bundle: Bundle, vectors: vector_index.VectorIndex, numbers: Mapping[bytes, int]
+) -> list[float] | None:
+    """Compute quantiles of the best score of each caption among photos that are not its own.
+
+    A search always finds something. How much a score is worth depends on the student and on what
+    the index holds, so captions that the student has not learnt are searched in it, each without
+    the photo that it belongs to. What half of them do not reach is a poor score for a query whose
+    photo is there, and more than a query reaches that has nothing to do with the photos.
+
+    Args:
+        bundle: holds the captions.
+        vectors: to search in.
+        numbers: of the photos in the index, by the SHA-256 of their bytes.
+
+    Returns:
+        `STEPS` + 1 scores from the lowest to the highest; None without captions or other photos.
+    """
+    captions = calibration(bundle)
+    if captions is None:
+        return None
+    rows, images = captions
+    some = np.linspace(0, len(rows) - 1, min(len(rows), CAPTIONS)).astype(int)
+    own = np.array([numbers.get(bytes.fromhex(images[row]), -2) for row in some])
+    scores, ids = vectors.search(rows[some], 2)
+    best = np.where(ids[:, 0] == own, scores[:, 1], scores[:, 0])
+    best = best[np.isfinite(best)]
+    if not len(best):
+        return None
+    levels = np.quantile(best, np.linspace(0, 1, STEPS + 1))
+    return [round(float(score), 6) for score in levels]
+
+
+def quantile_score(levels: list[float] | None, rate: float) -> float:
+    """Return the score that only this share of the calibration captions reaches.
+
+    Raises:
+        ConfigError: nothing was calibrated, or the rate is not between 0 and 1.
+    """
+    if levels is None:
+        raise ConfigError(
+            "this index has no calibrated threshold, since its bundle holds no captions to "
+            "calibrate on; give a score, or export the bundle with its data"
+        )
+    if not 0 < rate < 1:
+        raise ConfigError(f"rate {rate}: give a share between 0 and 1")
+    return float(np.interp(1 - rate, np.linspace(0, 1, len(levels)), levels))
 
 
 def combine(*vectors: np.ndarray) -> np.ndarray:
@@ -230,10 +288,12 @@ def combine(*vectors: np.ndarray) -> np.ndarray:
 
 
 def _open(
-    index: Path, pointer: Pointer, threads: int, before: _Generation | None = None
+    index: Path, pointer: index_folder.Pointer, threads: int, before: _Generation | None = None
 ) -> _Generation:
     index_folder.check_generation(index, pointer)
-    photos = Catalogue(index_folder.generation_folder(index, pointer.generation) / catalogue.NAME)
+    photos = catalogue.Catalogue(
+        index_folder.generation_folder(index, pointer.generation) / catalogue.NAME
+    )
     if before and pointer.milvus and before.pointer.milvus == pointer.milvus:
         return _Generation(pointer, photos, before.vectors)
     return _Generation(pointer, photos, index_folder.open_vectors(index, pointer, threads))

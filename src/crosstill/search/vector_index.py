@@ -7,17 +7,28 @@ Neither library is imported before an index of its kind is opened. Another distr
 further kinds: the place NAME://... opens the entry point NAME of the group that `INDEXES` names.
 """
 
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from crosstill import plugins
-from crosstill.errors import unknown
-from crosstill.search import faiss_vectors
-from crosstill.search.faiss_vectors import FLAT_UP_TO
-from crosstill.search.milvus_vectors import is_milvus
-from crosstill.search.vector_checks import Ranked
+from crosstill.errors import ConfigError, DataError, MismatchError, unknown
+
+NO_ROW = -1  # the id where there are fewer rows than asked for
+SPARE = 8  # rows looked at beyond the k-th, to see whether it ties with the next
+
+KINDS = ("flat", "hnsw")  # of FAISS
+FLAT_UP_TO = 200_000  # vectors; a query of so many takes one thread some 30 ms
+LINKS = 32  # of a node of the graph; twice as many on its lowest level
+LITE = ".db"  # the ending of a Milvus Lite file
+SCHEMES = ("http", "https", "tcp", "unix")  # of Milvus
+
+Ranked = tuple[np.ndarray, np.ndarray]  # scores and ids, (Q, k) each, best first
+
 
 # Functions of (place, dim, threads, collection, token), see `open_vectors`
 _INDEXES = {
@@ -107,8 +118,13 @@ def is_server(place: Path | str) -> bool:
     return _kind_at(place) != "faiss"
 
 
+def is_address(place: str) -> bool:
+    """Tell whether a place is the URI of a Milvus cluster."""
+    return place.partition(":")[0] in SCHEMES
+
+
 def _kind_at(place: Path | str) -> str:
-    if is_milvus(place):
+    if str(place).endswith(LITE) or is_address(str(place)):
         return "milvus"
     scheme, separator, _ = str(place).partition("://")
     return scheme if separator and scheme in INDEXES.names() else "faiss"
@@ -131,6 +147,128 @@ def estimate_bytes(count: int, dim: int, kind: str) -> int:
     """
     if kind == "milvus":
         return count * (4 * dim + 8)
-    if kind not in faiss_vectors.KINDS:
-        raise unknown("kind of index", kind, (*faiss_vectors.KINDS, "milvus"))
-    return faiss_vectors.estimate_bytes(count, dim, kind)
+    if kind not in KINDS:
+        raise unknown("kind of index", kind, (*KINDS, "milvus"))
+    ids = 3 * 8  # the id of a position, and both halves of the way back
+    if kind == "flat":
+        return count * (4 * dim + ids)
+    above = LINKS / (LINKS - 1)  # what one node of the lowest level costs on all others
+    return count * int(dim + 4 * (2 * LINKS + above) + 8 + 4 + ids)
+
+
+# --- checks and ranking, for every kind of index ---
+
+
+def needed(module: str, extra: str) -> Any:
+    """Import an optional library.
+
+    Raises:
+        ConfigError: it is missing; the message names the extra to install.
+    """
+    if find_spec(module) is None:
+        raise ConfigError(
+            f"this index needs {module}; install it with: pip install 'crosstill[{extra}]'"
+        )
+    return import_module(module)
+
+
+def checked_vectors(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """Check vectors (N, D) and return them in one piece of memory.
+
+    Raises:
+        DataError: they are not float32, not a matrix, or not all finite.
+        MismatchError: D is not the index's.
+    """
+    if not isinstance(vectors, np.ndarray) or vectors.dtype != np.float32:
+        raise DataError(
+            f"vectors: {_kind(vectors)} where float32 is needed; use .astype('float32')"
+        )
+    if vectors.ndim != 2:
+        raise DataError(f"vectors: shape {vectors.shape} where (N, {dim}) is needed")
+    if vectors.shape[1] != dim:
+        raise MismatchError(
+            f"vectors of {vectors.shape[1]} dimensions, and an index of {dim}; "
+            "give vectors of the model that made the index"
+        )
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise DataError(f"vectors: row {bad[0]} is not finite; leave such rows out")
+    return np.ascontiguousarray(vectors)
+
+
+def checked_ids(ids: np.ndarray) -> np.ndarray:
+    """Check ids (N,) and return them as int64.
+
+    Raises:
+        DataError: they are not whole numbers in one dimension, or one is negative.
+    """
+    array = np.asarray(ids)
+    if array.ndim == 1 and not len(array):
+        return np.empty(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"ids: {_kind(array)} of shape {array.shape} where int64 (N,) is needed")
+    if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
+        raise DataError("ids: one is outside 0..2**63 - 1")
+    return array.astype(np.int64)
+
+
+def checked_rows(ids: np.ndarray, vectors: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Check ids (N,) and vectors (N, D); keep the last row of an id that comes twice.
+
+    Raises:
+        DataError, MismatchError: see `checked_ids` and `checked_vectors`.
+    """
+    ids, vectors = checked_ids(ids), checked_vectors(vectors, dim)
+    if len(ids) != len(vectors):
+        raise DataError(f"{len(ids)} ids for {len(vectors)} vectors; give one each")
+    last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
+    if len(last) == len(ids):
+        return ids, vectors
+    last.sort()
+    return ids[last], vectors[last]
+
+
+def checked_k(k: int) -> int:
+    """Check how many rows to find; less than one is a `ConfigError`."""
+    if k < 1:
+        raise ConfigError(f"k = {k} is not possible; ask for 1 or more")
+    return int(k)
+
+
+def ranked(find: Callable[[int], Ranked], k: int, most: int) -> Ranked:
+    """Rank the k best rows of each query: best score first, of equal scores the lower id.
+
+    An index keeps any of the rows that tie at the k-th place, so that more are looked at until
+    none of them ties with the last one seen.
+
+    Args:
+        find: the best so many rows of each query: scores and ids (Q, so many), best first,
+            -inf and `NO_ROW` where there are no more.
+        k: how many to return.
+        most: how many `find` can be asked for.
+
+    Returns:
+        Scores (Q, k) and ids (Q, k); -inf and `NO_ROW` beyond the last row.
+    """
+    wide = min(k + SPARE, most)
+    scores, ids = find(wide)
+    while wide < most and _cut_in_a_tie(scores, ids, k):
+        wide = min(2 * wide, most)
+        scores, ids = find(wide)
+    order = np.lexsort((ids, -scores))[:, :k]
+    scores, ids = (np.take_along_axis(values, order, axis=1) for values in (scores, ids))
+    if order.shape[1] == k:
+        return scores, ids
+    rest = ((0, 0), (0, k - order.shape[1]))
+    return (
+        np.pad(scores, rest, constant_values=-np.inf),
+        np.pad(ids, rest, constant_values=NO_ROW),
+    )
+
+
+def _cut_in_a_tie(scores: np.ndarray, ids: np.ndarray, k: int) -> bool:
+    return bool(((scores[:, k - 1] == scores[:, -1]) & (ids[:, -1] != NO_ROW)).any())
+
+
+def _kind(values: object) -> str:
+    return str(getattr(values, "dtype", type(values).__name__))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from crosstill.search.serve.batching import Batcher, Gate, Overloaded
+from crosstill.search.serve.load import Batcher, Gate, Overloaded
 from serving import form, serving
 from support import PATIENCE, wait_for
 

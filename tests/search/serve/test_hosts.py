@@ -8,7 +8,7 @@ from urllib.parse import urljoin, urlsplit
 
 import pytest
 
-from crosstill.search.serve import hosts
+from crosstill.search.serve import limits
 from serving import form, free_port, proxied, serving
 from verbs import refusal
 
@@ -68,7 +68,7 @@ def test_a_name_that_cannot_be_is_one_line(index_folder, name):
     ],
 )
 def test_the_address_that_a_connection_came_in_at_is_answered(header, own, answered):
-    assert hosts.is_answered(hosts.host_of(header), own, frozenset()) == answered
+    assert limits.is_answered(limits.host_of(header), own, frozenset()) == answered
 
 
 def get(address):

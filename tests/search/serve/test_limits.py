@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from crosstill.search.serve.limits import Guard, secured
-from crosstill.search.serve.metrics import Metrics
-from crosstill.search.serve.settings import Settings
+from crosstill.search.serve.limits import Guard, Settings, secured
+from crosstill.search.serve.load import Metrics
 
 SMALL = replace(Settings(), body_seconds=3, body_rate=100, timeout=3, body=5000)
 

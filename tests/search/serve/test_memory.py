@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from crosstill.search.serve.limits import Settings
 from crosstill.search.serve.photo_store import Store
-from crosstill.search.serve.settings import Settings
 from serving import form, serving
 from support import PATIENCE
 

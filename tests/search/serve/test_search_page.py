@@ -14,10 +14,10 @@ from fastapi import FastAPI, HTTPException
 
 from crosstill.errors import ConfigError, ImageError, printable
 from crosstill.search.searcher import Hit
-from crosstill.search.serve import search_page
-from crosstill.search.serve.batching import Overloaded
+from crosstill.search.serve import photo_store, search_page
+from crosstill.search.serve.limits import Settings
+from crosstill.search.serve.load import Overloaded
 from crosstill.search.serve.service import AUTO, NoSuchPhotoError, SearchResult
-from crosstill.search.serve.settings import Settings
 
 BAR = 0.25
 VOID = {"meta", "link", "input", "img", "wbr", "circle", "path", "rect"}
@@ -318,7 +318,7 @@ def test_a_photo_that_is_too_large_is_named_so(monkeypatch):
     async def read(request, limit):
         raise HTTPException(413, f"the body is too large; at most {limit} bytes")
 
-    monkeypatch.setattr(search_page.uploads, "read", read)
+    monkeypatch.setattr(photo_store, "read_upload", read)
     answer = post()
     assert answer.status_code == 413
     assert "<p>This photo is too large: at most 20 MB can be sent.</p>" in answer.text

@@ -203,8 +203,8 @@ def test_searches_before_it_is_ready_are_told_to_wait(searcher, monkeypatch):
     """In this process, where warming can be held up."""
     from starlette.testclient import TestClient
 
+    from crosstill.search.serve.limits import Settings
     from crosstill.search.serve.routes import create
-    from crosstill.search.serve.settings import Settings
 
     app = create(searcher, Settings())
     with TestClient(app, LOCAL) as client:
@@ -234,8 +234,8 @@ def test_it_is_not_ready_while_searches_fail(searcher, monkeypatch, name, error,
     """Until they succeed again, with the same workers."""
     from starlette.testclient import TestClient
 
+    from crosstill.search.serve.limits import Settings
     from crosstill.search.serve.routes import create
-    from crosstill.search.serve.settings import Settings
 
     if isinstance(error, CorruptError):
         error = CorruptError(str(error).format(index=searcher.index))
@@ -304,8 +304,8 @@ def test_a_catalogue_that_is_emptied_costs_no_traceback(bundle_folder, photos, t
 def test_an_error_of_ours_tells_the_asker_nothing(searcher, monkeypatch):
     from starlette.testclient import TestClient
 
+    from crosstill.search.serve.limits import Settings
     from crosstill.search.serve.routes import create
-    from crosstill.search.serve.settings import Settings
 
     def broken(texts):
         raise RuntimeError("/home/secret/model.onnx is broken")

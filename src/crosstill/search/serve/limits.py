@@ -1,23 +1,26 @@
-"""Guard the application: count bodies, time requests, add security headers to every answer.
+"""All limits of the server, and the guard that applies them to every request and answer.
+
+The guard counts bodies, times requests, checks the Host header and adds security headers.
 
 A request has three spans: its body arrives, its answer is thought out, its answer is sent. The
 first two have an end here; the third, as the request's head before it, in `wire`.
 """
 
 import asyncio
+import ipaddress
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crosstill.search.serve import hosts
-from crosstill.search.serve.batching import Gate, Overloaded
-from crosstill.search.serve.metrics import Metrics
-from crosstill.search.serve.settings import Settings
+from crosstill.errors import ConfigError
+from crosstill.search.serve.load import Gate, Metrics, Overloaded
 
 # the page's own files, and a photo that was pasted into it; nothing from elsewhere
 POLICY = (
@@ -44,6 +47,79 @@ REJECTED = {
 }  # by which limit
 
 Pairs = list[tuple[bytes, bytes]]
+
+MIB = 2**20
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,252}[a-z0-9_])?")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@%\[\]]+)(:[0-9]*)?")
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and defaults of the server. Sizes are in bytes, times in seconds.
+
+    Attributes:
+        top: results of a search that does not say how many.
+        threshold: least score of a result where the request names none; None sets no bound,
+            "auto" is the index's calibrated one.
+        text: characters of a query.
+        timeout: from the last byte of a request to the first of its answer.
+        queue: searches at once, the waiting ones included; the next is turned away.
+        workers: threads that search, each with a batch of its own.
+        batch: searches that one of them computes together.
+        photo_encoders: threads that encode the photos of searches.
+        retry: what a request that was turned away is told to wait.
+        body: size of a request's body.
+        bodies: size of all bodies that are held at once; a client address may have half of it.
+        body_seconds, body_rate: a body must arrive within these seconds, and one more for
+            every `body_rate` bytes that have come; it never has more than these seconds left.
+        chunks, chunk: a body may come in so many chunks, and in one more for every `chunk` bytes.
+        head: size of a request line and its headers.
+        head_seconds: time in which they must arrive.
+        idle_seconds: how long a connection may wait for its next request.
+        stall_seconds: how long a client may read nothing of an answer.
+        linger_seconds: how long a connection stays open, unused, behind its last answer.
+        connections: open at once; a client address may have half of them.
+        photo_workers: threads that read photos and make thumbnails.
+        photo_queue: photos and thumbnails asked for at once.
+        photo_size: a larger photo is not sent; its thumbnail is.
+        photos: size of all photos that are being sent.
+        thumbnail: longer side of a thumbnail, in pixels.
+        thumbnails: size of all thumbnails kept in memory.
+        hosts: names and addresses that the Host header may hold, beside loopback ones and the
+            address that the connection came in at.
+        refresh_seconds: how often to look for a newer generation of the index.
+    """
+
+    top: int = 10
+    threshold: float | str | None = None
+    text: int = 10_000
+    timeout: float = 10.0
+    queue: int = 256
+    workers: int = 1
+    batch: int = 32
+    photo_encoders: int = 1
+    retry: int = 1
+    body: int = 20 * MIB
+    bodies: int = 160 * MIB
+    body_seconds: float = 10.0
+    body_rate: int = 64 * 1024
+    chunks: int = 1000
+    chunk: int = 128
+    head: int = 128 * 1024
+    head_seconds: float = 10.0
+    idle_seconds: int = 5
+    stall_seconds: float = 8.0
+    linger_seconds: float = 2.0
+    connections: int = 1000
+    photo_workers: int = 2
+    photo_queue: int = 256
+    photo_size: int = 64 * MIB
+    photos: int = 256 * MIB
+    thumbnail: int = 320
+    thumbnails: int = 64 * MIB
+    hosts: frozenset[str] = frozenset()
+    refresh_seconds: float = 3.0
 
 
 def secured(headers: Iterable[tuple[bytes, bytes]] = ()) -> Pairs:
@@ -196,11 +272,11 @@ class _Exchange:
 
     def _check_head(self) -> None:
         """Refuse requests that no route may answer."""
-        host = hosts.host_of(self.headers.get("host", ""))
+        host = host_of(self.headers.get("host", ""))
         if not host:
             raise HTTPException(400, "the Host header is missing or is no name")
         own = (self.scope.get("server") or ("",))[0]
-        if not hosts.is_answered(host, own, self.settings.hosts):
+        if not is_answered(host, own, self.settings.hosts):
             raise HTTPException(
                 421, "this server has another name; --allowed-host NAME adds one to those it has"
             )
@@ -239,3 +315,55 @@ class _Exchange:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def check_hosts(names: Iterable[str]) -> frozenset[str]:
+    """Check names and addresses from the command line.
+
+    Raises:
+        ConfigError: one of them is neither, as with a port or a scheme.
+    """
+    hosts = frozenset(name.lower().strip("[]") for name in names)
+    for name in hosts:
+        if not _NAME.fullmatch(name) and _address(name) is None:
+            raise ConfigError(
+                f"--allowed-host {name}: give a name such as photos.example.org, or an address, "
+                "without scheme and port"
+            )
+    return hosts
+
+
+def host_of(header: str) -> str:
+    """Parse a Host header to a host, lower case, without brackets and port; "" if it is none."""
+    parts = _HOST.fullmatch(header.lower())
+    return parts[1].strip("[]") if parts else ""
+
+
+def is_answered(host: str, own: str, allowed: frozenset[str]) -> bool:
+    """Tell whether the server answers for this host.
+
+    A page elsewhere can let its own name lead to this machine (DNS rebinding): the browser then
+    takes the server for a part of that page, which reads every photo. The name stays in the Host
+    header. Starlette's TrustedHostMiddleware compares that with a fixed list, which can hold
+    neither 127.0.0.0/8 nor the address that a connection came in at.
+
+    Args:
+        host: as `host_of` returns it.
+        own: address at which the connection came in. No name can be made to look like it, so
+            that it is safe also where the server listens on every address.
+        allowed: other names and addresses.
+    """
+    if host == "localhost" or host in allowed:
+        return True
+    address = _address(host)
+    return address is not None and (
+        address.is_loopback or address == _address(own) or str(address) in allowed
+    )
+
+
+def _address(text: str) -> _Address | None:
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address

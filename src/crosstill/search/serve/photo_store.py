@@ -1,7 +1,8 @@
-"""Send the photos of an index and their thumbnails, by id alone.
+"""Receive the photo of a search, and send the photos of an index and their thumbnails, by id alone.
 
 An id is the SHA-256 of a photo's bytes: what is sent is read once, hashed, and only then sent,
-so that whatever lies at the photo's path by now, nothing else gets out.
+so that whatever lies at the photo's path by now, nothing else gets out. What is received
+stays in memory.
 """
 
 import hashlib
@@ -9,20 +10,24 @@ import io
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from PIL import Image
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Receive, Scope, Send
 
 from crosstill import pixels
 from crosstill.errors import ImageError
 from crosstill.search import scan
 from crosstill.search.searcher import Searcher
-from crosstill.search.serve.batching import Gate, jobs
-from crosstill.search.serve.settings import Settings
+from crosstill.search.serve.limits import Settings
+from crosstill.search.serve.load import Gate, jobs
 
 TYPES = {
     "JPEG": "image/jpeg",
@@ -36,6 +41,8 @@ TYPES = {
 ID = re.compile("[0-9a-f]{64}")
 KEPT = "private, max-age=31536000, immutable"  # another content has another id
 POLICY = "default-src 'none'; sandbox; frame-ancestors 'none'"
+FIELD = "image"
+_FIELDS, _FIELD_SIZE = 16, 64 * 1024
 T = TypeVar("T")
 _CHUNK, _QUALITY = 64 * 1024, 82
 
@@ -194,3 +201,79 @@ def _type(data: bytes) -> str | None:
         if accept is None or accept(data[:16]) is True:
             return TYPES[name]
     return None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The parts of a body.
+
+    Attributes:
+        photo: the photo's bytes; empty where the form was sent without one.
+        fields: the other parts of the form.
+    """
+
+    photo: bytes
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+async def read_upload(request: Request, limit: int) -> Upload:
+    """Read a form with a part `image`, or a body that is the photo itself.
+
+    Args:
+        request: its body has not been read yet; who counts it is `limits.Guard`.
+        limit: bytes of a body: so much stays in memory.
+
+    Raises:
+        HTTPException: 415 for another type of body, 400 for a broken one.
+    """
+    whole = request.headers.get("content-type", "").lower()
+    kind = whole.partition(";")[0].strip()
+    if kind == "multipart/form-data":
+        _check_charset(whole)
+        return await _form(request, limit)
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        return Upload(await request.body())
+    raise HTTPException(415, f"send the photo as a form's part {FIELD!r}, or as image/*")
+
+
+def _check_charset(content_type: str) -> None:
+    """Refuse another charset than UTF-8: Starlette would try any codec of Python's.
+
+    The parser is Starlette's own, so that both read the same; it drops `charset*=`, which other
+    versions of it may not. No boundary contains an asterisk.
+    """
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8")
+    if charset not in (b"utf-8", b"utf8") or "charset*" in content_type:
+        raise HTTPException(415, "send the form in UTF-8")
+
+
+async def _form(request: Request, limit: int) -> Upload:
+    parser = MultiPartParser(
+        request.headers,
+        request.stream(),
+        max_files=1,
+        max_fields=_FIELDS,
+        max_part_size=_FIELD_SIZE,
+    )
+    parser.spool_max_size = limit + 1
+    try:
+        form = await parser.parse()
+    except (MultiPartException, FormParserError) as error:
+        text = getattr(error, "message", "not a form that can be read")
+        raise HTTPException(400, f"form: {text}") from None
+    try:
+        return await _taken_apart(form)
+    finally:
+        await form.close()
+
+
+async def _taken_apart(form: FormData) -> Upload:
+    photo, fields = b"", {}
+    for name, value in form.multi_items():
+        if not isinstance(value, UploadFile):
+            fields[name] = value
+        elif name == FIELD:
+            photo = await value.read()
+        else:
+            raise HTTPException(400, f"form: the photo's part is called {FIELD!r}")
+    return Upload(photo, fields)

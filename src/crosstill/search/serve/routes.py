@@ -16,12 +16,8 @@ from starlette.types import ASGIApp
 from crosstill import files
 from crosstill.errors import ConfigError, CorruptError, ImageError, printable
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher
-from crosstill.search.serve import photo_store, search_page, uploads
-from crosstill.search.serve.batching import Overloaded
-from crosstill.search.serve.limits import Guard
-from crosstill.search.serve.metrics import TYPE, Metrics
+from crosstill.search.serve import limits, load, photo_store, search_page
 from crosstill.search.serve.service import NoSuchPhotoError, SearchResult, Service
-from crosstill.search.serve.settings import Settings
 
 # what an asker is told of; the rest stays in the server's log
 STATUS: dict[type, int] = {
@@ -29,7 +25,7 @@ STATUS: dict[type, int] = {
     ImageError: 400,
     ClientDisconnect: 400,  # no one reads it
     NoSuchPhotoError: 404,
-    Overloaded: 503,
+    load.Overloaded: 503,
 }
 
 
@@ -76,10 +72,10 @@ class App(FastAPI):
     """FastAPI with `Guard` around everything, its own error pages included."""
 
     service: Service
-    metrics: Metrics
+    metrics: load.Metrics
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Guard(super().build_middleware_stack(), self.service.settings, self.metrics)
+        return limits.Guard(super().build_middleware_stack(), self.service.settings, self.metrics)
 
 
 Top = Annotated[int | None, Query(ge=1, le=MAX_TOP, description="Results at most.")]
@@ -91,9 +87,9 @@ Words = Annotated[str | None, Query(description="What the photo shows.")]
 Like = Annotated[str | None, Query(description="Id of a photo of the index.")]
 
 
-def create(searcher: Searcher, settings: Settings) -> App:
+def create(searcher: Searcher, settings: limits.Settings) -> App:
     """Make the application that answers for an index; `server.run` listens for it."""
-    metrics = Metrics(searcher)
+    metrics = load.Metrics(searcher)
     service = Service(searcher, settings, metrics)
     store = photo_store.Store(searcher, settings)
 
@@ -142,7 +138,7 @@ def _add_search(app: App) -> None:
         return _answer(await service.text(q, top, threshold))
 
     binary = {"type": "string", "format": "binary"}
-    form = {"type": "object", "properties": {uploads.FIELD: binary, "q": {"type": "string"}}}
+    form = {"type": "object", "properties": {photo_store.FIELD: binary, "q": {"type": "string"}}}
     kinds = {"multipart/form-data": {"schema": form}, "image/*": {"schema": binary}}
     body = {"requestBody": {"required": True, "content": kinds}}
 
@@ -151,13 +147,13 @@ def _add_search(app: App) -> None:
         request: Request, q: Words = None, top: Top = None, threshold: Least = None
     ) -> Response:
         """Photos like the one in the body, and that fit the words `q` where they are given."""
-        upload = await uploads.read(request, service.settings.body)
+        upload = await photo_store.read_upload(request, service.settings.body)
         for name in upload.fields.keys() - {"q"}:
             raise HTTPException(
                 400, f"form: the part {name!r} is not known; top and threshold go into the address"
             )
         if not upload.photo:
-            raise HTTPException(400, f"no photo; send it as a form's part {uploads.FIELD!r}")
+            raise HTTPException(400, f"no photo; send it as a form's part {photo_store.FIELD!r}")
         words = q or upload.fields.get("q", "")
         return _answer(await service.photo(upload.photo, words, top, threshold))
 
@@ -174,13 +170,13 @@ def _add_health(app: App) -> None:
     async def readyz() -> Response:
         """200 once both towers are warm and while a search succeeds; else 503, which says why."""
         if fault := await service.fault():
-            raise Overloaded(fault)
+            raise load.Overloaded(fault)
         return Json({"status": "ready", "generation": service.searcher.generation})
 
     @app.get("/metrics", response_class=Response, tags=["health"])
     async def metrics() -> Response:
         """Counters in Prometheus's text form."""
-        return Response(service.metrics.text(), media_type=TYPE)
+        return Response(service.metrics.text(), media_type=load.TYPE)
 
 
 def _answer(result: SearchResult) -> Response:

@@ -18,8 +18,8 @@ from starlette.exceptions import HTTPException
 
 from crosstill.errors import ConfigError, ImageError, InputError, printable
 from crosstill.search.searcher import Hit
-from crosstill.search.serve import uploads
-from crosstill.search.serve.batching import Overloaded
+from crosstill.search.serve import photo_store
+from crosstill.search.serve.load import Overloaded
 from crosstill.search.serve.service import AUTO, NoSuchPhotoError, SearchResult, Service
 
 TYPES = {
@@ -162,7 +162,7 @@ class Page:
                 "context": context,
                 "heading": clean(heading),
                 "photos": counted(context.photos),
-                "photo_field": uploads.FIELD,
+                "photo_field": photo_store.FIELD,
             }
         )
 
@@ -235,7 +235,7 @@ async def _context(service: Service) -> PageContext:
 async def _read(request: Request, context: PageContext) -> tuple[SearchParams, bytes | None]:
     """Read the parameters of a request, and the photo that came with it."""
     if request.method == "POST":
-        form = await uploads.read(request, context.limit)
+        form = await photo_store.read_upload(request, context.limit)
         params = _params(form.fields, context)
         return replace(params, like="", uploaded=True, top=UPLOADED), form.photo
     return _params(request.query_params, context), None

@@ -16,10 +16,10 @@ import uvicorn
 
 from crosstill.errors import ConfigError
 from crosstill.search.searcher import Searcher
-from crosstill.search.serve.batching import jobs
+from crosstill.search.serve.limits import Settings
+from crosstill.search.serve.load import jobs
 from crosstill.search.serve.routes import App, create
 from crosstill.search.serve.service import AUTO
-from crosstill.search.serve.settings import Settings
 from crosstill.search.serve.wire import protocol
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def run(
         searcher = Searcher.open(index, bundle, threads)
         try:
             if settings.threshold == AUTO:
-                searcher.threshold()  # raises where there is none
+                searcher.check_calibrated()
             _warn(listener)
             app = create(searcher, _affordable(settings))
             asyncio.run(_serve(app, listener, lambda: tell(address(listener))))

@@ -18,9 +18,8 @@ import numpy as np
 from crosstill import decoding
 from crosstill.errors import ConfigError, CorruptError, CrosstillError, InputError
 from crosstill.search.searcher import MAX_TOP, Hit, Searcher, combine
-from crosstill.search.serve.batching import Batcher, Gate, Overloaded, jobs
-from crosstill.search.serve.metrics import Metrics
-from crosstill.search.serve.settings import Settings
+from crosstill.search.serve.limits import Settings
+from crosstill.search.serve.load import Batcher, Gate, Metrics, Overloaded, jobs
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +105,8 @@ class Service:
         self.searcher, self.settings, self.metrics = searcher, settings, metrics
         self.ready = False
         self._gate = metrics.watch_queue(Gate(settings.queue))
-        compute, told = partial(answer, searcher), metrics.batches.observe
-        self._answer = Batcher(compute, settings.workers, settings.batch, told)
+        compute, on_batch = partial(answer, searcher), metrics.batches.observe
+        self._answer = Batcher(compute, settings.workers, settings.batch, on_batch)
         self._encode = jobs(settings.photo_encoders)
         self._fault, self._damage = "", ""
 

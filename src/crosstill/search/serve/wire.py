@@ -28,9 +28,8 @@ from typing import Any, cast
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from crosstill.search.serve.limits import CLOSE, refusal, secured
-from crosstill.search.serve.metrics import Metrics
-from crosstill.search.serve.settings import Settings
+from crosstill.search.serve.limits import CLOSE, Settings, refusal, secured
+from crosstill.search.serve.load import Metrics
 
 _READ = 256 * 1024  # bytes that asyncio reads in one go, and that may lie here unread
 
