@@ -59,8 +59,8 @@ def check_place(folder: Path) -> None:
     written = {RECORD}
     if (folder / RECORD).is_file():
         written |= files.read_sealed(folder / RECORD, {_FORMAT})["files"].keys()
-    found = sorted(path.relative_to(folder).as_posix() for path in _all_files(folder))
-    for name in (name for name in found if name not in written):
+    present = sorted(path.relative_to(folder).as_posix() for path in _all_files(folder))
+    for name in (name for name in present if name not in written):
         raise ConfigError(
             f"{folder}: holds {name}, which no export wrote; give a folder that is empty or "
             "does not exist"
@@ -89,8 +89,8 @@ def _made(folder: Path) -> Iterator[Path]:
 def _sweep(leftover: Path, folder: Path) -> None:
     if not leftover.is_dir():
         return
-    with _holding(leftover, folder, wait=False) as held:
-        if not held:
+    with _holding(leftover, folder, wait=False) as locked:
+        if not locked:
             raise LockedError(
                 f"{folder}: another process is exporting to it; wait for it, or choose another "
                 "folder"

@@ -95,16 +95,16 @@ def measure_parity(student: Student, reference: ReferenceModel, form: str) -> Pa
     """Compare a student with its export on synthetic photos and texts."""
     files = [_png(number, size) for number, size in enumerate(_SIZES)]
     ours = torch.stack([images.load(data, "photo", student.preprocess) for data in files])
-    theirs = reference.pixels([Image.open(io.BytesIO(data)) for data in files]).float()
+    prepared = reference.pixels([Image.open(io.BytesIO(data)) for data in files]).float()
     values, sentences = images.normalise(ours, student.preprocess), probe_texts(student)
     rows, words = student.embed_images(ours), student.embed_texts(sentences)
     mean, std = torch.tensor((student.preprocess.mean, student.preprocess.std)).view(2, 3, 1, 1)
-    cosines = (reference.images(theirs) * rows).sum(dim=1)
+    cosines = (reference.images(prepared) * rows).sum(dim=1)
     return Parity(
         form=form,
         images=_largest(reference.images(values) - rows),
         texts=_largest(reference.texts(sentences) - words),
-        levels=_largest((theirs * std + mean) * 255 - ours),
+        levels=_largest((prepared * std + mean) * 255 - ours),
         cosine=float(cosines.min()),
     )
 
@@ -169,10 +169,10 @@ def compare(student: Student, other: Teacher, pairs: Pairs | None) -> Agreement:
     wanted = [student.embed_images(pixels), student.embed_texts(texts)]
     alone = [other.embed_images(pixels[:1]), other.embed_texts(texts[:1])]
     together = [other.embed_images(pixels), other.embed_texts(texts)]
-    ours = torch.cat([wanted[0], wanted[1], wanted[0][:1], wanted[1][:1]]).double()
-    theirs = torch.cat([*together, *alone]).double()
-    cosine = torch.nn.functional.cosine_similarity(ours, theirs)
-    return Agreement(float(cosine.min()), float((ours - theirs).abs().max()), len(ours))
+    rows = torch.cat([wanted[0], wanted[1], wanted[0][:1], wanted[1][:1]]).double()
+    others = torch.cat([*together, *alone]).double()
+    cosine = torch.nn.functional.cosine_similarity(rows, others)
+    return Agreement(float(cosine.min()), float((rows - others).abs().max()), len(rows))
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    CLIPImageProcessorPil,
-    PreTrainedTokenizerFast,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-    VisionTextDualEncoderProcessor,
-    ViTImageProcessorPil,
-)
 
 from crosstill import files
 from crosstill.errors import ConfigError
@@ -149,13 +142,13 @@ The features are not yet of unit length: compare them by cosine. `logit_scale` w
     def save(self, student: Student, folder: Path) -> None:
         vision, text = (restore(describe(getattr(student, name).config)) for name in _TOWERS)
         vision.hidden_size = student.image_head.in_features  # a CNN's configuration has none
-        config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
             vision, text, projection_dim=student.dim
         )
-        model = VisionTextDualEncoderModel(config)
+        model = transformers.VisionTextDualEncoderModel(config)
         model.load_state_dict({**_weights(student), "logit_scale": model.logit_scale.detach()})
         model.eval().save_pretrained(folder)
-        VisionTextDualEncoderProcessor(
+        transformers.VisionTextDualEncoderProcessor(
             image_processor(student.preprocess), fast_tokenizer(student)
         ).save_pretrained(folder)
 
@@ -211,9 +204,11 @@ class _DualEncoder:
     """The folder, as transformers loads it."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = VisionTextDualEncoderModel.from_pretrained(folder, local_files_only=True)
+        self.model = transformers.VisionTextDualEncoderModel.from_pretrained(
+            folder, local_files_only=True
+        )
         self.model.eval()
-        self.processor = VisionTextDualEncoderProcessor.from_pretrained(
+        self.processor = transformers.VisionTextDualEncoderProcessor.from_pretrained(
             folder, local_files_only=True
         )
 
@@ -253,9 +248,9 @@ class _SentenceModel:
 def _weights(student: Student) -> dict[str, Tensor]:
     """Return the student's weights under the class's own names."""
     return {
-        f"{theirs}.{name}": value
-        for ours, theirs in {**_TOWERS, **_HEADS}.items()
-        for name, value in tower_parts.with_whole_table(getattr(student, ours)).state_dict().items()
+        f"{library_name}.{name}": value
+        for part, library_name in {**_TOWERS, **_HEADS}.items()
+        for name, value in tower_parts.with_whole_table(getattr(student, part)).state_dict().items()
     }
 
 
@@ -344,18 +339,20 @@ def image_processor(preprocess: Preprocess) -> Any:
         "do_convert_rgb": True,
     }
     if preprocess.resize == "squash":
-        return ViTImageProcessorPil(size=size, **common)
+        return transformers.ViTImageProcessorPil(size=size, **common)
     shorter = preprocess.shorter or max(preprocess.size)
-    return CLIPImageProcessorPil(size={"shortest_edge": shorter}, crop_size=size, **common)
+    return transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": shorter}, crop_size=size, **common
+    )
 
 
-def fast_tokenizer(student: Student) -> PreTrainedTokenizerFast:
+def fast_tokenizer(student: Student) -> transformers.PreTrainedTokenizerFast:
     """Build the student's tokenizer, which truncates at its `max_length` when asked to."""
     tokenizer = student.tokenizer
     names = dict(tokenizer.special_tokens_map)
     # What fills a text up is masked, so any token will do where none was meant for it.
     names.setdefault("pad_token", tokenizer.eos_token or tokenizer.unk_token)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
         model_max_length=student.config.max_length,
         model_input_names=["input_ids", "attention_mask"],
@@ -371,7 +368,7 @@ def plain_tower(module: nn.Module) -> Any:
 
 
 def pools_to_rows(student: Student) -> bool:
-    """Whether the image tower's pooler gives rows (B, W); some CNNs give maps (B, W, 1, 1)."""
+    """Tell whether the image tower's pooler gives rows (B, W), not maps (B, W, 1, 1) of a CNN."""
     black = torch.zeros(1, 3, *student.preprocess.size)
     with torch.inference_mode():
         return plain_tower(student.image_tower)(pixel_values=black).pooler_output.ndim == 2

@@ -222,7 +222,7 @@ def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Pat
 
 
 def write_calibration(embedded: Embedded, path: Path) -> None:
-    """Write rows of captions, evenly drawn, with the ids of their photos: `search.calibrate`."""
+    """Write rows of captions, evenly drawn, with the ids of their photos: `searcher.calibrate`."""
     count = min(CAPTIONS, len(embedded.text))
     chosen = torch.linspace(0, len(embedded.text) - 1, count).round().long()
     owners = [embedded.image_ids[row] for row in embedded.owner[chosen].tolist()]
