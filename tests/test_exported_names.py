@@ -8,7 +8,11 @@ import ast
 import importlib
 import inspect
 import re
+import typing
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -77,6 +81,39 @@ def test_what_the_pages_import_and_call_is_there(block):
             free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
             for keyword in node.keywords:
                 assert free or keyword.arg in parameters, ast.unparse(node)
+
+
+@pytest.mark.parametrize("package", EXPORTED)
+def test_no_option_of_the_api_is_untyped(package):
+    """Options by keyword are named one by one or by an `Unpack[...]`, never `**options: Any`."""
+    module = importlib.import_module(f"crosstill.{package}".rstrip("."))
+    for name, function in functions(module):
+        for parameter in inspect.signature(function).parameters.values():
+            place = f"{module.__name__}.{name}({parameter})"
+            assert parameter.annotation is not inspect.Parameter.empty, place
+            if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+                assert parameter.annotation not in (typing.Any, "Any"), place
+
+
+def functions(module: ModuleType) -> Iterator[tuple[str, Callable[..., object]]]:
+    """The public functions of a module, and the public methods of its public classes."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value) and value.__module__.startswith("crosstill"):
+            for attribute in vars(value):
+                public = not attribute.startswith("_") or attribute == "__init__"
+                # bound to the class, a method of it has no `cls`; a protocol makes no instances
+                method = getattr(value, attribute)
+                if public and inspect.ismethod(method):
+                    yield f"{name}.{attribute}", method
+                elif (
+                    public
+                    and inspect.isfunction(method)
+                    and not getattr(value, "_is_protocol", False)
+                ):
+                    yield f"{name}.{attribute}", partial(method, None)
 
 
 def resolved(node: ast.expr, known: dict[str, object]) -> object | None:

@@ -15,7 +15,7 @@ from crosstill import ablate, data, fusion, report, teachers
 from crosstill.ablate import grid, plan
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate.recall import chances, chances_of_scores, from_scores
-from crosstill.fusion import lists, validation
+from crosstill.fusion import lists
 from crosstill.fusion.states import Sides
 from crosstill.train import Run
 from support import FAST
@@ -74,20 +74,22 @@ def test_two_by_two_with_half_of_the_teacher(done, scored):
 def test_the_table_says_where_recall_was_measured(done, scored):
     table, out = done
     val = scored.split("val")
-    listed = validation.Listed(scored, val)
+    listed, caveat = lists.ListedPairs(scored, val), scored.caveat(val)
     assert table.teacher.rsum == pytest.approx(listed.teacher_recall().rsum)
     assert table.teacher.rsum == Run(table.rows[0].runs[0]).metrics["teacher"]["rsum"]
-    assert listed.said in table.note and "not the whole split" in (out / "dcd.md").read_text()
+    assert caveat in table.note and "not the whole split" in (out / "dcd.md").read_text()
     false = [scored.by_image.counts(val.images), scored.by_caption.counts(val.captions)]
     said = f"{false[0].mean():.1f} captions of an image and {false[1].mean():.1f} images"
-    assert said in listed.said
+    assert said in caveat
     sure = [(count < 10).mean() for count in false]
-    assert sure[0] == 0 and f"100 for any model on the {sure[1]:.0%} of captions" in listed.said
+    assert sure[0] == 0 and f"100 for any model on the {sure[1]:.0%} of captions" in scored.caveat(
+        val
+    )
 
 
 def test_the_teachers_own_answers_are_its_recall(scored):
     teacher, val = teachers.load(scored.teacher["source"]), scored.split("val")
-    seen = validation.MatchedSplit(scored, val, Sides(teacher, scored, val, keep=False))
+    seen = lists.MatchedSplit(scored, val, Sides(teacher, scored, val, keep=False))
     answers = seen.answers(teacher)
     assert answers.rsum == pytest.approx(seen.recall(teacher).rsum)
     assert answers.rsum == pytest.approx(seen.teacher_recall().rsum)

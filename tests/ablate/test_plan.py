@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from crosstill import cache
+from crosstill import cache, objectives
 from crosstill.ablate import plan
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate.bootstrap import FEWEST
@@ -87,6 +87,24 @@ def test_a_run_is_named_by_all_that_decides_it(many, toml, tmp_path):
 )
 def test_what_cannot_work_is_refused_before_the_first_run(many, toml, options, message):
     assert message in refusal(many, toml, **options)
+
+
+SECOND = """
+from crosstill.objectives.contrastive import Contrastive
+
+
+class Second(Contrastive):
+    pass
+"""
+
+
+def test_the_queue_of_any_loss_has_to_fit(many, toml, tmp_path, monkeypatch):
+    (tmp_path / "second.py").write_text(SECOND)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path)])
+    changes = ["losses=similarity+contrastive+second", *FAST]
+    message = refusal(many, toml, changes=changes)
+    assert "8,192 slots" in message and "set losses.second.queue_size lower" in message
+    assert make(many, toml, changes=[*changes, "losses.second.queue_size=64"])
 
 
 def test_too_few_images_for_the_bootstrap(cached, toml):

@@ -13,8 +13,7 @@ import torch
 from crosstill import cache as caches
 from crosstill.cache import Cache, build, join, joined
 from crosstill.errors import ConfigError, CorruptError, MismatchError
-from crosstill.fusion.score_build import build_scores
-from crosstill.fusion.scores import ScoreCache
+from crosstill.fusion.scores import ScoreCache, build_scores
 from support import SmallJudge, SmallTeacher, flip, matrix
 from verbs import crosstill, refusal
 

@@ -11,8 +11,7 @@ from torch import nn
 from crosstill import students
 from crosstill.data import Pairs
 from crosstill.fusion.matcher import Matcher
-from crosstill.fusion.meter import Meter, Parts
-from crosstill.fusion.meter_network import CoAttention, Shape
+from crosstill.fusion.meter import CoAttention, Meter, Parts, Shape
 from crosstill.images import Preprocess, Quarantine
 from crosstill.towers import vocabulary
 from crosstill.types import Example, States, image_id

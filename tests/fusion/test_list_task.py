@@ -9,10 +9,9 @@ from crosstill import fusion, students, teachers
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.fusion import lists
 from crosstill.fusion.list_task import ListTask, tower_states
-from crosstill.fusion.lists import ListStream, Ways
+from crosstill.fusion.lists import Directions, ListStream, MatchedSplit
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.states import Sides
-from crosstill.fusion.validation import MatchedSplit
 from crosstill.objectives.dcd import variant_loss
 from crosstill.students.student_config import FusionConfig
 from crosstill.train import TrainConfig, step, train
@@ -64,7 +63,7 @@ def half(teacher):
 
 def stream(cache, inputs, config, hardest=3, names=("image", "text")):
     split = cache.split("train")
-    return ListStream(cache, split, inputs, Ways(names, hardest), config, Group())
+    return ListStream(cache, split, inputs, Directions(names, hardest), config, Group())
 
 
 def sides(cache, model, keep=True):

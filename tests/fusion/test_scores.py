@@ -23,8 +23,7 @@ from crosstill.errors import (
     ModelError,
 )
 from crosstill.files import locked
-from crosstill.fusion.score_build import build_scores
-from crosstill.fusion.scores import ScoreCache
+from crosstill.fusion.scores import ScoreCache, build_scores
 from evaluate.judges import small_meter, texts_of
 from support import SmallJudge, SmallTeacher, cut, flip, matrix, small_config
 
@@ -35,8 +34,8 @@ FEW = {"false": 6, "false_images": 3}
 def short_shards():
     """Thirty scenes make four shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("crosstill.fusion.score_build.SHARD_IMAGES", 8)
-        patch.setattr("crosstill.fusion.score_build.CALL", 50)
+        patch.setattr("crosstill.fusion.scores.SHARD_IMAGES", 8)
+        patch.setattr("crosstill.fusion.scores.CALL", 50)
         yield
 
 

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 from crosstill import data, fusion, teachers  # noqa: E402
 from crosstill.cache import build, join  # noqa: E402
 from crosstill.data import scenes  # noqa: E402
-from crosstill.fusion.score_build import build_scores  # noqa: E402
+from crosstill.fusion.scores import build_scores  # noqa: E402
 from fusion.listed import SHAPE, meter_config, parameters  # noqa: E402
 from support import SmallTeacher, small_student  # noqa: E402
 from verbs import TOML, crosstill  # noqa: E402

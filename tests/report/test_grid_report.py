@@ -11,7 +11,7 @@ from pages import ATTACK, Page
 
 from crosstill import ablate, report
 from crosstill.ablate import plan
-from crosstill.ablate.results import Cell, Row, Table, latex, markdown
+from crosstill.ablate.tables import Cell, Row, Table, latex, markdown
 from crosstill.errors import InputError
 from crosstill.evaluate.bootstrap import Difference
 from crosstill.evaluate.recall import retrieval

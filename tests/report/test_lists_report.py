@@ -11,7 +11,7 @@ from pages import Page
 from ablate.scored import score_cache
 from crosstill import data, files, fusion, report, students
 from crosstill.errors import InputError, MismatchError
-from crosstill.fusion import validation
+from crosstill.fusion import lists
 from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.train import Run, TrainConfig, train
@@ -97,7 +97,7 @@ def test_a_fusion_model_is_shown_without_embeddings(home):
 
 def test_it_says_that_recall_is_among_candidates_and_so_do_its_tables(home):
     run, cache = home / "fused", ScoreCache(home / "scores")
-    said = validation.Listed(cache, cache.split("val")).said
+    said = cache.caveat(cache.split("val"))
     assert said in shown(run).text and said in (run / "table.md").read_text()
     assert said in figures(run)["notes"]
     assert "of its RSUM among the listed candidates on the 6 images" in figures(run)["summary"]
@@ -107,7 +107,7 @@ def test_the_untrained_student_is_the_one_before_training(home):
     cache = ScoreCache(home / "scores")
     val, half = cache.split("val"), fusion.build("half", teacher=cache.teacher["source"])
     half.freeze_towers()
-    recall = validation.MatchedSplit(cache, val, Sides(half, cache, val)).recall(half)
+    recall = lists.MatchedSplit(cache, val, Sides(half, cache, val)).recall(half)
     assert figures(home / "fused")["untrained"]["rsum"] == pytest.approx(recall.rsum)
 
 

@@ -22,7 +22,7 @@ from crosstill.data import scenes as scenery
 from crosstill.errors import ConfigError, CorruptError, DataError, InputError, MismatchError
 from crosstill.evaluate import retrieval, teacher_recall
 from crosstill.formats import latex
-from crosstill.report import curves, html_page, pictures, run_results, space
+from crosstill.report import curves, pages, pictures, run_results
 from crosstill.train import Run, TrainConfig, train
 from crosstill.types import Features
 from support import SETTINGS, small_config, small_student
@@ -234,7 +234,7 @@ def rows(seed: int, images: int = 40, captions: int = 120, width: int = 6) -> Fe
 
 def test_both_models_share_the_axes_of_all_their_points():
     teacher, student = rows(0), rows(1)
-    found = space.fit({"teacher": teacher, "student": student})
+    found = pictures.fit_space({"teacher": teacher, "student": student})
     points = torch.cat([*teacher, *student]).double().numpy()
     centred = points - points.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
@@ -248,35 +248,35 @@ def test_both_models_share_the_axes_of_all_their_points():
 
 def test_the_pictures_of_both_models_have_the_same_box(monkeypatch):
     boxes = []
-    frame = space._frame
+    frame = pictures._frame
 
     def note(axes, limits, theme):
         frame(axes, limits, theme)
         boxes.append((axes.get_xlim(), axes.get_ylim(), axes.get_zlim(), axes.azim, axes.elev))
 
-    monkeypatch.setattr(space, "_frame", note)
-    space.pictures(space.fit({"teacher": rows(0), "student": rows(1)}))
+    monkeypatch.setattr(pictures, "_frame", note)
+    pictures.draw_spaces(pictures.fit_space({"teacher": rows(0), "student": rows(1)}))
     assert len(boxes) == 4 and len(set(boxes)) == 1
 
 
 def test_the_share_of_variance_is_one_where_three_axes_hold_all():
     flat = Features(*(torch.cat([side[:, :2], 0 * side[:, 2:]], 1) for side in rows(0)))
-    assert space.fit({"teacher": flat}).explained["teacher"] == pytest.approx(1)
-    whole = space.fit({"teacher": rows(0)}).explained["teacher"]
+    assert pictures.fit_space({"teacher": flat}).explained["teacher"] == pytest.approx(1)
+    whole = pictures.fit_space({"teacher": rows(0)}).explained["teacher"]
     assert 0.5 < whole < 0.99
 
 
 def test_a_large_split_is_thinned_alike_for_both_and_always_in_the_same_way():
     seen = rows(0, images=50, captions=90)
-    found = space.fit({"teacher": seen, "student": seen}, most=30)
+    found = pictures.fit_space({"teacher": seen, "student": seen}, most=30)
     assert found.images["teacher"].shape == found.captions["student"].shape == (30, 3)
     np.testing.assert_array_equal(found.captions["teacher"], found.captions["student"])
-    again = space.fit({"teacher": seen, "student": seen}, most=30)
+    again = pictures.fit_space({"teacher": seen, "student": seen}, most=30)
     np.testing.assert_array_equal(found.images["teacher"], again.images["teacher"])
 
 
 def test_features_of_two_dimensions_are_shown_too():
-    assert space.fit({"student": rows(0, width=2)}).images["student"].shape == (40, 3)
+    assert pictures.fit_space({"student": rows(0, width=2)}).images["student"].shape == (40, 3)
 
 
 # --- curves ---
@@ -355,10 +355,8 @@ def test_a_teacher_that_is_gone_or_changed_is_said_to_be(home, tmp_path):
 
 
 def test_letters_that_are_no_utf8_do_not_stop_the_page(tmp_path):
-    shown = html_page.html(
-        "photo \udcff", "one", [html_page.Section("x", [html_page.Text("a\udcffb")])]
-    )
-    made = html_page.save(tmp_path, shown, {}, ("report.json", {"path": "\udcff"}))
+    shown = pages.html("photo \udcff", "one", [pages.Section("x", [pages.Text("a\udcffb")])])
+    made = pages.save(tmp_path, shown, {}, ("report.json", {"path": "\udcff"}))
     assert "a?b" in made.read_text(encoding="utf-8")
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from crosstill import teachers
 from crosstill.errors import ConfigError, ModelError
 from crosstill.fusion import meter_released
-from crosstill.fusion.meter import Meter
-from crosstill.fusion.meter_network import ClipVisual
+from crosstill.fusion.meter import ClipVisual, Meter
 from crosstill.towers.tower_parts import resized_positions
 from crosstill.types import States
 from support import matrix

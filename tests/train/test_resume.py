@@ -17,7 +17,7 @@ import torch
 from crosstill import balance, fusion, recipes, teachers
 from crosstill.cache import Cache, build, join
 from crosstill.files import sealed
-from crosstill.fusion.score_build import build_scores
+from crosstill.fusion.scores import build_scores
 from crosstill.train import checkpoint
 from fusion.listed import meter_config, parameters
 from support import SmallTeacher, matrix, same, small_student

@@ -8,25 +8,26 @@ A grid's folder:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crosstill import cache as caches
 from crosstill import files
 from crosstill.ablate import grid, plan
-from crosstill.ablate.results import Cell, Row, Table, latex, markdown
-from crosstill.ablate.tables import TABLES
+from crosstill.ablate.tables import TABLES, Cell, Row, Table, latex, markdown
 from crosstill.cache import CacheBase
 from crosstill.errors import InputError, RunError
 from crosstill.evaluate import bootstrap, teacher_recall
 from crosstill.evaluate.recall import Retrieval
-from crosstill.fusion import validation
+from crosstill.fusion.lists import ListedPairs
 from crosstill.fusion.scores import ScoreCache
 
 __all__ = ["TABLES", "Table", "fill", "is_grid", "latex", "markdown", "read", "run"]
 
 log = logging.getLogger(__name__)
+
+AnyCache = TypeVar("AnyCache", bound=CacheBase)
 
 
 def run(
@@ -63,19 +64,19 @@ def run(
 def fill(made: plan.Plan, cache: CacheBase, folder: Path, workers: int | None = None) -> Table:
     """Run what a plan asks for, and write its table into the grid's folder."""
     grid.run(made, cache, folder, workers)
-    found = _table(plan.load(folder / f"{made.table}.json"), folder)
-    files.write_bytes(folder / f"{made.table}.md", markdown(found).encode())
-    files.write_bytes(folder / f"{made.table}.tex", latex(found).encode())
-    return found
+    table = _table(plan.load(folder / f"{made.table}.json"), folder)
+    files.write_bytes(folder / f"{made.table}.md", markdown(table).encode())
+    files.write_bytes(folder / f"{made.table}.tex", latex(table).encode())
+    return table
 
 
 def is_grid(folder: Path) -> bool:
-    """Whether tables were planned there."""
+    """Tell whether tables were planned in a folder."""
     return any((folder / f"{name}.json").is_file() for name in TABLES)
 
 
 def read(folder: Path) -> list[Table]:
-    """The finished tables of a grid, in the order of the paper.
+    """Read the finished tables of a grid, in the order of the paper.
 
     Raises:
         InputError: there is none, or one is not finished.
@@ -96,17 +97,20 @@ def _table(made: plan.Plan, folder: Path) -> Table:
             f"`{record['command'] or f'crosstill ablate {made.table}'}` again"
         )
     runs = {row["name"]: [folder / "runs" / key for key in row["runs"]] for row in record["rows"]}
-    found = {name: [grid.answers(path) for path in paths] for name, paths in runs.items()}
-    reference = bootstrap.average(found[record["reference"]])
+    fared = {name: [grid.answers(path) for path in paths] for name, paths in runs.items()}
+    reference = bootstrap.average(fared[record["reference"]])
     rows = [
         Row(
             name=row["name"],
-            recalls=_recalls(found[row["name"]]),
-            rsum=Cell.of([one.rsum for one in found[row["name"]]]),
-            difference=_difference(row["name"], record["reference"], found, reference),
+            recalls=_recalls(fared[row["name"]]),
+            rsum=Cell.of([one.rsum for one in fared[row["name"]]]),
+            difference=bootstrap.paired(bootstrap.average(fared[row["name"]]), reference)
+            if row["name"] != record["reference"]
+            else None,
             paper=row["paper"],
             runs=tuple(runs[row["name"]]),
-            minutes=sum(_minutes(path) for path in runs[row["name"]]) / len(record["seeds"]),
+            minutes=sum(files.read_json(run / grid.DONE)["minutes"] for run in runs[row["name"]])
+            / len(record["seeds"]),
         )
         for row in record["rows"]
     ]
@@ -127,24 +131,9 @@ def _table(made: plan.Plan, folder: Path) -> Table:
     )
 
 
-def _difference(
-    name: str,
-    against: str,
-    found: dict[str, list[bootstrap.Answers]],
-    reference: bootstrap.Answers,
-) -> bootstrap.Difference | None:
-    if name == against:
-        return None
-    return bootstrap.paired(bootstrap.average(found[name]), reference)
-
-
 def _recalls(seeds: Sequence[bootstrap.Answers]) -> tuple[Cell, ...]:
     rows = [[*one.image.mean(0).tolist(), *one.text.mean(0).tolist()] for one in seeds]
     return tuple(Cell.of([100 * value for value in column]) for column in zip(*rows, strict=True))
-
-
-def _minutes(path: Path) -> float:
-    return float(files.read_json(path / grid.DONE)["minutes"])
 
 
 def _common(record: Mapping[str, Any], key: str) -> bool:
@@ -152,15 +141,21 @@ def _common(record: Mapping[str, Any], key: str) -> bool:
 
 
 def _teacher(record: Mapping[str, Any], split: str) -> Retrieval | None:
-    """The teacher's row, from the cache that the grid learnt from, if it is still there."""
+    """Measure the teacher's recall from the cache that the grid learnt from, if it is there."""
     try:
-        cache = caches.open(record["cache"]["folder"])
-        if cache.digest != record["cache"]["digest"]:
-            raise RunError("another cache is in its place")
-        rows = cache.split(split)
-        if record.get("listed") and isinstance(cache, ScoreCache):
-            return validation.Listed(cache, rows).teacher_recall()
-        return teacher_recall(cache, rows)
+        if record.get("listed"):
+            scores = _reopened(ScoreCache, record)
+            return ListedPairs(scores, scores.split(split)).teacher_recall()
+        cache = _reopened(caches.open, record)
+        return teacher_recall(cache, cache.split(split))
     except (InputError, RunError) as error:
         log.warning("no teacher's row: %s", error)
         return None
+
+
+def _reopened(opener: Callable[[str], AnyCache], record: Mapping[str, Any]) -> AnyCache:
+    """Open the cache that the grid learnt from."""
+    cache = opener(record["cache"]["folder"])
+    if cache.digest != record["cache"]["digest"]:
+        raise RunError("another cache is in its place")
+    return cache

@@ -22,14 +22,9 @@ from crosstill import files, progress, students
 from crosstill.ablate.plan import Job, Plan
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, CrosstillError, DiskFullError, RunError
-from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
-from crosstill.evaluate.recall import chances
-from crosstill.fusion import validation
-from crosstill.fusion.matcher import Matcher
-from crosstill.fusion.scores import ScoreCache
 from crosstill.train import folder, train
-from crosstill.train.task import open_task
+from crosstill.train.task import open_task, open_validation
 
 log = logging.getLogger(__name__)
 
@@ -79,32 +74,32 @@ def run(plan: Plan, cache: CacheBase, out: Path, workers: int | None = None) -> 
 
 
 def devices(workers: int, gpus: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is for each worker; empty where there is no GPU."""
+    """Choose CUDA_VISIBLE_DEVICES for each worker; "" where there is no GPU."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",")[:gpus] if given else [str(number) for number in range(gpus)]
     return [names[worker % gpus] if gpus else "" for worker in range(workers)]
 
 
 def finished(out: Path, key: str) -> bool:
-    """Whether a run of the grid is done."""
+    """Tell whether a run of the grid is done."""
     return (out / "runs" / key / DONE).is_file()
 
 
 def answers(path: Path) -> Answers:
-    """How each validation query of a finished run fared.
+    """Read how each validation query of a finished run fared.
 
     Raises:
         CorruptError: the file was damaged.
     """
     files.check_digest(path / ANSWERS, files.read_json(path / DONE)["answers"])
-    with np.load(path / ANSWERS, allow_pickle=False) as found:
-        return Answers(*(torch.from_numpy(found[name]) for name in ("image", "text", "owner")))
+    with np.load(path / ANSWERS, allow_pickle=False) as arrays:
+        return Answers(*(torch.from_numpy(arrays[name]) for name in ("image", "text", "owner")))
 
 
 def _results(
     todo: list[Job], cache: CacheBase, out: Path, workers: int
 ) -> Iterator[tuple[Job, float | Exception]]:
-    """Each job with its RSUM or its error, as they finish."""
+    """Yield each job with its RSUM or its error, as they finish."""
     if workers == 1 or len(todo) < 2:
         for job in todo:
             yield job, _tried(job, cache, out)
@@ -131,7 +126,7 @@ def _results(
 
 
 def _tried(job: Job, cache: CacheBase, out: Path) -> float | Exception:
-    """One run; what it raises on purpose is handed back, so that the others go on."""
+    """Do one run; an error raised on purpose is returned, so that the others go on."""
     try:
         return _one(job, cache, out / "runs" / job.key)
     except DiskFullError:  # there is no room for the others either
@@ -149,36 +144,27 @@ def _one(job: Job, cache: CacheBase, path: Path) -> float:
         student = open_task(cache, job.settings).make_student(students.load_config(job.student))
     if not (path / "metrics.json").is_file():
         train(student, cache, job.settings, path, resume=resume, command=job.command)
-    found = _answers(path, job, cache)
-    files.write_atomic(path / ANSWERS, lambda new: _save(new, found))
+    best = folder.learner(path / "best")
+    split = cache.split(job.settings.val_split)
+    fared = open_validation(cache, split, best, job.settings).answers(best)
+    files.write_atomic(path / ANSWERS, lambda new: _save(new, fared))
     # a finished run will not be resumed, and its optimizer is twice as large as its student
     shutil.rmtree(path / "checkpoints", ignore_errors=True)  # a kill may have left a part
     minutes = (time.perf_counter() - began) / 60
     files.write_json(
         path / DONE, {"minutes": minutes, "answers": files.digest_file(path / ANSWERS)}
     )
-    return found.rsum
+    return fared.rsum
 
 
-def _answers(path: Path, job: Job, cache: CacheBase) -> Answers:
-    """A dual encoder's in the whole split, a fusion model's among each query's candidates."""
-    best = folder.learner(path / "best")
-    split = cache.split(job.settings.val_split)
-    if isinstance(best, Matcher):
-        assert isinstance(cache, ScoreCache)
-        return validation.validation_split(best, cache, split, job.settings).answers(best)
-    seen = CachedSplit(cache, split, best, job.settings.freeze)
-    return Answers(*chances(*seen.features(best), seen.truth), seen.truth.owner)
-
-
-def _save(path: Path, found: Answers) -> None:
+def _save(path: Path, fared: Answers) -> None:
     with path.open("wb") as file:
-        np.savez(file, image=found.image, text=found.text, owner=found.owner)
+        np.savez(file, image=fared.image, text=fared.text, owner=fared.owner)
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Processes that start here ignore Ctrl-C, but for the loop of a run, which obeys it."""
+    """Let processes that start here ignore Ctrl-C, but for the loop of a run, which obeys it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -205,7 +191,7 @@ def _start(places: Any, stop: Any, parent: int, cache: Path, out: Path) -> None:
 
 
 def _work(job: Job) -> float | Exception | None:
-    """One run; None if someone asked it to stop."""
+    """Do one run; None if it was asked to stop."""
     stop = _here["stop"]
     if stop.is_set():
         return None
@@ -217,7 +203,7 @@ def _work(job: Job) -> float | Exception | None:
 
 
 def _die_with(parent: int) -> None:
-    """On Linux: end when the grid is killed, or this run's lock would outlive it."""
+    """End with the grid, where Linux can: this run's lock would outlive a killed grid."""
     library = ctypes.CDLL(None)
     if hasattr(library, "prctl"):
         library.prctl(1, signal.SIGKILL)

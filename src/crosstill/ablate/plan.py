@@ -12,8 +12,6 @@ from crosstill.ablate.tables import Design, Setting, design
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
-from crosstill.fusion import validation
-from crosstill.fusion.scores import ScoreCache
 from crosstill.objectives.parts import Queue
 from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import TrainConfig
@@ -64,9 +62,9 @@ class Plan:
         """
         path = folder / f"{self.table}.json"
         if path.is_file():
-            theirs = files.read_sealed(path, {FORMAT})
+            earlier = files.read_sealed(path, {FORMAT})
             different = [
-                k for k in self.record if k != "command" and theirs.get(k) != self.record[k]
+                k for k in self.record if k != "command" and earlier.get(k) != self.record[k]
             ]
             if not different:
                 return
@@ -75,7 +73,7 @@ class Plan:
 
 
 def load(path: Path) -> Plan:
-    """Read a plan back."""
+    """Read a plan."""
     return Plan(files.read_sealed(path, {FORMAT}))
 
 
@@ -115,12 +113,13 @@ def make(
     rows = [_row(*one, cache, seeds) for one in filled]
     if table == "towers" and chosen:
         rows = [{**row, "name": students.load_config(row["student"]).name} for row in rows]
+    caveat = cache.caveat(cache.split(configs[0].val_split)) if listed else ""
     reference = rows[[row.name for row in what.rows].index(what.reference)]["name"]
     record = {
         "format": FORMAT,
         "table": table,
         "title": what.title,
-        "note": _note(what, cache, configs) if listed else what.note,
+        "note": f"{what.note} {caveat}".strip(),
         "listed": listed,
         "reference": reference,
         "seeds": list(seeds),
@@ -134,16 +133,10 @@ def make(
     return Plan(json.loads(json.dumps(record)))
 
 
-def _note(what: Design, cache: CacheBase, configs: Sequence[TrainConfig]) -> str:
-    """The table's note, and where the recall of fusion models was measured."""
-    assert isinstance(cache, ScoreCache)
-    return f"{what.note} {validation.Listed(cache, cache.split(configs[0].val_split)).said}".strip()
-
-
 def _row(
     setting: Setting, config: TrainConfig, student: str, cache: CacheBase, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """A row of the record, after what it would refuse has been tried."""
+    """Make a row of the record, after everything that a run would refuse has been tried."""
     description = students.load_config(student)
     _check_row(setting.name, config, cache, description)
     identity = [description.model_dump(mode="json"), cache.digest]
@@ -157,7 +150,7 @@ def _row(
 
 
 def _settings(setting: Setting, changes: Sequence[str]) -> TrainConfig:
-    """A row's settings; options of losses that it does not have pass it by."""
+    """Make a row's settings; options of losses that it does not have do not count for it."""
     config = recipes.config(setting.recipe, setting.changes)
     for change in changes:  # in turn, because one may bring the loss that the next is of
         if _loss_of(change) is None or _loss_of(change) in config.losses:
@@ -166,13 +159,13 @@ def _settings(setting: Setting, changes: Sequence[str]) -> TrainConfig:
 
 
 def _loss_of(change: str) -> str | None:
-    """The loss whose option a change sets."""
+    """Return the loss whose option a change sets; None for a setting of the run."""
     head, *rest = change.partition("=")[0].strip().split(".")
     return rest[0] if head == "losses" and len(rest) > 1 else None
 
 
 def _key(config: TrainConfig, identity: object) -> str:
-    """A name for a run: rows with the same settings share it, whatever their recipe is called."""
+    """Name a run: rows with the same settings share it, whatever their recipe is called."""
     values = config.model_dump(mode="json")
     del values["recipe"]
     return files.digest_json([values, identity])[:12]
@@ -219,14 +212,13 @@ def _check_used(table: str, configs: Sequence[TrainConfig], changes: Sequence[st
 
 def _check_cache(table: str, what: Design, cache: CacheBase) -> None:
     """Refuse a cache of the other kind than the table's."""
-    scored = isinstance(cache, ScoreCache)
-    if what.lists and not (isinstance(cache, ScoreCache) and cache.scores is not None):
-        has = "was made without a teacher" if scored else "holds features"
+    if what.lists and not cache.scored:
+        has = "was made without a teacher" if cache.listed else "holds features"
         raise MismatchError(
             f"{cache.folder} {has}, and {table} compares ways to learn a fusion teacher's scores; "
             "make a score cache: crosstill cache TEACHER DATA --false 63"
         )
-    if not scored and cache.modalities != {"image", "text"}:
+    if not cache.listed and cache.modalities != {"image", "text"}:
         raise MismatchError(
             f"{cache.folder} has not both image and text features of a teacher, which the tables "
             "compare; cache a teacher that gives both"
@@ -242,7 +234,7 @@ def _check_lists(
             f"teacher = {configs[0].teacher}: one that scores beside the student always keeps the "
             f"hardest, so the rows of {table} would not differ; leave it out"
         )
-    if not isinstance(cache, ScoreCache):
+    if not cache.listed:
         return
     for config in configs:
         losses = named_losses(build_losses(cache, config))
@@ -286,11 +278,13 @@ def _check_row(
     task = open_task(cache, config)
     task.check(student)
     pairs = len(cache.split(config.train_split).captions)
-    for queue in (part for part in task.losses.modules() if isinstance(part, Queue)):
-        slots = len(queue.ids)
+    for loss, module in task.losses.items():
+        slots = max(
+            (len(part.ids) for part in module.modules() if isinstance(part, Queue)), default=0
+        )
         if slots > pairs:
             raise ConfigError(
                 f"row {name!r}: a queue of {slots:,} slots is longer than the {pairs:,} captions "
                 f"of split {config.train_split!r} in {cache.folder}; set "
-                "losses.contrastive.queue_size lower, or use a larger dataset"
+                f"losses.{loss}.queue_size lower, or use a larger dataset"
             )

@@ -39,7 +39,7 @@ __all__ = [
 BUILDERS = {
     "encoder": "crosstill.cache.feature_build:build_features",
     "vectors": "crosstill.cache.feature_build:build_features",
-    "matcher": "crosstill.fusion.score_build:build_scores",
+    "matcher": "crosstill.fusion.scores:build_scores",
 }
 
 

@@ -194,6 +194,20 @@ class CacheBase:
         return frozenset()
 
     @property
+    def listed(self) -> int:
+        """Number of pairs in its candidate lists; 0 for a cache that has no lists."""
+        return 0
+
+    @property
+    def scored(self) -> bool:
+        """Whether it holds a teacher's scores of candidate lists."""
+        return False
+
+    def caveat(self, split: Split) -> str:
+        """Explain the recall among a split's candidate lists, in sentences; "" without lists."""
+        return ""
+
+    @property
     def teacher(self) -> dict[str, Any]:
         return dict(self.header["teacher"])
 

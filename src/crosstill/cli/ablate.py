@@ -56,5 +56,5 @@ def command(
     typed = shlex.join(["crosstill", *sys.argv[1:]])
     source = caches.open(cache)
     made = plan.make(table, source, student or [], [*sugar, *(changes or [])], range(seeds), typed)
-    found = ablate.fill(made, source, out, workers)
-    common.say(ablate.markdown(found))
+    finished = ablate.fill(made, source, out, workers)
+    common.say(ablate.markdown(finished))

@@ -125,8 +125,8 @@ def _describe(cache: CacheBase) -> None:
     splits = ", ".join(
         f"{name} {len(cache.split(name).images):,}" for name in sorted(set(cache.splits))
     )
+    teacher = cache.teacher["name"] or "none"
     common.say(
         f"{cache.folder}: whole; {len(cache.image_ids):,} images ({splits}), "
-        f"{len(cache.texts):,} captions, {cache.summary()}, "
-        f"teacher {cache.teacher['name'] or 'none'}"
+        f"{len(cache.texts):,} captions, {cache.summary()}, teacher {teacher}"
     )

@@ -65,7 +65,7 @@ def command(
     from crosstill import export
 
     pairs = sources.open(data, images=images, splits=splits).split(split) if data else None
-    found = export.run(
+    exported = export.run(
         source,
         to,
         out,
@@ -77,6 +77,6 @@ def command(
         data_licence=data_licence,
         command=shlex.join(["crosstill", *sys.argv[1:]]),
     )
-    for line in found.lines:
+    for line in exported.lines:
         common.note(line)
-    common.say(str(found.folder))
+    common.say(str(exported.folder))

@@ -96,19 +96,19 @@ def command(
 def _verify(index: Path, as_json: bool) -> None:
     from crosstill.search import verify
 
-    found = verify(index)
+    verdict = verify(index)
     if as_json:
-        common.dump(found.to_json())
-    for line in () if as_json else (*found.problems, *found.outdated):
+        common.dump(verdict.to_json())
+    for line in () if as_json else (*verdict.problems, *verdict.outdated):
         common.say(line)
-    if found.problems:
-        raise RunError(f"{index}: {len(found.problems)} damaged; mend it with: {found.mend}")
+    if verdict.problems:
+        raise RunError(f"{index}: {len(verdict.problems)} damaged; mend it with: {verdict.mend}")
     if not as_json:
-        common.say(f"{index}: whole; {found.photos:,} photos{_outdated(found)}")
-    if found.outdated:
-        common.note(f"bring it up to date with: {found.mend}")
+        common.say(f"{index}: whole; {verdict.photos:,} photos{_outdated(verdict)}")
+    if verdict.outdated:
+        common.note(f"bring it up to date with: {verdict.mend}")
 
 
-def _outdated(found: Verdict) -> str:
-    counts = {"gone": found.gone, "changed since": found.changed}
+def _outdated(verdict: Verdict) -> str:
+    counts = {"gone": verdict.gone, "changed since": verdict.changed}
     return "".join(f", {count:,} {what}" for what, count in counts.items() if count)

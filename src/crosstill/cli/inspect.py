@@ -51,12 +51,12 @@ def command(
     common.hush()
     from crosstill.teachers import checkpoints
 
-    found = checkpoints.inspect(checkpoint, family, student, unpickle)
+    inspected = checkpoints.inspect(checkpoint, family, student, unpickle)
     if as_json:
-        common.dump(found.to_json())
+        common.dump(inspected.to_json())
     else:
-        common.say(found.text())
-    if not found.findings.whole:
+        common.say(inspected.text())
+    if not inspected.findings.whole:
         raise typer.Exit(1)
     if out is not None and tokenizer is not None:
         checkpoints.convert(checkpoint, out, tokenizer, student, unpickle, size)

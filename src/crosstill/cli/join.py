@@ -31,11 +31,11 @@ def command(
     from crosstill import cache
 
     made = cache.join(caches, out, None if weights is None else _numbers(weights))
-    told = ", ".join(f"{p['name']} ({p['dim']} × {p['weight']:g})" for p in made.teacher["parts"])
+    parts = ", ".join(f"{p['name']} ({p['dim']} × {p['weight']:g})" for p in made.teacher["parts"])
     common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
     common.say(
         f"{out}: {len(made.image_ids):,} images, {len(made.texts):,} captions, "
-        f"{' and '.join(sorted(made.modalities))} features, {made.dim} wide, of {told}"
+        f"{' and '.join(sorted(made.modalities))} features, {made.dim} wide, of {parts}"
     )
 
 

@@ -86,12 +86,12 @@ def _vector(searcher: Searcher, query: str | None, image: Path | None) -> np.nda
     from crosstill.search import combine
     from crosstill.search.scan import read_photo
 
-    found = [] if query is None else [searcher.encode_texts([query])[0]]
+    vectors = [] if query is None else [searcher.encode_texts([query])[0]]
     if image is not None:
         if not image.exists():
             raise DataError(f"--image {image}: no such file; give a photo")
-        found.append(searcher.encode_image(read_photo(Path(), str(image)), str(image)))
-    return found[0] if len(found) == 1 else combine(*found)
+        vectors.append(searcher.encode_image(read_photo(Path(), str(image)), str(image)))
+    return vectors[0] if len(vectors) == 1 else combine(*vectors)
 
 
 def _table(hits: list[Hit], threshold: float | None) -> str:

@@ -85,8 +85,8 @@ class Diagnosis:
     @property
     def _some_found(self) -> bool:
         """Whether a listed file is where it is listed, or was found elsewhere."""
-        found = any(lost.at is not None for lost in self.lost)
-        return found or len(set(self.error.missing)) < len({e.path for e in self.error.listed})
+        elsewhere = any(lost.at is not None for lost in self.lost)
+        return elsewhere or len(set(self.error.missing)) < len({e.path for e in self.error.listed})
 
     @property
     def refusal(self) -> DataError:
@@ -235,10 +235,10 @@ def _key(name: str) -> str:
     return formats.name_key(name.casefold())
 
 
-def _agreement(wanted: list[str], found: list[str]) -> tuple[int, int]:
+def _agreement(wanted: list[str], path: list[str]) -> tuple[int, int]:
     """Count the names that agree from the end, by their keys, and those that do to the letter."""
     alike = exact = 0
-    for one, other in zip(reversed(wanted), reversed(found), strict=False):
+    for one, other in zip(reversed(wanted), reversed(path), strict=False):
         if _key(one) != _key(other):
             break
         alike, exact = alike + 1, exact + (one == other)

@@ -12,8 +12,9 @@ from crosstill.cache import CacheBase, PixelStore, Split, memo, pixels
 from crosstill.data import Pairs
 from crosstill.errors import DataError, ImageError, ModelError
 from crosstill.evaluate import truth as truths
+from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.cost import Stopwatch
-from crosstill.evaluate.recall import Retrieval, retrieval
+from crosstill.evaluate.recall import Retrieval, chances, retrieval
 from crosstill.images import Preprocess, Quarantine
 from crosstill.students.student import Student
 from crosstill.teachers import base
@@ -115,7 +116,10 @@ class CachedSplit:
 
     Attributes:
         truth: which images and captions of the split belong together.
+        caveat: see `crosstill.train.task.Validation`.
     """
+
+    caveat = ""
 
     def __init__(
         self, cache: CacheBase, split: Split, student: Student, frozen: str = "none"
@@ -132,6 +136,10 @@ class CachedSplit:
     def recall(self, student: Student) -> Retrieval:
         """Measure the student's recall on the plain photos of the split."""
         return retrieval(*self.features(student), self.truth)
+
+    def answers(self, student: Student) -> Answers:
+        """Compute the chance of each query to be answered, for a paired bootstrap."""
+        return Answers(*chances(*self.features(student), self.truth), self.truth.owner)
 
     def features(self, student: Student) -> Features:
         """Embed the split with the student: unit rows (I, D) and (T, D)."""

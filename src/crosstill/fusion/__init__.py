@@ -4,10 +4,10 @@
     families        ViLT, BLIP and BridgeTower of transformers; opening of any fusion model's folder
     meter           METER-shaped models, their networks and their released files
     students        fusion models to train
-    scores          caches of scores of chosen pairs; candidates and finders choose them, and
-                    score_build fills them
-    list_task       what a score cache teaches; lists are its batches, states what towers gave,
-                    validation its recall
+    candidates      the pairs to score: all true ones, and false ones that a finder chooses
+    scores          caches of scores of chosen pairs
+    list_task       the Task of a score cache; lists are its batches and its validation, states
+                    the towers' outputs
     measure         scores and seconds of a whole split
     reranking       a dual encoder finds, a fusion model puts in order
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from crosstill.fusion.matcher import Matcher
     from crosstill.fusion.measure import Scored, score_matrix
     from crosstill.fusion.reranking import Reranked, rerank
-    from crosstill.fusion.score_build import build_scores
-    from crosstill.fusion.scores import ScoreCache
+    from crosstill.fusion.scores import ScoreCache, build_scores
     from crosstill.fusion.students import build
 
 __all__ = [
@@ -45,7 +44,7 @@ _PLACES = {
     "ScoreCache": "scores",
     "Scored": "measure",
     "build": "students",
-    "build_scores": "score_build",
+    "build_scores": "scores",
     "rerank": "reranking",
     "score_matrix": "measure",
 }

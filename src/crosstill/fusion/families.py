@@ -12,13 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    BlipForImageTextRetrieval,
-    BridgeTowerForImageAndTextRetrieval,
-    ViltForImageAndTextRetrieval,
-)
 
 from crosstill import files
 from crosstill.data.pairs import read_licence
@@ -113,7 +109,7 @@ class Vilt(Pretrained):
     """
 
     family = "vilt"
-    architecture = ViltForImageAndTextRetrieval
+    architecture = transformers.ViltForImageAndTextRetrieval
 
     def encode_images(self, pixels: Tensor) -> States:
         parts = self.model.vilt.embeddings
@@ -173,7 +169,7 @@ class Blip(Pretrained):
     """
 
     family = "blip"
-    architecture = BlipForImageTextRetrieval
+    architecture = transformers.BlipForImageTextRetrieval
 
     def __init__(self, folder: Path, name: str, device: torch.device | None = None) -> None:
         super().__init__(folder, name, device)
@@ -229,7 +225,7 @@ class BridgeTower(Pretrained):
     """
 
     family = "bridgetower"
-    architecture = BridgeTowerForImageAndTextRetrieval
+    architecture = transformers.BridgeTowerForImageAndTextRetrieval
 
     def encode_images(self, pixels: Tensor) -> States:
         values = normalise(pixels, self.preprocess)
@@ -333,7 +329,7 @@ def find(folder: Path) -> type[Matcher] | None:
 
 
 def holds(folder: Path) -> bool:
-    """Whether a folder holds a fusion model, or is that of a run which trained one."""
+    """Tell whether a folder holds a fusion model, or a run that trained one."""
     return find(folder) is not None or find(folder / "best") is not None
 
 

@@ -12,27 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from crosstill import students, teachers
+from crosstill.cache import Split
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.recall import Retrieval
-from crosstill.fusion.lists import FALSE, Asked, DualInputs, ListBatch, ListStream, Ways
+from crosstill.fusion.lists import (
+    FALSE,
+    CandidateLists,
+    Directions,
+    DualInputs,
+    ListBatch,
+    ListStream,
+    MatchedSplit,
+)
 from crosstill.fusion.matcher import PAIRS, Matcher
 from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.fusion.students import build
-from crosstill.fusion.validation import MatchedSplit
 from crosstill.students.student import Student
 from crosstill.students.student_config import FusionConfig, StudentConfig
+from crosstill.train import step, task
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
-from crosstill.train.step import Outcome, autocast, weigh
-from crosstill.train.task import (
-    build_balance,
-    build_losses,
-    check_settings,
-    named_losses,
-    named_rows,
-)
 from crosstill.types import Features, Lists, States
 
 log = logging.getLogger(__name__)
@@ -54,12 +55,12 @@ class ListTask:
     """
 
     def __init__(self, cache: ScoreCache, config: TrainConfig, group: Group) -> None:
-        check_settings(cache, config, group)
+        task.check_settings(cache, config, group)
         self.cache, self.config, self.group = cache, config, group
-        self.losses = build_losses(cache, config)
+        self.losses = task.build_losses(cache, config)
         self._check_losses()
         self._check_counts()
-        self.balance = build_balance(config, self.losses)
+        self.balance = task.build_balance(config, self.losses)
         self._judge: Matcher | None = None
 
     @property
@@ -100,13 +101,12 @@ class ListTask:
             self._ranker = PairRanker(student, self._judge, ways.hardest)
             freeze(student, config)
             inputs: Any = Sides(student, self.cache, train)
-            self._val: Any = MatchedSplit(self.cache, val, Sides(student, self.cache, val))
         else:
             self._ranker = CosineRanker(student, config.normalise)
             if config.freeze != "none":
                 getattr(student, f"{config.freeze}_tower").requires_grad_(False)
             inputs = DualInputs(self.cache, train, student, config)
-            self._val = CachedSplit(self.cache, val, student, config.freeze)
+        self._val = self.open_validation(self.cache, val, student, config)
         self._stream = ListStream(self.cache, train, inputs, ways, config, self.group)
 
     def initialise(self) -> None:
@@ -115,37 +115,45 @@ class ListTask:
     def batches(self, epoch: int, first: int) -> Iterator[tuple[int, ListBatch, float]]:
         return self._stream.ahead(epoch, first)
 
-    def backward(self, batch: ListBatch) -> Outcome:
+    def backward(self, batch: ListBatch) -> step.Outcome:
         lists = self.rank(batch)
         losses = {
             name: loss.rank(lists) if loss.lists else loss(lists.features, NOTHING, lists.ids)
-            for name, loss in named_losses(self.losses).items()
+            for name, loss in task.named_losses(self.losses).items()
         }
-        outcome, total = weigh(losses, self.balance, lists.features)
+        outcome, total = step.weigh(losses, self.balance, lists.features)
         total.backward()
         return outcome
 
     def rank(self, batch: ListBatch) -> Lists:
         """Score a batch's lists by the student, with gradient."""
-        with autocast(self.config, self.group.device):
+        with step.autocast(self.config, self.group.device):
             return self._ranker.rank(batch)
 
     def after(self, batch: ListBatch) -> None:
         """Store nothing: no loss that keeps teacher rows can read a score cache."""
 
     def validate(self) -> Retrieval:
-        recall: Retrieval = self._val.recall(self.student)
-        return recall
+        return self._val.recall(self.student)
 
     def teacher(self) -> Retrieval | None:
-        recall: Retrieval | None = self._val.teacher_recall()
-        return recall
+        return self._val.teacher_recall()
 
     def rows_of(self, batch: ListBatch) -> tuple[list[str], list[str]]:
-        return named_rows(self.cache, self.config, batch.picked)
+        return task.named_rows(self.cache, self.config, batch.picked)
+
+    @staticmethod
+    def open_validation(
+        cache: ScoreCache, split: Split, student: Student | Matcher, config: TrainConfig
+    ) -> task.Validation:
+        if isinstance(student, Student):
+            return CachedSplit(cache, split, student, config.freeze)
+        if config.towers == "frozen":
+            student.freeze_towers()
+        return MatchedSplit(cache, split, Sides(student, cache, split))
 
     def _check_losses(self) -> None:
-        cache, config, losses = self.cache, self.config, named_losses(self.losses)
+        cache, config, losses = self.cache, self.config, task.named_losses(self.losses)
         blind = [name for name, loss in losses.items() if loss.lists is None]
         if blind:
             raise MismatchError(
@@ -222,20 +230,20 @@ class ListTask:
                 raise ConfigError(complaint)
 
 
-def list_ways(losses: nn.ModuleDict, fusion: bool = True) -> Ways:
+def list_ways(losses: nn.ModuleDict, fusion: bool = True) -> Directions:
     """Return which candidate lists the losses read, and how many negatives at most.
 
     A loss without a teacher reads a dual encoder's batch, so that lists would be encoded in vain.
     """
     inputs = [
         loss.lists
-        for loss in named_losses(losses).values()
+        for loss in task.named_losses(losses).values()
         if loss.lists and (fusion or loss.needs)
     ]
     if not inputs:
-        return Ways((), 0)
+        return Directions((), 0)
     directions = {direction for lists in inputs for direction in lists.directions}
-    return Ways(tuple(sorted(directions)), max(lists.hardest for lists in inputs))
+    return Directions(tuple(sorted(directions)), max(lists.hardest for lists in inputs))
 
 
 def freeze(student: Matcher, config: TrainConfig) -> None:
@@ -310,37 +318,39 @@ class PairRanker:
         return _lists(self._scores(sides, lists, batch), lists, batch.ids, None)
 
     def _scores(
-        self, sides: tuple[States, States], lists: dict[str, Asked], batch: ListBatch
+        self, sides: tuple[States, States], lists: dict[str, CandidateLists], batch: ListBatch
     ) -> dict[str, Tensor]:
-        pairs = [_pairs(way, asked.partners, batch) for way, asked in lists.items()]
+        pairs = [_pairs(way, listed.partners, batch) for way, listed in lists.items()]
         distinct, inverse = torch.unique(torch.cat(pairs), dim=0, return_inverse=True)
         scores = self._student.score_states(
             sides[0].take(distinct[:, 0]), sides[1].take(distinct[:, 1])
         )
         parts = scores.float()[inverse].split([len(part) for part in pairs])
         return {
-            way: part.view(asked.partners.shape)
-            for (way, asked), part in zip(lists.items(), parts, strict=True)
+            way: part.view(listed.partners.shape)
+            for (way, listed), part in zip(lists.items(), parts, strict=True)
         }
 
     def _judged(
         self, judge: Matcher, way: str, batch: ListBatch, towers: tuple[States, States]
-    ) -> Asked:
+    ) -> CandidateLists:
         """Score a list by the judge, and cut it to the true partner and the hardest."""
-        asked = batch.lists[way]
+        listed = batch.lists[way]
         with torch.no_grad():
             sides = _projected(judge, *towers)
-            chunks = _pairs(way, asked.partners, batch).split(PAIRS)
+            chunks = _pairs(way, listed.partners, batch).split(PAIRS)
             scores = torch.cat(
                 [
                     judge.score_states(*(s.take(c) for s, c in zip(sides, chunk.T, strict=True)))
                     for chunk in chunks
                 ]
-            ).view(asked.partners.shape)
-        false = scores[:, 1:].masked_fill(~asked.valid[:, 1:], -torch.inf)
+            ).view(listed.partners.shape)
+        false = scores[:, 1:].masked_fill(~listed.valid[:, 1:], -torch.inf)
         order = false.argsort(dim=1, descending=True)[:, : self._hardest] + 1
         order = torch.cat([torch.zeros_like(order[:, :1]), order], dim=1)
-        return Asked(*(part.gather(1, order) for part in (asked.partners, asked.valid, scores)))
+        return CandidateLists(
+            *(part.gather(1, order) for part in (listed.partners, listed.valid, scores))
+        )
 
 
 def tower_states(model: Matcher, batch: ListBatch) -> tuple[States, States]:
@@ -362,7 +372,7 @@ def _pairs(way: str, partners: Tensor, batch: ListBatch) -> Tensor:
 
 
 def _lists(
-    scores: dict[str, Tensor], lists: dict[str, Asked], ids: Tensor, own: Features | None
+    scores: dict[str, Tensor], lists: dict[str, CandidateLists], ids: Tensor, own: Features | None
 ) -> Lists:
-    teacher = {way: asked.teacher for way, asked in lists.items() if asked.teacher is not None}
-    return Lists(scores, teacher, {way: asked.valid for way, asked in lists.items()}, ids, own)
+    teacher = {way: listed.teacher for way, listed in lists.items() if listed.teacher is not None}
+    return Lists(scores, teacher, {way: listed.valid for way, listed in lists.items()}, ids, own)

@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Scored:
-    """A split as a fusion model sees it.
+    """The scores of a split by a fusion model.
 
     Attributes:
         scores: (I, T) float32 logits, -inf where none was asked for.
@@ -168,7 +168,7 @@ class PairMeasure:
 
 
 def _rounds(images: int, texts: int, sample: int) -> list[Tensor]:
-    """(P, 2) rows of images and texts, in pieces that each have short texts and long ones.
+    """Choose pairs (P, 2), in pieces that each have short texts and long ones.
 
     The texts are sorted by length; a text meets all images, as where every pair is scored.
     """
@@ -181,7 +181,7 @@ def _rounds(images: int, texts: int, sample: int) -> list[Tensor]:
 def _timed(
     pieces: Sequence[Piece], job: Callable[[Piece], Result]
 ) -> Generator[None, None, tuple[float, list[Result]]]:
-    """Median seconds of an item, and all results; the first piece is also done before."""
+    """Time a job: median seconds of an item, and all results; the first piece warms it up."""
     job(pieces[0])
     seconds, results = [], []
     for piece in pieces:

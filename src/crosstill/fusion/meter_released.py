@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 
 from crosstill.errors import ConfigError, ModelError
-from crosstill.fusion.meter import RECORD, Meter, Parts
-from crosstill.fusion.meter_network import ClipVisual, CoAttention, Shape
+from crosstill.fusion.meter import RECORD, ClipVisual, CoAttention, Meter, Parts, Shape
 from crosstill.pixels import Preprocess
 from crosstill.teachers.checkpoints import Findings, compare, count_layers, usual_size
 from crosstill.towers import hub, tower_parts
@@ -80,7 +79,7 @@ _OF_TEACHER = {part: "the stack of the student's teacher" for part in _STACK}
 
 
 def is_released(names: Iterable[str]) -> bool:
-    """Whether these are METER's parameter names, by a look at its stack's."""
+    """Tell by the names of the stack whether these are METER's parameter names."""
     return any(re.match(r"(stu_)?cross_modal_(image|text)_layers\.", name) for name in names)
 
 
@@ -115,7 +114,7 @@ def load(
     student: bool = False,
     image_size: int | None = None,
 ) -> Meter:
-    """A model of a released state dict, in float32 and eval mode, its towers frozen.
+    """Build the model of a released state dict, in float32 and eval mode, its towers frozen.
 
     Args:
         tensors: the file's, under its names, on one device; they are copied.
@@ -177,7 +176,7 @@ def _read_tokenizer(folder: Path, words: int) -> Any:
 
 
 def _build(tensors: Mapping[str, Tensor], student: bool) -> Meter:
-    """A randomly started model of the sizes that the tensors show, without a tokenizer."""
+    """Build a random model of the sizes that the tensors show, without a tokenizer."""
     try:
         image = ClipVisual(**_image_sizes(tensors))
         text = RobertaModel(_text_config(tensors), add_pooling_layer=False)
@@ -260,7 +259,7 @@ def _heads(width: int) -> int:
 
 
 def _completed(tensors: Mapping[str, Tensor], student: bool) -> dict[str, Tensor]:
-    """With a rank head: where a file has none, METER takes row 1 of the matching head."""
+    """Add a rank head where a file has none: METER takes row 1 of the matching head."""
     given = dict(tensors)
     if student or any(name.startswith("rank_output.") for name in given):
         return given
@@ -272,7 +271,7 @@ def _completed(tensors: Mapping[str, Tensor], student: bool) -> dict[str, Tensor
 
 
 def _released_names(model: Meter, student: bool) -> list[tuple[str, str]]:
-    """The model's parameter names, each with the one that a released file has for it."""
+    """List the model's parameter names, each with its name in a released file."""
     prefixes = _STUDENT_PREFIXES if student else _PREFIXES
     pairs = []
     for ours in model.state_dict():

@@ -80,7 +80,7 @@ class Reranked:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of the numbers."""
+        """Sentences that a reader of the numbers needs."""
         notes = remarks(self.quarantine, self.finder.recall.images, self.finder.recall.shared)
         notes += [self.truncated] if self.truncated else []
         if self.blend is not None:
@@ -93,7 +93,7 @@ class Reranked:
         return notes
 
     def table(self) -> str:
-        """A Markdown table; passes are the finder's I + T and the judge's pairs."""
+        """Write a Markdown table; passes are the finder's I + T and the judge's pairs."""
         heads = ["k", *HEADINGS[2:], "passes", "seconds"]
         own = self.finder.recall
         encoded = own.images + own.captions
@@ -105,7 +105,7 @@ class Reranked:
         return aligned(heads, rows)
 
     def to_json(self) -> dict[str, Any]:
-        """The finder's evaluation, then what each k gives."""
+        """Return the finder's evaluation and the stages as plain values."""
         stages = [
             {
                 "k": stage.k,
@@ -217,7 +217,7 @@ def rerank(
 
 
 class _Places:
-    """Where each candidate stands in the finder's order, 0 the nearest.
+    """The place of each candidate in the finder's order, 0 the nearest.
 
     Attributes:
         texts: (I, T) places of the captions of each image.
@@ -229,11 +229,11 @@ class _Places:
         self.images = _by_query(_places, cosines.T).T
 
     def within(self, k: int) -> Tensor:
-        """(I, T) bool: the pairs among the first k of either direction."""
+        """Mark the pairs (I, T) among the first k of either direction."""
         return (self.texts < k) | (self.images < k)
 
     def recall(self, cosines: Tensor, scores: Tensor, truth: Truth, k: int) -> Retrieval:
-        """Recall where the first k are in the order of `scores`, the others in their own."""
+        """Measure recall with the first k in the order of `scores`, the others in their own."""
         texts, images = self.texts < k, self.images < k
         i2t = from_scores(_merged(cosines, scores, texts), truth).i2t
         t2i = from_scores(_merged(cosines.T, scores.T, images.T).T, truth).t2i
@@ -241,7 +241,7 @@ class _Places:
 
 
 def _merged(cosines: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-    """Ranks (Q, N) of queries' candidates, higher is better: the chosen ones above the others.
+    """Rank queries' candidates (Q, N), higher is better: the chosen ones above the others.
 
     Whole numbers, so that no score comes so near to another that rounding would tie the two.
     """
@@ -254,7 +254,7 @@ def _ranks(cosines: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _dense(values: Tensor) -> Tensor:
-    """How many different values of its row are below each: (Q, N) → int64, ties equal."""
+    """Count the different values of its row that are below each: (Q, N) → int64, ties equal."""
     ordered, order = values.sort(dim=1)
     steps = torch.zeros_like(order)
     steps[:, 1:] = (ordered[:, 1:] > ordered[:, :-1]).cumsum(1)
@@ -262,14 +262,14 @@ def _dense(values: Tensor) -> Tensor:
 
 
 def _places(scores: Tensor) -> Tensor:
-    """(Q, N) → int32, 0 for the best of each row; of equals the first is the better."""
+    """Number each row (Q, N) from its best, 0, → int32; of equals the first is the better."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     counted = torch.arange(scores.shape[1], dtype=torch.int32).expand_as(order)
     return torch.empty(order.shape, dtype=torch.int32).scatter_(1, order, counted)
 
 
 def _by_query(job: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-    """A job on (Q, N) matrices, some rows at a time: sorting takes several times their memory."""
+    """Do a job on (Q, N) matrices some rows at a time: sorting takes several times their memory."""
     step = max(1, BLOCK // max(1, matrices[0].shape[1]))
     blocks = zip(*(matrix.split(step) for matrix in matrices), strict=True)
     return torch.cat([job(*parts) for parts in blocks])

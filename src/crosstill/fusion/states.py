@@ -1,4 +1,4 @@
-"""What a fusion model's towers give, for training: kept once where they are frozen."""
+"""Outputs of a fusion model's towers, for training: kept once where they are frozen."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ class Kept:
         self._starts = np.cumsum(lengths) - lengths
 
     def places(self, positions: np.ndarray) -> np.ndarray:
-        """Where the tokens of these inputs are, one input behind the other."""
+        """Find the tokens of these inputs, one input behind the other."""
         return np.concatenate(
             [
                 np.arange(n) + s
@@ -34,7 +34,7 @@ class Kept:
         )
 
     def take(self, positions: np.ndarray) -> States:
-        """States of inputs at `positions` of the split, in that order, as `Matcher` gives them."""
+        """Return the states of inputs at `positions` of the split, as `Matcher` gives them."""
         lengths = self.lengths[positions]
         mask = np.arange(lengths.max()) < lengths[:, None]
         rows = np.where(mask, self._starts[positions, None] + np.arange(lengths.max()), 0)
@@ -50,7 +50,7 @@ class Photos:
         self._cache, self._split, self._preprocess = cache, split, preprocess
 
     def take(self, positions: np.ndarray) -> list[Tensor]:
-        """uint8 (3, H, W) of images at `positions` of the split."""
+        """Decode images at `positions` of the split: uint8 (3, H, W) each."""
         return list(decoding.ahead(self._load, positions.tolist(), window=len(positions)))
 
     def _load(self, position: int) -> Tensor:
@@ -89,22 +89,22 @@ class Sides:
         self._images = Kept(flat, np.full(len(split.images), each))
 
     def images(self, positions: np.ndarray) -> States | list[Tensor]:
-        """Kept states, or the photos themselves."""
+        """Return kept states, or the photos themselves."""
         return self._images.take(positions) if self.keeps else list(self._photos.take(positions))
 
     def texts(self, positions: np.ndarray) -> States:
-        """Kept states, or token ids."""
+        """Return kept states, or token ids."""
         return (self._texts if self.keeps else self._tokens).take(positions)
 
     def _kept(self, model: Matcher, cache: ScoreCache, split: Split, side: str) -> np.ndarray:
-        """Tokens of all inputs, one behind the other: (N, ...)."""
+        """Return the tokens of all inputs, one behind the other: (N, ...)."""
         name = f"states-{side}-{model.towers_digest()[:16]}-{split.name}"
         parts = self._looks if side == "image" else self._reads
         path = memo.memoised(cache, name, lambda new: _write(new, *parts(model)))
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def _looks(self, model: Matcher) -> tuple[int, Iterator[tuple[np.ndarray, Tensor]]]:
-        """How many tokens all images have, and tokens of some of them with their places."""
+        """Count the tokens of all images, and yield tokens of some of them with their places."""
         count = self._images_count
         each = model.encode_mixed(list(self._photos.take(np.arange(1)))).hidden.shape[1]
 
@@ -141,7 +141,7 @@ def _tokenized(model: Matcher, texts: list[str]) -> Kept:
 
 
 def batches(rows: np.ndarray) -> list[np.ndarray]:
-    """The rows, as many at a time as a tower takes."""
+    """Cut rows into as many at a time as a tower takes."""
     return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
 
 

@@ -13,8 +13,7 @@ from crosstill import files
 from crosstill.errors import ConfigError, ModelError, unknown
 from crosstill.fusion.families import Vilt
 from crosstill.fusion.matcher import Matcher
-from crosstill.fusion.meter import Meter, Parts
-from crosstill.fusion.meter_network import CoAttention, Shape
+from crosstill.fusion.meter import CoAttention, Meter, Parts, Shape
 from crosstill.models import open as open_model
 from crosstill.progress import quiet
 from crosstill.students.student import Student
@@ -83,7 +82,7 @@ def _on_towers(config: FusionConfig) -> Meter:
 
 
 def _parts(dual: Student | DualEncoder, max_length: int) -> Parts:
-    """The towers of a dual encoder, pooled as it pools them."""
+    """Take the towers of a dual encoder, pooled as it pools them."""
     if isinstance(dual, Student):
         towers: tuple[Any, Any] = dual.image_tower, tower_parts.with_whole_table(dual.text_tower)
         pooling, limit = (
@@ -98,7 +97,7 @@ def _parts(dual: Student | DualEncoder, max_length: int) -> Parts:
 
 
 def _heads(dual: Student | DualEncoder) -> tuple[Tensor, Tensor] | None:
-    """What takes a pooled image and text to the joint space: (D, W) each; None where unknown."""
+    """Return the heads from pooled image and text to the joint space: (D, W) each, or None."""
     of = dual if isinstance(dual, Student) else dual.model
     names = (("image_head", "text_head"), ("visual_projection", "text_projection"))
     for pair in names:
@@ -110,7 +109,7 @@ def _heads(dual: Student | DualEncoder) -> tuple[Tensor, Tensor] | None:
 
 
 def _widths(model: Meter) -> tuple[int, int]:
-    """How wide the towers' tokens are."""
+    """Measure the width of the towers' tokens."""
     pixels = torch.zeros(1, 3, *model.preprocess.size, dtype=torch.uint8)
     with torch.inference_mode():
         image, text = model.encode_images(pixels), model.encode_texts(model.tokenize(["a"]))
@@ -152,7 +151,7 @@ def _dual(source: str) -> Student | DualEncoder:
 
 
 def _vilt(config: FusionConfig, captions: Sequence[str]) -> Vilt:
-    """A ViLT at random, with words of the captions; written and read as any ViLT folder is."""
+    """Build a random ViLT with words of the captions, written and read as any ViLT folder is."""
     values = {"vocab_size": 2000, "max_position_embeddings": config.max_length, **config.config}
     tokenizer = vocabulary.train(captions, values["vocab_size"])
     tokenizer.model_max_length = config.max_length

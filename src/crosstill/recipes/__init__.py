@@ -134,7 +134,7 @@ def _derived(name: str, losses: Losses, balance: Mapping[str, Any] | None = None
 def _with_task(
     name: str, losses: Losses, weights: Mapping[str, float] | None = None
 ) -> TrainConfig:
-    """A method's losses and InfoNCE on the captions, added up."""
+    """Add InfoNCE on the captions to a method's losses."""
     balance = {"name": "fixed", **({"weights": weights} if weights else {})}
     return _derived(name, {**losses, "info_nce": {}}, balance)
 

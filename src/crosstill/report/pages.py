@@ -1,19 +1,25 @@
-"""The pages of reports: of one run, and of a grid with the runs behind its tables."""
+"""The pages of reports: of one run, and of a grid with the runs behind its tables.
 
-from collections.abc import Sequence
+A page is made of plain blocks. Every text in it is escaped: captions come from anywhere.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files as resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from crosstill import ablate, formats
-from crosstill.ablate.results import Row, Table, latex, legend, markdown
+import jinja2
+
+from crosstill import ablate, files, formats
+from crosstill.ablate.tables import Row, Table, latex, legend, markdown
 from crosstill.errors import InputError
 from crosstill.evaluate import Evaluation, table
 from crosstill.evaluate.evaluation import HEADINGS, LATENCY
 from crosstill.files import VERSION
-from crosstill.report import curves, html_page, run_results, space
-from crosstill.report.curves import Curve, Events
-from crosstill.report.html_page import Block, Command, Pictures, Queries, Section, Sheet, Text
-from crosstill.report.run_results import RunResults
+from crosstill.report import curves, pictures, run_results
+from crosstill.report.pictures import Picture
 from crosstill.train import folder as runs
 from crosstill.types import Features
 
@@ -21,15 +27,116 @@ ORDER = ("teacher", "student", "untrained")
 FEW = 8  # rows up to which the losses and weights of each are shown
 
 
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command that the user typed."""
+
+    kind: ClassVar[str] = "command"
+    text: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table; numeric ones have their numbers at the right."""
+
+    kind: ClassVar[str] = "table"
+    heads: Sequence[str]
+    body: Sequence[Sequence[str]]
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures side by side, as many as there is room for."""
+
+    kind: ClassVar[str] = "pictures"
+    pictures: Sequence[Picture]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Captions and the photos that the models find for them."""
+
+    kind: ClassVar[str] = "queries"
+    queries: Sequence[run_results.Query]
+
+
+Block = Text | Command | Sheet | Pictures | Queries
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: Sequence[Block] = field(default_factory=tuple)
+
+
+def html(title: str, summary: str, sections: Sequence[Section]) -> str:
+    """Render the whole page."""
+    source = resources("crosstill.report").joinpath("page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source).render(title=title, summary=summary, sections=sections)
+
+
+def save(folder: Path, page: str, texts: Mapping[str, str], figures: tuple[str, Any]) -> Path:
+    """Write the page and what goes beside it; return where the page is.
+
+    Args:
+        folder: made if it is not there.
+        page: the HTML.
+        texts: file name → contents.
+        figures: a file's name and its JSON.
+    """
+    files.writable_folder(folder)
+    for name, text in {**texts, "report.html": page}.items():
+        # a file name on disk need not be valid UTF-8
+        files.write_bytes(folder / name, text.encode("utf-8", "replace"))
+    files.write_json(folder / figures[0], figures[1])
+    return folder / "report.html"
+
+
+def settings(values: Mapping[str, Any]) -> Sheet:
+    """List settings, one a line, with the dotted names that --set takes."""
+    return Sheet(("setting", "value"), list(_flat(values, "")), numeric=False)
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _written(value)
+
+
+def _written(value: object) -> str:
+    if value is None:
+        return "none"
+    if value == {}:
+        return "defaults"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def is_run(folder: Path) -> bool:
-    """Whether it is a run's folder, and not a model's with a config.json of its own."""
+    """Tell a run's folder from a model's with a config.json of its own."""
     return runs.is_run(folder) and (folder / "student").is_dir()
 
 
 def write_run(folder: Path, out: Path, latency: bool) -> Path:
     """Write the report of a run: see `crosstill.report.write`."""
     results = run_results.read(folder, latency)
-    shown = space.fit(_as_wide(results.features)) if results.features else None
+    shown = pictures.fit_space(_as_wide(results.features)) if results.features else None
     finds = [_finds(results)] if results.features else []  # first, since it may refuse
     sections = [
         _recall(results),
@@ -45,21 +152,21 @@ def write_run(folder: Path, out: Path, latency: bool) -> Path:
         "table.md": "\n\n".join([table(_rows(results)), results.summary, *results.notes]) + "\n",
         "table.tex": formats.latex(results.summary, heads, body),
     }
-    page = html_page.html(title, results.summary, sections)
-    return html_page.save(out, page, texts, ("report.json", _figures(results, shown)))
+    page = html(title, results.summary, sections)
+    return save(out, page, texts, ("report.json", _figures(results, shown)))
 
 
-def _rows(results: RunResults) -> list[Evaluation]:
+def _rows(results: run_results.RunResults) -> list[Evaluation]:
     return [results.rows[role] for role in ORDER if role in results.rows]
 
 
-def _cells(results: RunResults) -> tuple[list[str], list[list[str]]]:
+def _cells(results: run_results.RunResults) -> tuple[list[str], list[list[str]]]:
     rows = _rows(results)
     timed = any(row.efficiency for row in rows)
     return [*HEADINGS, *(LATENCY if timed else ())], [row.cells(timed) for row in rows]
 
 
-def _recall(results: RunResults) -> Section:
+def _recall(results: run_results.RunResults) -> Section:
     heads, body = _cells(results)
     images, captions = len(results.split.images), len(results.split.captions)
     legend = (
@@ -77,7 +184,7 @@ def _recall(results: RunResults) -> Section:
     return Section("Recall", [Sheet(heads, body), Text(legend), *notes])
 
 
-def _curves(results: RunResults) -> list[Section]:
+def _curves(results: run_results.RunResults) -> list[Section]:
     log, teacher = results.log, results.rows.get("teacher")
     line = teacher.recall.rsum if teacher else None
     every = results.record["settings"]["log_every"]
@@ -105,7 +212,7 @@ def _as_wide(features: dict[str, Features]) -> dict[str, Features]:
     return {name: rows for name, rows in features.items() if rows.image.shape[1] == width}
 
 
-def _space(results: RunResults, shown: space.Space) -> Section:
+def _space(results: run_results.RunResults, shown: pictures.Space) -> Section:
     images, captions = (len(next(iter(side.values()))) for side in (shown.images, shown.captions))
     fitted = "teacher and student together" if len(shown.images) > 1 else "the student"
     legend = (
@@ -113,10 +220,10 @@ def _space(results: RunResults, shown: space.Space) -> Section:
         f"seed, on the first three axes of one principal component analysis of {fitted}: axes, "
         "limits and point of view are the same in all pictures."
     )
-    return Section("Feature space", [Pictures(space.pictures(shown), legend)])
+    return Section("Feature space", [Pictures(pictures.draw_spaces(shown), legend)])
 
 
-def _finds(results: RunResults) -> Section:
+def _finds(results: run_results.RunResults) -> Section:
     queries = run_results.queries(results.cache, results.split, results.features)
     legend = (
         f"The first {run_results.TOP} of {len(results.split.images):,} photos for {len(queries)} "
@@ -126,7 +233,7 @@ def _finds(results: RunResults) -> Section:
     return Section("What they find", [Text(legend), Queries(queries)])
 
 
-def _settings(results: RunResults) -> Section:
+def _settings(results: run_results.RunResults) -> Section:
     record, teacher = results.record, results.cache.teacher
     source = results.cache.header["data"]
     facts = {
@@ -153,11 +260,11 @@ def _settings(results: RunResults) -> Section:
     )
     return Section(
         "How it was made",
-        [*typed, Sheet(("", ""), body, numeric=False), html_page.settings(record["settings"])],
+        [*typed, Sheet(("", ""), body, numeric=False), settings(record["settings"])],
     )
 
 
-def _figures(results: RunResults, shown: space.Space | None) -> dict[str, Any]:
+def _figures(results: run_results.RunResults, shown: pictures.Space | None) -> dict[str, Any]:
     return {
         "summary": results.summary,
         "split": results.split.name,
@@ -183,8 +290,8 @@ def write_tables(tables: Sequence[Table], title: str, out: Path) -> Path:
         "table.tex": "\n".join(map(latex, tables)),
     }
     figures = {"tables": [table.to_json() for table in tables]}
-    page = html_page.html(title, summary, sections)
-    return html_page.save(out, page, texts, ("metrics.json", figures))
+    page = html(title, summary, sections)
+    return save(out, page, texts, ("metrics.json", figures))
 
 
 def _table_section(table: Table) -> Section:
@@ -201,12 +308,12 @@ def _table_section(table: Table) -> Section:
         *_epochs(rsum, teacher),
         *(_losses_and_weights(logs, table.seeds[0]) if len(table.rows) <= FEW else ()),
         Command(table.command),
-        html_page.settings(table.settings),
+        settings(table.settings),
     ]
     return Section(table.title, blocks)
 
 
-def _epochs(rsum: dict[str, list[Curve]], teacher: float | None) -> list[Block]:
+def _epochs(rsum: dict[str, list[curves.Curve]], teacher: float | None) -> list[Block]:
     """Show RSUM epoch by epoch, if there is more than one."""
     if not any(len(curve.at) > 1 for seeds in rsum.values() for curve in seeds):
         return []
@@ -217,7 +324,7 @@ def _epochs(rsum: dict[str, list[Curve]], teacher: float | None) -> list[Block]:
     return [Pictures(curves.of_rows(rsum, teacher), caption)]
 
 
-def _log(row: Row, run: Path) -> Events:
+def _log(row: Row, run: Path) -> curves.Events:
     if not run.is_dir():
         raise InputError(
             f"{run}: the run of {row.name!r} is gone; `crosstill ablate` makes it again"
@@ -225,7 +332,7 @@ def _log(row: Row, run: Path) -> Events:
     return curves.read(run)
 
 
-def _losses_and_weights(logs: dict[str, list[Events]], seed: int) -> list[Block]:
+def _losses_and_weights(logs: dict[str, list[curves.Events]], seed: int) -> list[Block]:
     """Show losses and weights of the first seed of every row that logged any, on shared axes."""
     first = {name: seeds[0] for name, seeds in logs.items() if seeds and seeds[0].losses}
     if not first:

@@ -1,24 +1,30 @@
-"""Pictures as data URIs, each drawn for light pages and for dark ones.
+"""Pictures as data URIs, each drawn for light pages and for dark ones; feature spaces in 3D.
 
 A picture is drawn at the width of a phone; pages lay several side by side where there is room,
-so letters keep their size everywhere.
+so letters keep their size everywhere. The feature spaces are those of Figure 2 of DSMD.
 """
 
 import base64
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullLocator
 
+from crosstill.types import Features
+
 WIDTH = 4.0  # inches; 96 CSS pixels each
+MOST = 1000  # images, and as many captions, of each model in a picture of a space
+AXES = 3
 _DPI = 200  # of bitmaps: sharp on a phone
 _TICKS = 6  # labels on a log axis, at most
 
@@ -36,7 +42,7 @@ class Theme:
         return self.lines[number % len(self.lines)]
 
     def dash(self, number: int) -> str:
-        """A second sign beside the colour, for those who cannot tell colours apart."""
+        """Return a second sign beside the colour, for readers who cannot tell colours apart."""
         return ("-", "--", "-.", ":")[number % 4]
 
 
@@ -118,7 +124,7 @@ def _style(theme: Theme) -> dict[Any, Any]:
 
 
 def scale(axes: Axes, low: float, high: float, log: bool) -> None:
-    """Limits and labels of the y axis for values from `low` to `high`."""
+    """Set limits and labels of the y axis for values from `low` to `high`."""
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
@@ -133,7 +139,7 @@ def scale(axes: Axes, low: float, high: float, log: bool) -> None:
 
 
 def _digits(low: float, high: float) -> int:
-    """Significant digits that keep the labels of a narrow range apart."""
+    """Choose the significant digits that keep the labels of a narrow range apart."""
     span, size = high - low, max(abs(low), abs(high))
     return 4 if not span else min(12, max(4, 2 + math.ceil(math.log10(size / span))))
 
@@ -143,7 +149,7 @@ def _label(value: float, position: int | None = None, *, digits: int) -> str:
 
 
 def _ticks(low: float, high: float) -> Locator:
-    """Few round numbers on a log axis, but two at least."""
+    """Choose few round numbers for a log axis, but two at least."""
     tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for within in ((1, 2, 5), (1, 3), (1,)):
         ticks = [k * 10.0**ten for ten in tens for k in within if low <= k * 10.0**ten <= high]
@@ -152,3 +158,107 @@ def _ticks(low: float, high: float) -> Locator:
     return (
         FixedLocator(ticks[:: math.ceil(len(ticks) / _TICKS)]) if len(ticks) > 1 else MaxNLocator(4)
     )
+
+
+@dataclass(frozen=True)
+class Space:
+    """Points on three shared axes.
+
+    Attributes:
+        images: model → (n, 3).
+        captions: model → (m, 3).
+        limits: (3, 2), the least and the greatest of all points along each axis.
+        explained: model → the share of its own variance that the three axes hold, 0 to 1.
+    """
+
+    images: dict[str, np.ndarray]
+    captions: dict[str, np.ndarray]
+    limits: np.ndarray
+    explained: dict[str, float]
+
+
+def fit_space(features: Mapping[str, Features], most: int = MOST, seed: int = 0) -> Space:
+    """Fit three axes to the features of all models; every model shows the same subset of rows.
+
+    One PCA is fitted on the points of all models together, so that none is favoured and their
+    pictures have the same axes; they have the same limits and the same point of view, too.
+    """
+    draw = np.random.default_rng(seed)
+    first = next(iter(features.values()))
+    some = [np.sort(draw.choice(len(side), min(len(side), most), replace=False)) for side in first]
+    points = {
+        name: [
+            side.numpy()[chosen].astype(np.float64) for side, chosen in zip(rows, some, strict=True)
+        ]
+        for name, rows in features.items()
+    }
+    stacked = np.concatenate([side for sides in points.values() for side in sides])
+    count = min(AXES, *stacked.shape)
+    pca = import_module("sklearn.decomposition").PCA(n_components=count, svd_solver="full")
+    pca.fit(stacked)
+    flat = {
+        name: [_padded(pca.transform(side)) for side in sides] for name, sides in points.items()
+    }
+    everything = np.concatenate([side for sides in flat.values() for side in sides])
+    return Space(
+        {name: sides[0] for name, sides in flat.items()},
+        {name: sides[1] for name, sides in flat.items()},
+        np.stack([everything.min(0), everything.max(0)], axis=1),
+        {name: _explained(points[name], flat[name]) for name in flat},
+    )
+
+
+def _padded(points: np.ndarray) -> np.ndarray:
+    """Return (n, 3) also of features that have fewer dimensions."""
+    return np.pad(points, ((0, 0), (0, AXES - points.shape[1])))
+
+
+def _explained(points: list[np.ndarray], flat: list[np.ndarray]) -> float:
+    whole = np.concatenate(points).var(axis=0).sum()
+    return float(np.concatenate(flat).var(axis=0).sum() / whole) if whole else 1.0
+
+
+def draw_spaces(space: Space) -> list[Picture]:
+    """Draw a picture of each model's space."""
+    return [_picture(space, name) for name in space.images]
+
+
+def _picture(space: Space, name: str) -> Picture:
+    images, captions = space.images[name], space.captions[name]
+    share = f"{space.explained[name]:.0%}"
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot(projection="3d")
+        axes.set_title(f"{name}, {share} of its variance shown")
+        for points, mark, number, label in (
+            (images, "o", 0, "image"),
+            (captions, "^", 1, "caption"),
+        ):
+            axes.scatter(
+                *points.T, marker=mark, s=7, color=theme.line(number), alpha=0.6, linewidths=0,
+                depthshade=False, label=label,
+            )  # fmt: skip
+        _frame(axes, space.limits, theme)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, markerscale=2.5)
+
+    gap = float(np.linalg.norm(images.mean(0) - captions.mean(0)))
+    alt = (
+        f"The space of the {name}: {len(images)} images and {len(captions)} captions of val on "
+        f"three principal axes, which hold {share} of its variance. "
+        f"The middle of the images and that of the captions are {gap:.2f} apart."
+    )
+    return picture(draw, alt, height=3.8, kind="png")
+
+
+def _frame(axes: object, limits: np.ndarray, theme: Theme) -> None:
+    """Draw the same box for every model."""
+    for letter, (low, high) in zip("xyz", limits, strict=True):
+        room = 0.03 * (high - low) or 0.1
+        getattr(axes, f"set_{letter}lim")(low - room, high + room)
+        axis = getattr(axes, f"{letter}axis")
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_pane_color(theme.page)
+        axis.set_tick_params(labelsize=8, pad=-1)
+        getattr(axes, f"set_{letter}label")(f"axis {'xyz'.index(letter) + 1}", labelpad=-4)
+    axes.view_init(elev=18, azim=-58)  # type: ignore[attr-defined]

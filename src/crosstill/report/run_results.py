@@ -17,13 +17,11 @@ import torch
 from PIL import Image
 
 from crosstill import images
-from crosstill.cache import Cache, CacheBase, Split
+from crosstill.cache import CacheBase, Split
 from crosstill.errors import CrosstillError, InputError, MismatchError
 from crosstill.evaluate import CachedSplit, Evaluation, cost, teacher_recall
 from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
-from crosstill.fusion import validation
 from crosstill.fusion.matcher import Matcher
-from crosstill.fusion.scores import ScoreCache
 from crosstill.models import open as open_model
 from crosstill.report import curves
 from crosstill.students.student import Student
@@ -31,6 +29,7 @@ from crosstill.teachers.base import Teacher
 from crosstill.train import Run
 from crosstill.train import folder as runs
 from crosstill.train.config import parse
+from crosstill.train.task import open_validation
 from crosstill.types import Features
 
 QUERIES = 10
@@ -56,7 +55,7 @@ class RunResults:
     cache: CacheBase
     split: Split
     log: curves.Events
-    licences: dict[str, str | None]
+    licences: dict[str, str | None] = field(default_factory=dict)
     listed: str = ""
     rows: dict[str, Evaluation] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
@@ -102,21 +101,15 @@ def read(folder: Path, latency: bool) -> RunResults:
     cache = runs.open_cache(folder, record)
     best = runs.learner(folder / "best")
     split = cache.split(record["settings"]["val_split"])
-    results = RunResults(opened, record, cache, split, curves.read(folder), _licences(best))
-    if isinstance(best, Matcher):
+    results = RunResults(opened, record, cache, split, curves.read(folder))
+    if best.kind == "matcher":
         _match(results, best)
     else:
         _embed(results, best)
     _warn(results)
-    if latency and isinstance(best, Student):
+    if latency and best.kind == "encoder":
         _latency(results, best)
     return results
-
-
-def _licences(best: Any) -> dict[str, str | None]:
-    if isinstance(best, Matcher):
-        return {"student": best.licence}
-    return {f"student's {side} tower": licence for side, licence in best.licences.items()}
 
 
 def _embed(results: RunResults, best: Student) -> None:
@@ -127,53 +120,48 @@ def _embed(results: RunResults, best: Student) -> None:
     results.rows["student"] = row.renamed(f"student ({best.name})")
     before = _measure(results.run.untrained, results.cache, results.split, frozen)[1]
     results.rows["untrained"] = before.renamed("student, untrained")
+    results.licences = {f"student's {side} tower": of for side, of in best.licences.items()}
 
 
 def _match(results: RunResults, best: Matcher) -> None:
     """Add rows of fusion models, among the candidates that the score cache lists."""
-    assert isinstance(results.cache, ScoreCache)
-    folder = results.run.folder
-    listed = validation.Listed(results.cache, results.split)
-    recall = listed.teacher_recall()
+    cache, split, folder = results.cache, results.split, results.run.folder
+    config = parse(results.record["settings"])
+    validation = open_validation(cache, split, best, config)
+    recall = validation.teacher_recall()
     if recall is not None:
         _teacher_row(results, recall)
-    name = f"student ({folder.resolve().name})"
-    results.rows["student"] = _measure_pairs(results, best).renamed(name)
-    before = _measure_pairs(results, runs.learner(folder / "student"))
-    results.rows["untrained"] = before.renamed("student, untrained")
-    results.listed = listed.said
+    results.rows["student"] = Evaluation(
+        f"student ({folder.resolve().name})", validation.recall(best), best.parameter_count()
+    )
+    untrained = runs.learner(folder / "student")
+    before = open_validation(cache, split, untrained, config).recall(untrained)
+    results.rows["untrained"] = Evaluation(
+        "student, untrained", before, untrained.parameter_count()
+    )
+    results.licences, results.listed = {"student": best.licence}, validation.caveat
     parts = {part: f"{count:,}" for part, count in best.parameters_by_part().items()}
     results.notes += [
-        listed.said,
+        validation.caveat,
         f"Of the student's {parts['total']} parameters {parts['towers']} are in its towers and "
         f"{parts['fusion']} in its fusion part.",
-        *([f"No teacher's row: {_contents(results.cache)}."] if recall is None else []),
+        *([f"No teacher's row: {_contents(cache)}."] if recall is None else []),
         "No feature space, finds or milliseconds: a fusion model reads pairs and has no "
         "embeddings. Recall in the whole split, and seconds: "
-        f"crosstill evaluate {folder} DATA --split {results.split.name} --efficiency",
+        f"crosstill evaluate {folder} DATA --split {split.name} --efficiency",
     ]
-
-
-def _measure_pairs(results: RunResults, model: Any) -> Evaluation:
-    """Measure a fusion model's recall among the listed candidates."""
-    assert isinstance(model, Matcher) and isinstance(results.cache, ScoreCache)
-    split = validation.validation_split(
-        model, results.cache, results.split, parse(results.record["settings"])
-    )
-    return Evaluation(model.name, split.recall(model), model.parameter_count())
 
 
 def _teacher(results: RunResults) -> None:
     """Add the teacher's row and features, from the cache."""
     cache, split = results.cache, results.split
     recall = teacher_recall(cache, split)
-    if not isinstance(cache, Cache) or recall is None:
+    features = cache.split_features(split)
+    if recall is None or features is None:
         results.notes.append(f"No teacher's row, space or finds: {_contents(cache)}.")
         return
     _teacher_row(results, recall)
-    results.features["teacher"] = Features(
-        cache.image_features(split.images), cache.text_features(split.captions)
-    )
+    results.features["teacher"] = features
 
 
 def _teacher_row(results: RunResults, recall: Retrieval) -> None:
@@ -184,9 +172,9 @@ def _teacher_row(results: RunResults, recall: Retrieval) -> None:
 
 def _contents(cache: CacheBase) -> str:
     """Describe a cache whose contents give its teacher no row."""
-    if not isinstance(cache, ScoreCache):
+    if not cache.listed:
         return f"the cache holds {' and '.join(sorted(cache.modalities)) or 'no'} features"
-    if cache.scores is None:
+    if not cache.scored:
         return "the cache holds candidates that no teacher scored"
     return "the cache holds a fusion teacher's scores of chosen pairs, and no features"
 

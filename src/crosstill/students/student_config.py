@@ -126,7 +126,7 @@ class FusionConfig(_Frozen):
         layers: of "cut": which fusion layers to keep; None keeps half of them, 0, 3, 5 of 6.
         towers: of "meter": a student, run or dual teacher whose towers, tokenizer and
             preprocess it takes.
-        shape: of "meter": fields of `crosstill.fusion.meter_network.Shape` but for the towers'
+        shape: of "meter": fields of `crosstill.fusion.meter.Shape` but for the towers'
             widths.
         start: of "meter": "joint" begins in the dual encoder's joint space, "random" anywhere.
         config: of "vilt": fields of transformers' ViltConfig.

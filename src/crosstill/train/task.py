@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from crosstill import balance, objectives, students
 from crosstill.balance import Balancer
-from crosstill.cache import Cache, CacheBase
+from crosstill.cache import Cache, CacheBase, Split
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate import CachedSplit
+from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.recall import Retrieval
 from crosstill.objectives import Input, Objective
 from crosstill.objectives.wrappers import ROWS, PerWidth, principal_axes
@@ -35,6 +36,26 @@ from crosstill.types import Features
 
 # settings that only a score cache gives a meaning, with their defaults
 ONLY_LISTS = {"negatives": "hardest", "drawn": None, "towers": "frozen"}
+
+
+class Validation(Protocol):
+    """A split of a cache, on which students of one kind are measured.
+
+    Attributes:
+        caveat: what a reader of the recall has to know, in sentences; "" where every query ranks
+            the whole split.
+    """
+
+    caveat: str
+
+    def recall(self, student: Any) -> Retrieval:
+        """Measure the student's recall."""
+
+    def answers(self, student: Any) -> Answers:
+        """Compute the chance of each query to be answered, for a paired bootstrap."""
+
+    def teacher_recall(self) -> Retrieval | None:
+        """Measure the teacher's recall on the same rows; None where the cache cannot tell."""
 
 
 class Task(Protocol):
@@ -113,6 +134,25 @@ class Task(Protocol):
 
     def rows_of(self, batch: Any) -> tuple[list[str], list[str]]:
         """List the image ids and the captions of a batch."""
+
+    @staticmethod
+    def open_validation(cache: Any, split: Split, student: Any, config: TrainConfig) -> Validation:
+        """Open a split of a cache of this kind: see `open_validation`."""
+
+
+def open_validation(
+    cache: CacheBase, split: Split, student: Any, config: TrainConfig
+) -> Validation:
+    """Open a split for a student that trains or that was read back from a run.
+
+    Args:
+        cache: what the student learns or has learnt from.
+        split: of that cache.
+        student: its towers are frozen where the settings say so, and then run only once.
+        config: the settings of its run.
+    """
+    kind: type[Task] = resolve_name(cache.task)
+    return kind.open_validation(cache, split, student, config)
 
 
 def open_task(cache: CacheBase, config: TrainConfig, group: Group | None = None) -> Task:
@@ -203,7 +243,7 @@ class PairTask:
             self._layers.follow(student)
         train, val = (self.cache.split(name) for name in (config.train_split, config.val_split))
         self._stream = Stream(self.cache, train, student, config, self.group)
-        self._val = CachedSplit(self.cache, val, student, config.freeze)
+        self._val = self.open_validation(self.cache, val, student, config)
         self._wrapped = self.group.wrap(student)
         self._encode = torch.compile(self._wrapped) if config.compile else self._wrapped
 
@@ -243,6 +283,12 @@ class PairTask:
 
     def rows_of(self, batch: Batch) -> tuple[list[str], list[str]]:
         return named_rows(self.cache, self.config, batch.picked)
+
+    @staticmethod
+    def open_validation(
+        cache: CacheBase, split: Split, student: Student, config: TrainConfig
+    ) -> CachedSplit:
+        return CachedSplit(cache, split, student, config.freeze)
 
     def _features(self, batch: Batch, rows: slice) -> Features:
         """Encode some rows of this process's share; each distinct image passes once."""
