@@ -306,7 +306,7 @@ def test_a_saved_flat_index_holds_no_removed_rows(tmp_path):
     assert index._index.ntotal == FaissVectors.load(tmp_path)._index.ntotal == 90
 
 
-@pytest.mark.parametrize("kind", faiss_vectors.KINDS)
+@pytest.mark.parametrize("kind", vector_index.KINDS)
 @pytest.mark.parametrize("name", faiss_vectors.NAMES)
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "missing"])
 def test_damaged_files_are_named(tmp_path, kind, name, damage):
@@ -399,7 +399,7 @@ def test_settings_that_cannot_work(kind, dim, threads):
         FaissVectors(dim, kind, threads)
 
 
-@pytest.mark.parametrize("kind", faiss_vectors.KINDS)
+@pytest.mark.parametrize("kind", vector_index.KINDS)
 def test_the_estimate_is_what_it_takes(tmp_path, kind):
     index = FaissVectors(128, kind)
     index.add(np.arange(2000), clustered(2000, 128))

@@ -114,8 +114,9 @@ def _table(made: plan.Plan, folder: Path) -> Table:
         )
         for row in record["rows"]
     ]
-    shared = {k: v for k, v in record["rows"][0]["settings"].items() if _common(record, k)}
-    split = record["rows"][0]["settings"]["val_split"]
+    first, *others = (row["settings"] for row in record["rows"])
+    shared = {k: v for k, v in first.items() if all(other[k] == v for other in others)}
+    split = first["val_split"]
     return Table(
         name=made.table,
         title=record["title"],
@@ -134,10 +135,6 @@ def _table(made: plan.Plan, folder: Path) -> Table:
 def _recalls(seeds: Sequence[bootstrap.Answers]) -> tuple[Cell, ...]:
     rows = [[*one.image.mean(0).tolist(), *one.text.mean(0).tolist()] for one in seeds]
     return tuple(Cell.of([100 * value for value in column]) for column in zip(*rows, strict=True))
-
-
-def _common(record: Mapping[str, Any], key: str) -> bool:
-    return all(row["settings"][key] == record["rows"][0]["settings"][key] for row in record["rows"])
 
 
 def _teacher(record: Mapping[str, Any], split: str) -> Retrieval | None:

@@ -100,7 +100,8 @@ def make(
             that does not teach what it compares, too few images for the queue or the bootstrap.
     """
     what = design(table)
-    _check_seeds(seeds)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"seeds must be distinct and at least one, not {list(seeds)}")
     _check_varied(table, what, changes)
     _check_cache(table, what, cache)
     _check_images(cache, changes)
@@ -181,11 +182,6 @@ def _students(table: str, what: Design, chosen: Sequence[str]) -> list[str]:
     if len(chosen) > 1:
         raise ConfigError(f"{table} has one student in all rows; give --student once")
     return [chosen[0] if chosen else what.student] * len(what.rows)
-
-
-def _check_seeds(seeds: Sequence[int]) -> None:
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"seeds must be distinct and at least one, not {list(seeds)}")
 
 
 def _check_varied(table: str, what: Design, changes: Sequence[str]) -> None:

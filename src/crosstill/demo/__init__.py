@@ -18,7 +18,6 @@ from crosstill.evaluate.evaluation import judge, table
 from crosstill.search import Searcher
 from crosstill.students.student import Student
 from crosstill.train import Run, folder
-from crosstill.types import Example
 
 log = logging.getLogger(__name__)
 
@@ -134,13 +133,10 @@ def sheet(pairs: Pairs, embedded: Embedded, path: Path, queries: int = 5, top: i
         order = (embedded.image @ embedded.text[row]).argsort(descending=True)[:top].tolist()
         for column, place in enumerate(order):
             x = gap + column * (cell + gap)
-            tile = _picture(pairs, by_id[embedded.image_ids[place]]).resize((cell, cell))
-            canvas.paste(tile, (x, y + head))
+            example = by_id[embedded.image_ids[place]]
+            photo = images.decode(pairs.read(example), example.path).numpy()
+            canvas.paste(Image.fromarray(photo).resize((cell, cell)), (x, y + head))
             if place == embedded.owner[row]:
                 frame = (x - gap, y + head - gap, x + cell + gap - 1, y + head + cell + gap - 1)
                 draw.rectangle(frame, outline="limegreen", width=gap)
     canvas.save(path)
-
-
-def _picture(pairs: Pairs, example: Example) -> Image.Image:
-    return Image.fromarray(images.decode(pairs.read(example), example.path).numpy())

@@ -192,7 +192,11 @@ def _warnings(facts: Facts) -> list[str]:
         "unknown": "**A licence is not known.** Read or ask for that of {} before you publish or "
         "sell anything that uses this model.",
     }
-    return ["> " + texts[state].format(_and(who)) for state, who in notices.items() if who]
+    return [
+        "> " + texts[state].format(" and of ".join(names))
+        for state, names in notices.items()
+        if names
+    ]
 
 
 def _recall(facts: Facts) -> str:
@@ -268,10 +272,6 @@ def _is_hub_id(source: str | None) -> bool:
 
 def _listed(key: str, values: Sequence[str]) -> list[str]:
     return [f"{key}:", *(f"- {value}" for value in values)] if values else []
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and of ".join(words)
 
 
 def _line(text: str | None, cell: bool = True) -> str:

@@ -185,18 +185,15 @@ def _build(tensors: Mapping[str, Tensor], student: bool) -> Meter:
     except (AssertionError, ConfigError, RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())[:160]
         raise ModelError(f"the tensors' shapes make no METER ({line})") from None
+    size = image.config["image_size"]
     parts = Parts(
         image_tower=image,
         text_tower=text,
-        preprocess=_preprocess(image.config["image_size"]),
+        preprocess=Preprocess(size=(size, size), resize="crop", mean=CLIP_MEAN, std=CLIP_STD),
         tokenizer=None,
         max_length=min(LENGTH, text.config.max_position_embeddings - PAD - 1),
     )
     return Meter(parts, stack, "meter")
-
-
-def _preprocess(size: int) -> Preprocess:
-    return Preprocess(size=(size, size), resize="crop", mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def _image_sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -237,15 +237,12 @@ def together(
     """
     names = curve_names(runs.values())
     short = {row: {n: bins(c, 60) for n, c in curves.items()} for row, curves in runs.items()}
-    low, high = _extent([b for curves in short.values() for b in curves.values()])
+    means = [b.mean for curves in short.values() for b in curves.values()]
+    low, high = min(float(m.min()) for m in means), max(float(m.max()) for m in means)
     if log is None:
         log = low > 0 and high > WIDE * low
     place = partial(scale, low=low, high=high, log=log)
     return [_run(row, what, short[row], names, place) for row in runs]
-
-
-def _extent(all_bins: Sequence[Bins]) -> tuple[float, float]:
-    return min(float(b.mean.min()) for b in all_bins), max(float(b.mean.max()) for b in all_bins)
 
 
 def _run(

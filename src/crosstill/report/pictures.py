@@ -196,8 +196,10 @@ def fit_space(features: Mapping[str, Features], most: int = MOST, seed: int = 0)
     count = min(AXES, *stacked.shape)
     pca = import_module("sklearn.decomposition").PCA(n_components=count, svd_solver="full")
     pca.fit(stacked)
+    missing = ((0, 0), (0, AXES - count))  # axes of features that have fewer dimensions
     flat = {
-        name: [_padded(pca.transform(side)) for side in sides] for name, sides in points.items()
+        name: [np.pad(pca.transform(side), missing) for side in sides]
+        for name, sides in points.items()
     }
     everything = np.concatenate([side for sides in flat.values() for side in sides])
     return Space(
@@ -206,11 +208,6 @@ def fit_space(features: Mapping[str, Features], most: int = MOST, seed: int = 0)
         np.stack([everything.min(0), everything.max(0)], axis=1),
         {name: _explained(points[name], flat[name]) for name in flat},
     )
-
-
-def _padded(points: np.ndarray) -> np.ndarray:
-    """Return (n, 3) also of features that have fewer dimensions."""
-    return np.pad(points, ((0, 0), (0, AXES - points.shape[1])))
 
 
 def _explained(points: list[np.ndarray], flat: list[np.ndarray]) -> float:

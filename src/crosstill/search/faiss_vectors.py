@@ -148,7 +148,7 @@ class FaissVectors:
         if self.kind == "flat":
             self._drop()
         files.write_atomic(folder / INDEX, partial(_write, self._faiss, self._index))
-        files.write_atomic(folder / IDS, partial(_write_ids, self._ids))
+        files.write_atomic(folder / IDS, lambda new: files.save_array(new, self._ids))
         record = {
             "format": FORMAT,
             "kind": self.kind,
@@ -277,10 +277,6 @@ def _write(faiss: Any, index: Any, path: Path) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, BLOCK))
 
 
-def _write_ids(ids: np.ndarray, path: Path) -> None:
-    files.save_array(path, ids)
-
-
 def _read(faiss: Any, path: Path) -> Any:
     with path.open("rb") as file:
         try:
@@ -308,9 +304,11 @@ def _check_file(path: Path, kind: str, dim: int, count: int) -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             reader = _Fields(data)
             try:
-                _check_flat(reader, dim, count) if kind == "flat" else _check_graph(
-                    reader, dim, count
-                )
+                if kind == "flat":
+                    reader.header(FLAT, dim, count)
+                    reader.skip("values", count * dim, 4, unit=4)
+                else:
+                    _check_graph(reader, dim, count)
                 reader.expect("length", reader.at, len(data))
             finally:
                 reader.close()
@@ -369,11 +367,6 @@ class _Fields:
     def _room(self, size: int) -> None:
         if self.at + size > len(self._data):
             raise ValueError("cut short")
-
-
-def _check_flat(reader: _Fields, dim: int, count: int) -> None:
-    reader.header(FLAT, dim, count)
-    reader.skip("values", count * dim, 4, unit=4)
 
 
 def _check_graph(reader: _Fields, dim: int, count: int) -> None:

@@ -252,7 +252,8 @@ class _Build:
                 for reads in grouped(ahead(reader.read, todo, workers), BATCH):
                     if fresh := self._note(reads):
                         images = np.stack(list(fresh.values()))
-                        waiting.append((list(fresh), pool.submit(self._vectors, images)))
+                        vectors = pool.submit(self.encoder.encode_images, images)
+                        waiting.append((list(fresh), vectors))
                     if len(waiting) > QUEUE:
                         self._keep(*waiting.popleft())
                         self._publish_some(scan)
@@ -282,9 +283,6 @@ class _Build:
                 fresh[sha] = read.pixels
         self.taken.update(fresh)
         return fresh
-
-    def _vectors(self, images: np.ndarray) -> np.ndarray:
-        return self.encoder.encode_images(images)
 
     def _keep(self, shas: list[bytes], future: Future[np.ndarray]) -> None:
         rows = future.result()
