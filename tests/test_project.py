@@ -55,6 +55,22 @@ def test_torchvision_is_not_pulled_in():
     assert importlib.util.find_spec("torchvision") is None
 
 
+def test_our_warnings_are_log_lines_that_the_command_line_shows():
+    """It silences Python's warnings, which are other libraries' notes to developers."""
+    assert not [path for path in SOURCES if "warnings.warn(" in path.read_text()]
+
+
+def test_no_module_imports_the_root_for_a_name():
+    """A part that imports `crosstill` itself would import what stands above it."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert "crosstill" not in names, path
+            if isinstance(node, ast.ImportFrom) and node.module == "crosstill":
+                parts = {alias.name for alias in node.names}
+                assert parts.isdisjoint({"__version__", "distill", "open_model"}), path
+
+
 def test_nothing_is_pickled():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
