@@ -30,26 +30,28 @@ def test_a_batch_that_does_not_divide_is_refused():
         Group(0, 2).check(25)
 
 
-def launch(cached, out: Path, processes: int, changes: list[str]) -> checkpoint.State:
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+CHUNKS = ["chunk_size=5", "balance=uncertainty"]
+CASES = [(CHUNKS, []), (CHUNKS, TORCHRUN), ([], TORCHRUN)]
+
+
+def launch(cached, out: Path, starter: list[str], changes: list[str]) -> checkpoint.State:
+    """Run two processes, by torchrun or forked."""
     out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(RUNNER), str(cached.folder), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *changes], env=environment, capture_output=True, text=True)
+    command = [sys.executable, *starter, str(RUNNER), str(cached.folder), str(out), *changes]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if starter else {"FORKS": "2"})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return checkpoint.load_latest(out / "checkpoints")
 
 
-CHUNKS = ["chunk_size=5", "balance=uncertainty"]
-
-
-@pytest.mark.parametrize("changes", matrix([[], CHUNKS], [CHUNKS]), ids=["plain", "chunks"])
-def test_two_processes_do_what_one_does(cached, tmp_path, changes):
+@pytest.mark.parametrize(("changes", "starter"), matrix(CASES, CASES[:1]))
+def test_two_processes_do_what_one_does(cached, tmp_path, changes, starter):
     """The same gradient, and after an epoch the same queue to the bit."""
     (tmp_path / "one").mkdir()
     steady_run.run(cached, tmp_path / "one", changes)
     one = checkpoint.load_latest(tmp_path / "one/checkpoints")
-    two = launch(cached, tmp_path / "two", 2, changes)
+    two = launch(cached, tmp_path / "two", starter, changes)
     assert one["position"] == two["position"]
     for name in ("entries", "ids", "pointer"):
         key = f"contrastive.queue.{name}"
