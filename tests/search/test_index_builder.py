@@ -462,7 +462,7 @@ def test_a_rebuild_is_published_at_its_end_alone(index, published):
 
 def test_an_interrupted_build_goes_on_where_it_was(index, published, monkeypatch):
     index.put(**{f"n{i:04}": i for i in range(250)})
-    keep = index_builder.Memory.keep
+    keep = builder_memory.Memory.keep
 
     def interrupt(self, shas, rows):
         keep(self, shas, rows)
@@ -470,7 +470,7 @@ def test_an_interrupted_build_goes_on_where_it_was(index, published, monkeypatch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_builder.Memory, "keep", interrupt)
+        patch.setattr(builder_memory.Memory, "keep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             index.build()
     assert len(index.held()) == pytest.approx(100, abs=20)
@@ -516,7 +516,7 @@ def test_an_interrupted_rebuild_goes_on_and_the_old_index_serves(index, tmp_path
     index.put(**{f"n{i:04}": i for i in range(200)})
     index.build()
     other = bundle(tmp_path / "other", weights="second")
-    keep = index_builder.Memory.keep
+    keep = builder_memory.Memory.keep
 
     def interrupt(self, shas, rows):
         keep(self, shas, rows)
@@ -524,7 +524,7 @@ def test_an_interrupted_rebuild_goes_on_and_the_old_index_serves(index, tmp_path
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_builder.Memory, "keep", interrupt)
+        patch.setattr(builder_memory.Memory, "keep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(other, index.root, index.out, rebuild=True)
     opened = Searcher.open(index.out)

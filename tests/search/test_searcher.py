@@ -16,7 +16,7 @@ from crosstill.errors import (
     MismatchError,
     ModelError,
 )
-from crosstill.search import index_builder, index_folder, searcher
+from crosstill.search import index_builder, index_folder, scan, searcher
 from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.index_builder import build
 from crosstill.search.searcher import MAX_TOP, Searcher, combine
@@ -277,7 +277,7 @@ def test_what_is_no_index_is_refused(tmp_path, place):
 
 def test_an_index_that_has_published_nothing_says_that_it_was_begun(place, monkeypatch):
     shutil.rmtree(place / "index")
-    monkeypatch.setattr(index_builder, "walk", None)
+    monkeypatch.setattr(scan, "walk", None)
     with pytest.raises(TypeError):
         again(place)
     with pytest.raises(DataError, match="was begun, but none of its photos is published yet"):

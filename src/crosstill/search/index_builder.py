@@ -25,21 +25,8 @@ import numpy as np
 from crosstill import errors, files, progress
 from crosstill.bundle import Bundle, Encoder, check_same
 from crosstill.pixels import quarantine_row
-from crosstill.search import index_folder, vector_index
-from crosstill.search.builder_memory import KEPT_DAYS, Memory
+from crosstill.search import builder_memory, index_folder, index_writer, scan, vector_index
 from crosstill.search.catalogue import Row
-from crosstill.search.index_writer import IndexWriter, milvus_uri
-from crosstill.search.scan import (
-    Read,
-    Reader,
-    Scan,
-    Stamp,
-    ahead,
-    count_emptied,
-    grouped,
-    no_photos,
-    walk,
-)
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +110,7 @@ def build(  # noqa: PLR0913  # its options are its arguments
     for name, threads_wanted in (("workers", workers), ("threads", threads)):
         if threads_wanted is not None and threads_wanted < 1:
             raise errors.ConfigError(f"--{name} {threads_wanted}: give 1 or more")
-    named = None if milvus is None else milvus_uri(milvus)
+    named = None if milvus is None else index_writer.milvus_uri(milvus)
     options = _Options(workers, threads, milvus, named, strict, rebuild)
     bundle = Bundle.open(Path(bundle_folder))
     root = Path(photos_folder).resolve()
@@ -165,8 +152,10 @@ class _Build:
         # While an index is remade from nothing, the old one is worth more than a part of the new.
         self.gradual = pointer is None or base is not None
         after = f" after {pointer.generation}" if pointer and options.rebuild else ""
-        self.memory = Memory(index / index_folder.MEMORY, bundle.fingerprint + after, root)
-        self.writer = IndexWriter(index, bundle, root, base, self.memory)
+        self.memory = builder_memory.Memory(
+            index / index_folder.MEMORY, bundle.fingerprint + after, root
+        )
+        self.writer = index_writer.IndexWriter(index, bundle, root, base, self.memory)
         self.writer.threads = options.threads
         self.writer.named = options.named
         if uri:
@@ -187,20 +176,20 @@ class _Build:
     def _run(self) -> Built:
         before = self.writer.rows
         self.writer.restore_vectors()
-        scan = walk(self.root, skip=self.index)
-        if not scan.photos:
-            raise no_photos(self.root, scan)
-        self._encode(scan)
-        rows = self._rows(scan) | _under(before, scan.closed)
-        unreadable = self._write_quarantine(scan)
+        tree = scan.walk(self.root, skip=self.index)
+        if not tree.photos:
+            raise scan.no_photos(self.root, tree)
+        self._encode(tree)
+        rows = self._rows(tree) | _under(before, tree.closed)
+        unreadable = self._write_quarantine(tree)
         if not rows:
             where = self.index / QUARANTINE
             raise errors.DataError(f"{self.root}: none of its photos can be read; {where} says why")
         if self.writer.differs(rows):
             self.writer.publish(rows)
         self.writer.sync_milvus()
-        self._warn_of_emptied(scan, before, rows)
-        self._tidy(scan, rows)
+        self._warn_of_emptied(tree, before, rows)
+        self._tidy(tree, rows)
         return self._report(before, rows, unreadable)
 
     # --- what is there ---
@@ -234,29 +223,29 @@ class _Build:
 
     # --- the work ---
 
-    def _encode(self, scan: Scan) -> None:
+    def _encode(self, tree: scan.Scan) -> None:
         """Read the files that may have changed, and encode the contents that are new."""
-        todo = {name: s for name, s in scan.photos.items() if not self._settled(name, s)}
+        todo = {name: s for name, s in tree.photos.items() if not self._settled(name, s)}
         if todo:
-            new = max(0, len(scan.photos) - len(self.memory.shas))  # the others have only moved
-            self.writer.check_space(len(scan.photos), min(len(todo), new))
+            new = max(0, len(tree.photos) - len(self.memory.shas))  # the others have only moved
+            self.writer.check_space(len(tree.photos), min(len(todo), new))
         known = self.memory.known.values()
         refused = {k.sha: k.reason for k in known if k.sha is not None and k.reason}
-        reader = Reader(self.root, self.bundle.preprocess, self.memory.shas, refused)
+        reader = scan.Reader(self.root, self.bundle.preprocess, self.memory.shas, refused)
         workers = self.options.workers or max(2, min(8, len(os.sched_getaffinity(0))))
         waiting: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
         # A thread of its own, so that the encoder never waits for the disk or for a publication.
         pool = ThreadPoolExecutor(1)
         try:
             with progress.bar("photos", len(todo)) as bar:
-                for reads in grouped(ahead(reader.read, todo, workers), BATCH):
+                for reads in scan.grouped(scan.ahead(reader.read, todo, workers), BATCH):
                     if fresh := self._note(reads):
                         images = np.stack(list(fresh.values()))
                         vectors = pool.submit(self.encoder.encode_images, images)
                         waiting.append((list(fresh), vectors))
                     if len(waiting) > QUEUE:
                         self._keep(*waiting.popleft())
-                        self._publish_some(scan)
+                        self._publish_some(tree)
                     bar.advance(len(reads))
                 for shas, vectors in waiting:
                     self._keep(shas, vectors)
@@ -264,14 +253,14 @@ class _Build:
             pool.shutdown(cancel_futures=True)  # Ctrl-C waits for one batch, not for all
         self.memory.commit()
 
-    def _settled(self, name: str, stamp: Stamp) -> bool:
+    def _settled(self, name: str, stamp: scan.Stamp) -> bool:
         """Tell whether a file need not be read."""
         known = self.memory.known.get(name)
         if known is None or known.sha is None or not known.still(stamp):
             return False
         return not self.options.strict if known.reason else known.sha in self.memory.shas
 
-    def _note(self, reads: list[Read]) -> dict[bytes, np.ndarray]:
+    def _note(self, reads: list[scan.Read]) -> dict[bytes, np.ndarray]:
         """Remember read files; return the pixels of new contents by SHA-256."""
         fresh = {}
         for read in reads:
@@ -293,7 +282,7 @@ class _Build:
         self.memory.keep(shas, rows)
         self.encoded += len(shas)
 
-    def _publish_some(self, scan: Scan) -> None:
+    def _publish_some(self, tree: scan.Scan) -> None:
         """Publish some of a long build: all that was published, and the photos that are new since.
 
         What has changed, moved or gone waits for the end: halfway through, a photo that moved
@@ -301,12 +290,12 @@ class _Build:
         """
         if self.gradual and self.encoded >= self.due:
             self.due = 2 * self.encoded
-            self.writer.publish(self._rows(scan) | self.writer.rows)
+            self.writer.publish(self._rows(tree) | self.writer.rows)
 
-    def _rows(self, scan: Scan) -> dict[str, Row]:
+    def _rows(self, tree: scan.Scan) -> dict[str, Row]:
         """Return the files whose present content is known and has a vector."""
         rows = {}
-        for name, stamp in scan.photos.items():
+        for name, stamp in tree.photos.items():
             known = self.memory.known.get(name)
             if known is None or known.sha is None or known.reason or known.stamp != stamp:
                 continue
@@ -314,13 +303,13 @@ class _Build:
                 rows[name] = Row(known.sha, stamp.size, stamp.mtime_ns, known.caption)
         return rows
 
-    def _write_quarantine(self, scan: Scan) -> int:
+    def _write_quarantine(self, tree: scan.Scan) -> int:
         """List the files that were left out, and why; return how many."""
         bad = [
-            quarantine_row(path, why, scan.sizes.get(path, 0))
-            for path, why in scan.problems.items()
+            quarantine_row(path, why, tree.sizes.get(path, 0))
+            for path, why in tree.problems.items()
         ]
-        for name, stamp in scan.photos.items():
+        for name, stamp in tree.photos.items():
             if reason := self.memory.known[name].reason:
                 bad.append(quarantine_row(name, reason, stamp.size))
         data = "".join(json.dumps(row) + "\n" for row in bad).encode()
@@ -329,9 +318,9 @@ class _Build:
             files.write_bytes(path, data)
         return len(bad)
 
-    def _tidy(self, scan: Scan, rows: Mapping[str, Row]) -> None:
+    def _tidy(self, tree: scan.Scan, rows: Mapping[str, Row]) -> None:
         """Forget files that are gone; turn the memory of a rebuild into an ordinary one."""
-        kept = scan.photos.keys() | _under(self.memory.known, scan.closed).keys()
+        kept = tree.photos.keys() | _under(self.memory.known, tree.closed).keys()
         used = {row.sha for row in rows.values()}
         self.memory.forget(self.memory.known.keys() - kept, self.memory.shas - used)
         if self.memory.get("key") != self.bundle.fingerprint:
@@ -340,19 +329,19 @@ class _Build:
     # --- what is said of it ---
 
     def _warn_of_emptied(
-        self, scan: Scan, before: Mapping[str, Row], rows: Mapping[str, Row]
+        self, tree: scan.Scan, before: Mapping[str, Row], rows: Mapping[str, Row]
     ) -> None:
         """Warn of folders that have lost all of their photos: a disk may not be mounted."""
         shas = {row.sha for row in rows.values()}
         gone = [path for path, row in before.items() if path not in rows and row.sha not in shas]
-        for folder, count in count_emptied(gone, scan.photos).items():
+        for folder, count in scan.count_emptied(gone, tree.photos).items():
             if count > 1 and (self.root / folder).is_dir():
                 log.warning(
                     "%s: all %d photos in it are gone; if a disk is not mounted, mount it and run "
                     "the same command again: their vectors are kept for %d days",
                     errors.printable(str(self.root / folder)),
                     count,
-                    KEPT_DAYS,
+                    builder_memory.KEPT_DAYS,
                 )
 
     def _report(self, before: Mapping[str, Row], rows: Mapping[str, Row], unreadable: int) -> Built:
