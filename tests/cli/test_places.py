@@ -29,6 +29,15 @@ for words in json.load(sys.stdin):
 """
 
 
+def test_help_loads_no_library_that_takes_long():
+    program = LOADED.replace('"torch", ', '"torch", "numpy", "pyarrow", "starlette", ')
+    words = json.dumps([["--help"], ["train", "--help"], ["export", "--help"], ["serve", "--help"]])
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=words, capture_output=True, text=True, check=True
+    )
+    assert [line for line in done.stdout.splitlines() if line[:2] == "0 "] == ["0 nothing"] * 4
+
+
 def refused(*commands: list[object]) -> list[str]:
     """The lines of verbs that end with 2 and load neither torch nor transformers."""
     words = json.dumps([list(map(str, command)) for command in commands])

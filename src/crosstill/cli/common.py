@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crosstill import artefacts, files
+from crosstill import files
 from crosstill.errors import DataError, DiskFullError, InputError, printable
 
 # control codes but for tabs and new lines, marks that turn the writing round, stray bytes
@@ -90,7 +90,9 @@ def check_cache(folder: Path) -> None:
     Raises:
         InputError: there is none.
     """
-    if not artefacts.is_cache(folder):
+    from crosstill.artefacts import is_cache  # which loads numpy, too slow for --help
+
+    if not is_cache(folder):
         raise InputError(f"{folder}: no finished cache there; make one with `crosstill cache`")
 
 
