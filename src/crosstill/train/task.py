@@ -370,6 +370,7 @@ def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> None:
         )
     check_precision(config, group.device)
     group.check(config.batch_size)
+    # asked for their refusals: a split without rows, a batch that is larger than the split
     cache.split(config.val_split)
     Sampler(cache.split(config.train_split), config.batch_size, config.captions_per_image, 0)
     if config.init_heads == "ridge" and "image" not in cache.modalities:
