@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from crosstill.evaluate import compare, cost, embedding
-from crosstill.evaluate.cost import Cost, Stopwatch, compared, figure
+from crosstill.evaluate import compare, embedding
+from crosstill.evaluate.embedding import Stopwatch
+from crosstill.evaluate.evaluation import Cost, compared, figure
 from crosstill.fusion import measure, rerank
 from evaluate.judges import SmallJudge, pictures
 from support import SmallTeacher
@@ -25,7 +26,7 @@ def pairs():
 def clock(monkeypatch):
     """A list whose sum is the time."""
     spent = [0.0]
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: sum(spent))
+    monkeypatch.setattr(embedding.time, "perf_counter", lambda: sum(spent))
     return spent
 
 

@@ -18,9 +18,9 @@ from crosstill import students
 from crosstill.cache import Cache, Split
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CrosstillError, InputError
-from crosstill.evaluate import cost, extended
-from crosstill.evaluate.embedding import BATCH, captions, embed, readable, sound
-from crosstill.evaluate.evaluation import Evaluation, Row, judge, remarks, table
+from crosstill.evaluate import evaluation, extended
+from crosstill.evaluate.embedding import BATCH, Stopwatch, captions, embed, readable, sound
+from crosstill.evaluate.evaluation import Cost, Evaluation, Row, judge, remarks, table
 from crosstill.evaluate.recall import WHOLE, by_protocol, check_protocol
 from crosstill.evaluate.truth import of_texts
 from crosstill.formats import by_length
@@ -31,7 +31,7 @@ from crosstill.teachers.base import Model, Teacher, truncation_note
 MODEL, TEACHER, UNTRAINED, BESIDE = "model", "teacher", "untrained", "beside"
 WARM_UP = 16  # images and captions that are embedded before the clock starts
 
-Work = Generator[None, None, cost.Cost]  # stops after every timed piece
+Work = Generator[None, None, Cost]  # stops after every timed piece
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class EmbeddingMeasure:
     def time(self, model: Teacher, pairs: Pairs, sample: int) -> Work:
         """As `Measure.time`, after a small pass that is not counted; there is no sample."""
         texts, _ = captions(pairs.examples)
-        watch = cost.Stopwatch()
+        watch = Stopwatch()
         rows: list[Tensor] = []
         model.embed_texts(texts[:WARM_UP])
         for pixels in sound(pairs, model.preprocess):
@@ -140,7 +140,7 @@ class EmbeddingMeasure:
         for image in torch.cat(rows).split(BATCH):  # so that a large set's scores need not be held
             with watch.running():
                 image @ words.T
-        return cost.Cost(len(pairs) + len(texts), watch.seconds)
+        return Cost(len(pairs) + len(texts), watch.seconds)
 
 
 # by a model's kind; models that read pairs are an annex, so what measures them is found by name
@@ -157,7 +157,7 @@ def measure_of(model: Model) -> Measure:
     return measure
 
 
-def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[str, cost.Cost]:
+def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[str, Cost]:
     """Time every model on all images and captions, piece by piece in turn.
 
     Args:
@@ -167,8 +167,8 @@ def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[
     """
     pairs = readable(pairs, [model.preprocess for model in models.values()])
     works = {name: measure_of(model).time(model, pairs, sample) for name, model in models.items()}
-    costs: dict[str, cost.Cost] = {}
-    with cost.one_thread():
+    costs: dict[str, Cost] = {}
+    with evaluation.one_thread():
         while len(costs) < len(works):
             for name, work in works.items():
                 if name not in costs:
@@ -415,12 +415,12 @@ def _add_costs(
         except CrosstillError as error:
             comparison.notes.append(f"the teacher's latency was not measured: {error}")
     encoders = {role: model for role, model in models.items() if not measure_of(model).pairwise}
-    latency = cost.measure(encoders)
+    latency = evaluation.measure_latency(encoders)
     # a fusion model that was run for its recall was timed then
     untimed = models if sample is not None else encoders
     spent = {role: row.cost for role, row in comparison.rows.items() if row.cost}
     spent |= whole_set(untimed, pairs, sample or 0) if untimed else {}
-    for role, value in cost.compared(spent).items():
+    for role, value in evaluation.compared(spent).items():
         row = comparison.rows[role]
         comparison.rows[role] = replace(row, cost=value, efficiency=latency.get(role))
         if value.estimated:

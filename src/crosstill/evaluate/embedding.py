@@ -1,6 +1,8 @@
 """Embeddings of a whole split, from photos on disk or from what a cache has decoded."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +15,6 @@ from crosstill.data import Pairs
 from crosstill.errors import DataError, ImageError, ModelError
 from crosstill.evaluate import truth as truths
 from crosstill.evaluate.bootstrap import Answers
-from crosstill.evaluate.cost import Stopwatch
 from crosstill.evaluate.recall import Retrieval, chances, retrieval
 from crosstill.images import Preprocess, Quarantine
 from crosstill.students.student import Student
@@ -39,6 +40,29 @@ class Embedded:
     def owner(self) -> Tensor:
         """(T,) row of `image` that each caption was written for."""
         return self.truth.owner
+
+
+class Stopwatch:
+    """Adds up the seconds of pieces of work, on a GPU to their end."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what the block takes."""
+        _finish_on_gpu()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _finish_on_gpu()
+            self.seconds += time.perf_counter() - start
+
+
+def _finish_on_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def embed(

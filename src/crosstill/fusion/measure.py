@@ -13,9 +13,8 @@ from torch import Tensor
 from crosstill import progress
 from crosstill.data import Pairs
 from crosstill.evaluate.compare import Options, Work
-from crosstill.evaluate.cost import Cost, Stopwatch, one_thread
-from crosstill.evaluate.embedding import BATCH, captions, readable, sound
-from crosstill.evaluate.evaluation import Evaluation, Row, Timed
+from crosstill.evaluate.embedding import BATCH, Stopwatch, captions, readable, sound
+from crosstill.evaluate.evaluation import Cost, Evaluation, Row, Timed, one_thread
 from crosstill.evaluate.extended import Placed
 from crosstill.evaluate.recall import from_scores, protocol_truth
 from crosstill.evaluate.truth import Truth, of_texts

@@ -15,9 +15,15 @@ from torch import Tensor
 
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError
-from crosstill.evaluate.cost import Stopwatch, figure, one_thread
-from crosstill.evaluate.embedding import captions, embed, readable
-from crosstill.evaluate.evaluation import HEADINGS, Evaluation, remarks, six
+from crosstill.evaluate.embedding import Stopwatch, captions, embed, readable
+from crosstill.evaluate.evaluation import (
+    HEADINGS,
+    Evaluation,
+    figure,
+    one_thread,
+    remarks,
+    six,
+)
 from crosstill.evaluate.recall import Retrieval, from_scores
 from crosstill.evaluate.truth import Truth
 from crosstill.formats import aligned

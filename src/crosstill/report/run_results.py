@@ -19,7 +19,7 @@ from PIL import Image
 from crosstill import images
 from crosstill.cache import CacheBase, Split
 from crosstill.errors import CrosstillError, InputError, MismatchError
-from crosstill.evaluate import CachedSplit, Evaluation, cost, teacher_recall
+from crosstill.evaluate import CachedSplit, Evaluation, evaluation, teacher_recall
 from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
 from crosstill.fusion.matcher import Matcher
 from crosstill.models import open as open_model
@@ -206,7 +206,7 @@ def _latency(results: RunResults, student: Student) -> None:
             models["teacher"] = _open_teacher(results.cache.teacher)
     except CrosstillError as error:
         results.notes.append(f"The teacher's latency was not measured: {error}.")
-    for role, latency in cost.measure(models).items():
+    for role, latency in evaluation.measure_latency(models).items():
         results.rows[role] = replace(results.rows[role], efficiency=latency)
 
 
