@@ -33,12 +33,9 @@ class Bar:
         self._progress.update(self._task, rate=f"{task.speed:,.0f}/s" if task.speed else "")
         if note is not None:
             self._progress.update(self._task, note=note)
-        if self._progress.disable and not _hidden:
-            self._log(int(10 * task.percentage / 100))
-
-    def _log(self, tenths: int) -> None:
-        task = self._progress.tasks[self._task]
-        if tenths > self._logged and time.monotonic() - self._began > QUIET:
+        tenths = int(10 * task.percentage / 100)
+        logs = self._progress.disable and not _hidden and tenths > self._logged
+        if logs and time.monotonic() - self._began > QUIET:
             self._logged = tenths
             log.info("%s: %d of %d", task.description, task.completed, task.total)
 

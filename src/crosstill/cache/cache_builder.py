@@ -166,15 +166,13 @@ class CacheBuilder(ABC, Generic[Opened]):
         if not different:
             return
         parts = sorted({self.key_names.get(name, name) for name in different})
-        raise MismatchError(
-            f"{self.folder} holds {noun} of another {' and another '.join(parts)}"
-            f"{self._changed_identity(key)}; give another --out, or delete that folder"
-        )
-
-    def _changed_identity(self, key: dict[str, Any]) -> str:
         new, old = self.key["teacher"], key["teacher"]
         changed = [name for name in sorted({*new, *old}) if new.get(name) != old.get(name)]
-        return f" (the teacher's {', '.join(changed)} differ)" if changed else ""
+        detail = f" (the teacher's {', '.join(changed)} differ)" if changed else ""
+        raise MismatchError(
+            f"{self.folder} holds {noun} of another {' and another '.join(parts)}{detail}; "
+            "give another --out, or delete that folder"
+        )
 
     # --- the work ---
 

@@ -126,20 +126,16 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
         texts = [text for example in readable for text in example.captions]
         self._text_shards(texts)
         rows = {"image": len(readable) * self.options.views, "text": len(texts)}
-        kinds = self.description["modalities"]
+        kinds, options, views = self.description["modalities"], self.options, {}
+        if options.views > 1:
+            count, seed, augment = options.views, options.seed, options.augment
+            format.write_views(self.folder, readable, count, seed, augment)
+            views = artefacts.digests(self.folder, [format.VIEWS])
         return {
             "shards": {kind: self.journal.stored(kind) for kind in kinds},
             "rows": {kind: rows[kind] for kind in kinds},
-            "files": self._views(readable),
+            "files": views,
         }
-
-    def _views(self, readable: list[Example]) -> dict[str, str]:
-        """Write the file of the teacher's views, if there are several; return its digest."""
-        options = self.options
-        if options.views == 1:
-            return {}
-        format.write_views(self.folder, readable, options.views, options.seed, options.augment)
-        return artefacts.digests(self.folder, [format.VIEWS])
 
     def _text_shards(self, texts: Sequence[str]) -> None:
         if "text" not in self.rows.modalities:

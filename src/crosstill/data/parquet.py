@@ -150,7 +150,9 @@ class _PackedRows:
             )
         self._source = collection.Packed(self._fileset.base, names[0], self._source.images)
         with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            for group, cells in table.groups(_wanted(table.schema, names)):
+            also = ("split", "image_id", *FILE)
+            more = [n for n in also if n in table.schema.names and n not in names]
+            for group, cells in table.groups([*names, *more]):
                 finder = Finder(view, *table.span(group, names[0]))
                 for place, row in enumerate(cells):
                     self._add(file, number, row, names, (finder, group, place))
@@ -222,11 +224,6 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _wanted(schema: Any, names: list[str]) -> list[str]:
-    also = ("split", "image_id", *FILE)
-    return [*names, *(name for name in also if name in schema.names and name not in names)]
 
 
 def _name(row: dict[str, Any], column: str) -> str:

@@ -81,7 +81,11 @@ def embed(
         ImageError: an image is unreadable and `strict` is set.
         ModelError: the model scores pairs, or is a folder of vectors.
     """
-    _check_embeds(model)
+    kind = base.kind_of(model)
+    if kind == "vectors":
+        raise ModelError(f"{model.source} holds vectors and cannot embed new images; use a model")
+    if kind != "encoder":
+        raise ModelError(f"{model.name}: a fusion model, which reads pairs and has no embeddings")
     quarantine, watch = quarantined(pairs, strict), watch or Stopwatch()
     kept, rows = _embed_images(model, pairs, quarantine, watch)
     if not kept:
@@ -91,14 +95,6 @@ def embed(
         text = embed_texts(model, texts)
     truth = truths.of_texts(owner, texts)
     return Embedded(rows, text, truth, [example.image_id for example in kept], quarantine)
-
-
-def _check_embeds(model: base.Teacher) -> None:
-    kind = base.kind_of(model)
-    if kind == "vectors":
-        raise ModelError(f"{model.source} holds vectors and cannot embed new images; use a model")
-    if kind != "encoder":
-        raise ModelError(f"{model.name}: a fusion model, which reads pairs and has no embeddings")
 
 
 def _embed_images(

@@ -271,7 +271,12 @@ def load_config(preset_or_toml: str | Path) -> StudentConfig | FusionConfig:
         return PRESETS[name]
     if path.suffix != ".toml":
         raise unknown("student preset (or .toml file)", name, PRESETS)
-    value = _read_toml(path)
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give a preset's name or a TOML file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable TOML ({error})") from None
     if "fusion" in value:
         return parse_fusion(value, str(path))
     return parse(_with_sources(value, path.parent), str(path))
@@ -295,15 +300,6 @@ def parse_fusion(value: dict[str, Any], where: str) -> FusionConfig:
         reason = first["msg"].removeprefix("Value error, ")
         known = ", ".join(FusionConfig.model_fields)
         raise ConfigError(f"{where}: {key}: {reason}; keys of a fusion model: {known}") from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give a preset's name or a TOML file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable TOML ({error})") from None
 
 
 def _with_sources(value: dict[str, Any], folder: Path) -> dict[str, Any]:

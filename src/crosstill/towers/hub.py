@@ -220,8 +220,13 @@ def save(
     size = sum(value.nbytes for value in tensors.values())
     with files.writing(folder, size):
         files.write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path), size)
-        names = [WEIGHTS, *_write_tokenizer(folder, tokenizer)]
-        digests = artefacts.digests(folder, names)
+        # saved beside, then moved file by file: transformers does not write atomically
+        with files.scratch(folder, "tokenizer") as beside, quiet():
+            tokenizer.save_pretrained(beside)
+            written = sorted(beside.iterdir())
+            for path in written:
+                files.write_bytes(folder / path.name, path.read_bytes())
+        digests = artefacts.digests(folder, [WEIGHTS, *(path.name for path in written)])
         sealed = files.sealed({**record, "format": _FORMAT, "files": digests})
         files.write_json(folder / name, sealed)
 
@@ -252,13 +257,3 @@ def fitting(folder: Path, noun: str) -> AbstractContextManager[None]:
     """Turn what torch raises over weights of another model into one line that names the file."""
     complaint = f"not the weights of this {noun}"
     return artefacts.foreign(folder / WEIGHTS, complaint, "restore the folder from a copy")
-
-
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Save beside, then move file by file: transformers does not write atomically."""
-    with files.scratch(folder, "tokenizer") as beside, quiet():
-        tokenizer.save_pretrained(beside)
-        written = sorted(beside.iterdir())
-        for path in written:
-            files.write_bytes(folder / path.name, path.read_bytes())
-    return [path.name for path in written]

@@ -172,16 +172,12 @@ def assemble(config: Any, pooling: str) -> Any:
     pooler = getattr(tower, "pooler", None)
     if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         tower.pooler = None
-    _leave_out(tower, pooling)
-    return tower.to(memory_format=torch.channels_last)
-
-
-def _leave_out(tower: Any, pooling: str) -> None:
-    """Freeze the parameters that no row depends on: several processes would wait for them."""
+    # parameters that no row depends on are frozen: several processes would wait for them
     norm = _OF_POOLER.get(tower.config.model_type, "\0") if pooling != "pooler" else "\0"
     for name, value in tower.named_parameters():
         if name.endswith("mask_token") or name.startswith(norm):
             value.requires_grad_(False)
+    return tower.to(memory_format=torch.channels_last)
 
 
 def describe(config: Any) -> dict[str, Any]:
