@@ -25,7 +25,6 @@ from pydantic import Field
 from crosstill import artefacts, files, pixels
 from crosstill.errors import ConfigError, CorruptError, MismatchError, ModelError
 from crosstill.formats import by_length, encodable
-from crosstill.pixels import Preprocess
 
 RECORD = "bundle.json"
 IMAGE, TEXT, TOKENIZER = "image.onnx", "text.onnx", "tokenizer.json"
@@ -87,7 +86,7 @@ class Bundle:
     name: str
     dim: int
     precision: str
-    preprocess: Preprocess
+    preprocess: pixels.Preprocess
     max_length: int
     padding: int
     identity: dict[str, str]
@@ -121,7 +120,7 @@ class Bundle:
         artefacts.check_files(folder, record.files)
         artefacts.member(folder, CARD)
         try:
-            preprocess = Preprocess.from_json(record.preprocess)
+            preprocess = pixels.Preprocess.from_json(record.preprocess)
         except ConfigError as error:
             raise CorruptError(f"{folder / RECORD}: {error}") from None
         return cls(

@@ -38,7 +38,6 @@ import numpy as np
 
 from crosstill import rasters
 from crosstill.errors import ImageError, RunError
-from crosstill.rasters import OVERSIZE, OVERTIME
 
 BUDGET = 4 << 30  # bytes that decoding may take on a machine with plenty
 ORDINARY = 64 << 20  # bytes that are set aside for a photo before its header is read
@@ -146,7 +145,9 @@ class Budget:
         """Wait until so many bytes are free, and take them while the block runs."""
         if size > self.total:
             asked, total = size >> 20, self.total >> 20
-            raise ImageError(path, f"{OVERSIZE} ({asked} MB to decode it, {total} MB allowed)")
+            raise ImageError(
+                path, f"{rasters.OVERSIZE} ({asked} MB to decode it, {total} MB allowed)"
+            )
         with self._changed:
             self._changed.wait_for(lambda: self._taken + size <= self.total)
             self._taken += size
@@ -298,7 +299,7 @@ class _Worker:
         try:
             yield
         except TimeoutError:
-            raise ImageError(path, OVERTIME) from None
+            raise ImageError(path, rasters.OVERTIME) from None
         except (ConnectionError, EOFError):
             raise ImageError(path, self._cause()) from None
         except OSError:  # of this process, such as a limit on its files, and not of the photo
@@ -312,13 +313,13 @@ class _Worker:
             code = self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:  # it lives and does not talk
             self.kill()
-            return OVERTIME
+            return rasters.OVERTIME
         if self._stopped:
             return "not decoded, since the work was stopped"
         if code == -signal.SIGPROF:
-            return OVERTIME
+            return rasters.OVERTIME
         if code == -signal.SIGKILL or code > 0:
-            return OVERSIZE
+            return rasters.OVERSIZE
         return f"corrupt: the decoder crashed ({signal.Signals(-code).name})"
 
 

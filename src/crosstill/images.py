@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from crosstill import pixels
 from crosstill.errors import ImageError
@@ -167,5 +166,5 @@ def _resize(upright: Tensor, size: tuple[int, int], interpolation: str) -> Tenso
     # The axis of one goes in front first: only then does torch see the layout in the strides.
     planes = upright[None].permute(0, 3, 1, 2)
     if tuple(upright.shape[:2]) != size:
-        planes = functional.interpolate(planes, size=size, mode=interpolation, antialias=True)
+        planes = nn.functional.interpolate(planes, size=size, mode=interpolation, antialias=True)
     return planes[0, :3]

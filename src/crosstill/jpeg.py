@@ -21,9 +21,8 @@ from PIL import Image
 
 from crosstill import decoding, rasters
 from crosstill.errors import ImageError
-from crosstill.rasters import MAX_PIXELS, OVERSIZE, OVERTIME
 
-MAX_SCANNED = 20 * MAX_PIXELS  # a progressive JPEG draws over all its pixels at every scan
+MAX_SCANNED = 20 * rasters.MAX_PIXELS  # a progressive JPEG draws over all its pixels at every scan
 MAX_SEGMENTS = 65_536  # before the pixels and between scans; cameras write a few hundred at most
 
 _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
@@ -131,7 +130,7 @@ def _pixels(data: bytes, frame: _Frame, path: str) -> np.ndarray | None:
             return np.asarray(simplejpeg.decode_jpeg(data, "RGBX"))
         return _without_ink(np.asarray(simplejpeg.decode_jpeg(data, "CMYK")))
     except MemoryError:
-        raise ImageError(path, OVERSIZE) from None
+        raise ImageError(path, rasters.OVERSIZE) from None
     except ValueError as error:  # libjpeg's first complaint, warnings among them
         text = " ".join(str(error).split())
         if "remature end" in text:
@@ -159,7 +158,7 @@ def _digest(data: bytes, path: str) -> bytes | None:
         with decoding.decode(data, path) as upright:
             return hashlib.sha256(upright.data).digest()
     except ImageError as error:
-        if error.reason.startswith((OVERTIME, OVERSIZE)):  # once is enough
+        if error.reason.startswith((rasters.OVERTIME, rasters.OVERSIZE)):  # once is enough
             raise
         return None
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from crosstill import artefacts, images, progress
 from crosstill.cache import cache_builder, format
-from crosstill.cache.cache_builder import CacheBuilder, ImageSource, ReadOptions
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ImageError, ModelError, unknown
 from crosstill.teachers.base import Teacher, embed_by_length, kind_of
@@ -23,7 +22,7 @@ _SCALES = ("logit_scale", "logit_bias")  # of a dual encoder's own training, whe
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions(ReadOptions):
+class BuildOptions(cache_builder.ReadOptions):
     """What decides the stored features besides the teacher and the data."""
 
     dtype: str = "fp16"
@@ -90,7 +89,7 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
     return _FeatureBuilder(rows, pairs, folder, options).make()
 
 
-class _FeatureBuilder(CacheBuilder[format.Cache]):
+class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
     """Build a feature cache."""
 
     opens = format.Cache
@@ -119,7 +118,7 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
             key["augment"] = sorted(set(options.augment))
         super().__init__(pairs, folder, description, key, options)
 
-    def _source(self) -> ImageSource:
+    def _source(self) -> cache_builder.ImageSource:
         return self.rows
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
@@ -160,7 +159,7 @@ class _FeatureBuilder(CacheBuilder[format.Cache]):
         return rows.numpy().astype(DTYPES[self.options.dtype])
 
 
-class _Rows(ImageSource):
+class _Rows(cache_builder.ImageSource):
     """Rows of images and captions of a feature cache, and whose they are; here nobody's: none."""
 
     modalities: frozenset[str] = frozenset()

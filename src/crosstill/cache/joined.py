@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
+from torch import nn
 
 from crosstill import files, progress
 from crosstill.cache import cache_builder, format
@@ -129,7 +129,7 @@ class _JoinBuilder(cache_builder.CacheBuilder[format.Cache]):
                 if kind == "image"
                 else cache.text_features(block)
             )
-            sides.append(normalize(rows, dim=1) * (weight / sum(self.weights)) ** 0.5)
+            sides.append(nn.functional.normalize(rows, dim=1) * (weight / sum(self.weights)) ** 0.5)
         return torch.cat(sides, dim=1).numpy().astype(DTYPES[self.key["dtype"]])
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:

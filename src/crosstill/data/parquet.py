@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crosstill.data import collection
-from crosstill.data.collection import Listing
 from crosstill.data.fileset import FileSet
 from crosstill.data.listings import CAPTION, FILE, captions_of, first, label_of, split_of
 from crosstill.data.pairs import SPLIT_NAMES
@@ -37,7 +36,9 @@ BUFFER = 2**20  # bytes read at a time
 _GAP = 2**21  # bytes that may lie between two images of a column: a page's header, other columns
 
 
-def read(fileset: FileSet, images: Path | None, splits: Mapping[str, str] | None = None) -> Listing:
+def read(
+    fileset: FileSet, images: Path | None, splits: Mapping[str, str] | None = None
+) -> collection.Listing:
     """List the rows of Parquet or Arrow files, in one pass over their bytes.
 
     Args:
@@ -60,7 +61,7 @@ def read(fileset: FileSet, images: Path | None, splits: Mapping[str, str] | None
     return rows.listing()
 
 
-def read_hub(source: str, images: Path | None) -> Listing:
+def read_hub(source: str, images: Path | None) -> collection.Listing:
     """List the dataset "hf:OWNER/NAME" or "hf:OWNER/NAME:CONFIG" of the Hugging Face hub.
 
     Its own library (the extra `hub`) downloads a dataset once and keeps it as Arrow files in its
@@ -116,7 +117,7 @@ class _PackedRows:
         self._slow = 0
         self._notes: Counter[str] = Counter()
 
-    def listing(self) -> Listing:
+    def listing(self) -> collection.Listing:
         fileset, megabytes = self._fileset, self._slow >> 20
         source, entries = self._sourced()
         notes = [f"{text}: {count}" for text, count in self._notes.items()]
@@ -126,7 +127,7 @@ class _PackedRows:
                 "write the image column without compression"
             )
         bad = tuple(self._bad)
-        return Listing(fileset.name, fileset.origin, source, entries, tuple(notes), bad)
+        return collection.Listing(fileset.name, fileset.origin, source, entries, tuple(notes), bad)
 
     def _sourced(self) -> tuple[collection.Source, list[collection.Entry]]:
         """Return the source of the images: these files, or, where they hold none, a folder."""

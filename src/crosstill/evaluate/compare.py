@@ -20,7 +20,6 @@ from crosstill.data import Pairs
 from crosstill.errors import ConfigError, CrosstillError, InputError
 from crosstill.evaluate import evaluation, extended
 from crosstill.evaluate.embedding import BATCH, Stopwatch, captions, embed, readable, sound
-from crosstill.evaluate.evaluation import Cost, Evaluation, Row, judge, remarks, table
 from crosstill.evaluate.recall import WHOLE, by_protocol, check_protocol
 from crosstill.evaluate.truth import of_texts
 from crosstill.formats import by_length
@@ -31,7 +30,7 @@ from crosstill.teachers.base import Model, Teacher, truncation_note
 MODEL, TEACHER, UNTRAINED, BESIDE = "model", "teacher", "untrained", "beside"
 WARM_UP = 16  # images and captions that are embedded before the clock starts
 
-Work = Generator[None, None, Cost]  # stops after every timed piece
+Work = Generator[None, None, evaluation.Cost]  # stops after every timed piece
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Measure(Protocol):
         pairs: Pairs,
         options: Options,
         placed: Sequence[extended.Placed],
-    ) -> Row:
+    ) -> evaluation.Row:
         """Measure a model's recall on images that were found `readable`."""
         ...
 
@@ -115,9 +114,9 @@ class EmbeddingMeasure:
         pairs: Pairs,
         options: Options,
         placed: Sequence[extended.Placed],
-    ) -> Row:
+    ) -> evaluation.Row:
         """As `Measure.row`."""
-        return judge(model, embed(model, pairs), options.protocol, placed).renamed(name)
+        return evaluation.judge(model, embed(model, pairs), options.protocol, placed).renamed(name)
 
     def time(self, model: Teacher, pairs: Pairs, sample: int) -> Work:
         """As `Measure.time`, after a small pass that is not counted; there is no sample."""
@@ -140,7 +139,7 @@ class EmbeddingMeasure:
         for image in torch.cat(rows).split(BATCH):  # so that a large set's scores need not be held
             with watch.running():
                 image @ words.T
-        return Cost(len(pairs) + len(texts), watch.seconds)
+        return evaluation.Cost(len(pairs) + len(texts), watch.seconds)
 
 
 # by a model's kind; models that read pairs are an annex, so what measures them is found by name
@@ -157,7 +156,9 @@ def measure_of(model: Model) -> Measure:
     return measure
 
 
-def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[str, Cost]:
+def whole_set(
+    models: Mapping[str, Any], pairs: Pairs, sample: int = 0
+) -> dict[str, evaluation.Cost]:
     """Time every model on all images and captions, piece by piece in turn.
 
     Args:
@@ -167,7 +168,7 @@ def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[
     """
     pairs = readable(pairs, [model.preprocess for model in models.values()])
     works = {name: measure_of(model).time(model, pairs, sample) for name, model in models.items()}
-    costs: dict[str, Cost] = {}
+    costs: dict[str, evaluation.Cost] = {}
     with evaluation.one_thread():
         while len(costs) < len(works):
             for name, work in works.items():
@@ -183,11 +184,11 @@ def whole_set(models: Mapping[str, Any], pairs: Pairs, sample: int = 0) -> dict[
 class Comparison:
     """Rows by their role: the model, perhaps its teacher and itself untrained, and others."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, evaluation.Row] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def model(self) -> Row:
+    def model(self) -> evaluation.Row:
         """Return the row of the model itself."""
         return self.rows[MODEL]
 
@@ -201,9 +202,9 @@ class Comparison:
         """Format the rows: teacher, model, untrained student, then the others."""
         order = [TEACHER, MODEL, UNTRAINED, *(role for role in self.rows if BESIDE in role)]
         rows = [self.rows[role] for role in order if role in self.rows]
-        truths = {row.name: row.extended for row in rows if isinstance(row, Evaluation)}
+        truths = {row.name: row.extended for row in rows if isinstance(row, evaluation.Evaluation)}
         further = f"\n\n{extended.table(truths)}" if any(truths.values()) else ""
-        return table(rows) + further
+        return evaluation.table(rows) + further
 
 
 def measure(source: str, pairs: Pairs, options: Options = Options()) -> Result:
@@ -282,7 +283,9 @@ def run(source: str, pairs: Pairs, options: Options = Options()) -> Comparison:
         kept = tuple(example for example in pairs.examples if example.image_id in ids)
         pairs = replace(pairs, examples=kept, quarantine=rows.quarantine)
         placed = place_truths(pairs.examples)
-        comparison.rows[MODEL] = judge(model, rows, options.protocol, placed).renamed(names[MODEL])
+        comparison.rows[MODEL] = evaluation.judge(model, rows, options.protocol, placed).renamed(
+            names[MODEL]
+        )
     else:
         pairs = readable(pairs, [model.preprocess for model in models.values()], options.strict)
         placed = place_truths(pairs.examples)
@@ -323,11 +326,11 @@ def _check(pairwise: bool, options: Options) -> None:
 def _remark(comparison: Comparison, pairs: Pairs, placed: Sequence[extended.Placed]) -> None:
     """Add what a person should know of the rows."""
     row = comparison.model
-    shared = row.recall.shared if isinstance(row, Evaluation) else 0
-    comparison.notes += remarks(pairs.quarantine, len(pairs), shared)
+    shared = row.recall.shared if isinstance(row, evaluation.Evaluation) else 0
+    comparison.notes += evaluation.remarks(pairs.quarantine, len(pairs), shared)
     comparison.notes += [note for truth in placed for note in truth.notes]
     for role, row in comparison.rows.items():
-        if isinstance(row, Evaluation) and row.recall.warning:
+        if isinstance(row, evaluation.Evaluation) and row.recall.warning:
             name = "" if role == MODEL else f"{row.name}: "
             comparison.notes.append(f"{name}{row.recall.warning}")
 
@@ -350,7 +353,7 @@ def _add_run(
         )
     else:
         untrained = students.load(folder / "student")
-        before = judge(untrained, embed(untrained, pairs), protocol, placed)
+        before = evaluation.judge(untrained, embed(untrained, pairs), protocol, placed)
         comparison.rows[UNTRAINED] = before.renamed("student, untrained")
     if teacher.get("kind") == "fusion":
         comparison.notes.append(
@@ -366,7 +369,7 @@ def _add_run(
 
 def _teacher(
     record: dict[str, Any], pairs: Pairs, protocol: str, placed: Sequence[extended.Placed]
-) -> Evaluation:
+) -> evaluation.Evaluation:
     """Measure the teacher on the same images, from the cache that the run learnt from."""
     cache = Cache(record["cache"]["folder"])
     split = next((s for s in map(cache.split, set(cache.splits)) if _same(cache, s, pairs)), None)
@@ -383,7 +386,7 @@ def _teacher(
     if placed and texts != captions(pairs.examples)[0]:
         raise InputError(f"{cache.folder} lists the captions in another order")
     name = Path(str(cache.teacher["name"])).name
-    return Evaluation(
+    return evaluation.Evaluation(
         f"teacher ({name})",
         by_protocol(protocol, image, text, of_texts(owner[order], texts)),
         cache.teacher["parameters"],

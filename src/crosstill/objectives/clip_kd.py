@@ -9,7 +9,6 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from crosstill.errors import ConfigError, unknown
 from crosstill.objectives.base import Objective
@@ -100,7 +99,7 @@ class Fusion(nn.Module):
     ) -> Tensor:
         sides = zip(student, teacher, self.weight, self.bias, strict=True)
         image, text = (
-            functional.normalize(similarity(torch.cat([s, t], dim=1), w) + b, dim=1)
+            nn.functional.normalize(similarity(torch.cat([s, t], dim=1), w) + b, dim=1)
             for s, t, w, b in sides
         )
         return contrast(Features(image, text), Features(image, text), ids, temperature)
@@ -114,7 +113,7 @@ def task(student: Features, teacher: Features, ids: Tensor, temperature: float) 
 def fd(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:
     """Compute feature distillation: mean squared difference over B and D, images plus captions."""
     pairs = zip(student, teacher, strict=True)
-    return torch.stack([functional.mse_loss(s, t) for s, t in pairs]).sum()
+    return torch.stack([nn.functional.mse_loss(s, t) for s, t in pairs]).sum()
 
 
 def icl(student: Features, teacher: Features, ids: Tensor, temperature: float) -> Tensor:

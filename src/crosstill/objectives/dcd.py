@@ -30,8 +30,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import ListInput, Objective
@@ -160,7 +159,7 @@ def binary_cross_entropy(student: Tensor, valid: Tensor | None = None) -> Tensor
     """Compute BCE, the mean over each query's candidates against [1, 0, ..., 0]: (B, N) to (B,)."""
     sign = torch.ones_like(student)
     sign[:, 0] = -1  # BCE is softplus(-s) for the true partner and softplus(s) for the others
-    return _row_mean(functional.softplus, student * sign, valid)
+    return _row_mean(nn.functional.softplus, student * sign, valid)
 
 
 def variant_loss(

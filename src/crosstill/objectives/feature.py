@@ -6,8 +6,7 @@ DSMD, arXiv 2404.10838, eq. 8. The student copies the teacher's embeddings numbe
 """
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from crosstill.objectives.base import OneSided
 from crosstill.types import Features
@@ -22,4 +21,4 @@ class FeatureDistillation(OneSided):
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         pairs = self.pairs(student, teacher)
-        return torch.stack([functional.l1_loss(s, t) for s, t in pairs]).sum()
+        return torch.stack([nn.functional.l1_loss(s, t) for s, t in pairs]).sum()

@@ -5,8 +5,7 @@ two stages of a network is the Gram matrix of their features; the student copies
 """
 
 import torch
-from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch import Tensor, nn
 
 from crosstill.errors import MismatchError
 from crosstill.objectives.base import Objective
@@ -62,4 +61,4 @@ def flow(student: Tensor, teacher: Tensor) -> Tensor:
             f"the student's Gram matrix is {tuple(student.shape)} and the teacher's is "
             f"{tuple(teacher.shape)}; choose layers with the same numbers of channels"
         )
-    return mse_loss(student, teacher.detach().to(student))
+    return nn.functional.mse_loss(student, teacher.detach().to(student))

@@ -4,8 +4,7 @@ CLIP-KD, arXiv 2307.12732, section 3: the student sees a photo with patches blan
 give the embedding that the teacher has of the whole one.
 """
 
-from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch import Tensor, nn
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Input, Objective
@@ -33,4 +32,4 @@ class MaskedFeature(Objective):
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         image = widened(student.image)
-        return mse_loss(image, teacher.image.detach().to(image))
+        return nn.functional.mse_loss(image, teacher.image.detach().to(image))

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.functional import normalize
 
 from crosstill.errors import ConfigError
 from crosstill.plugins import positive
@@ -158,7 +156,7 @@ def list_cross_entropy(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     negative[:, 0] = False
     # not -inf: a row without negatives would meet -inf - (-inf) on the way back
     gaps = (scores - scores[:, :1]).masked_fill(~negative, torch.finfo(scores.dtype).min)
-    return functional.softplus(gaps.logsumexp(1))
+    return nn.functional.softplus(gaps.logsumexp(1))
 
 
 def _descending(first: Tensor, second: Tensor) -> Tensor:
@@ -188,7 +186,7 @@ class Queue(nn.Module):
         positive(queue_size=length, dim=dim)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(2, length, dim, generator=generator)
-        self.register_buffer("entries", normalize(noise, dim=-1))
+        self.register_buffer("entries", nn.functional.normalize(noise, dim=-1))
         self.register_buffer("ids", torch.full((length,), NOBODY))
         self.register_buffer("pointer", torch.tensor(0))
 
@@ -225,7 +223,7 @@ class Bank(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         owners = keys.unique()
         noise = torch.randn(2, len(owners), dim, generator=generator)
-        self.register_buffer("entries", normalize(noise, dim=-1))
+        self.register_buffer("entries", nn.functional.normalize(noise, dim=-1))
         self.register_buffer("keys", owners)
 
     def __len__(self) -> int:
@@ -263,7 +261,7 @@ class Bank(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             new = torch.stack([shares @ side.to(self.entries) for side in features])
         mixed = momentum * self.entries[:, moved] + (1 - momentum) * new
-        self.entries[:, moved] = normalize(mixed, dim=-1)
+        self.entries[:, moved] = nn.functional.normalize(mixed, dim=-1)
 
 
 def draw(seed: int, step: int, count: int, length: int) -> Tensor:

@@ -5,8 +5,7 @@ cloud, its distances up to one scale and its angles, not the place of any point.
 """
 
 import torch
-from torch import Tensor
-from torch.nn.functional import smooth_l1_loss
+from torch import Tensor, nn
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
@@ -50,7 +49,7 @@ class RKD(Objective):
 
 
 def _huber(student: Tensor, teacher: Tensor) -> Tensor:
-    return smooth_l1_loss(student, teacher.to(student))
+    return nn.functional.smooth_l1_loss(student, teacher.to(student))
 
 
 def vectors(points: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ DSMD, arXiv 2404.10838, eq. 9. The student's embeddings point where the teacher'
 """
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from crosstill.objectives.base import OneSided
 from crosstill.types import Features
@@ -22,5 +21,5 @@ class SimilarityDistillation(OneSided):
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         pairs = self.pairs(student, teacher)
-        cosines = torch.stack([functional.cosine_similarity(s, t).mean() for s, t in pairs])
+        cosines = torch.stack([nn.functional.cosine_similarity(s, t).mean() for s, t in pairs])
         return (1 - (cosines + 1) / 2).sum()

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from crosstill.objectives.base import Objective
 from crosstill.types import Features
@@ -73,7 +72,7 @@ def cut(features: Features, axes: Tensor, unit: bool = True) -> Features:
         unit: whether to scale rows to length 1; else they keep their length.
     """
     sides = (side @ axes.to(side) if side.numel() else side for side in features)
-    return Features(*(normalize(side, dim=-1) if unit else side for side in sides))
+    return Features(*(nn.functional.normalize(side, dim=-1) if unit else side for side in sides))
 
 
 def principal_axes(rows: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerFast
 
@@ -17,10 +16,8 @@ from crosstill.errors import ConfigError
 from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
 from crosstill.students import student_config
-from crosstill.students.student_config import StudentConfig
 from crosstill.teachers import base
 from crosstill.towers import hub, tower_parts
-from crosstill.towers.tower_parts import ImagePart, TextPart
 from crosstill.towers.vocabulary import plain
 from crosstill.types import Features
 
@@ -58,7 +55,12 @@ class Student(nn.Module):
     modalities = frozenset({"image", "text"})
     axes: Tensor
 
-    def __init__(self, config: StudentConfig, image: ImagePart, text: TextPart) -> None:
+    def __init__(
+        self,
+        config: student_config.StudentConfig,
+        image: tower_parts.ImagePart,
+        text: tower_parts.TextPart,
+    ) -> None:
         super().__init__()
         if config.dim is None:
             raise ValueError("a student is built with a dim")
@@ -150,11 +152,11 @@ class Student(nn.Module):
 
     def embed_image(self, pooled: Tensor) -> Tensor:
         """Project pooled (B, W) → unit rows (B, D)."""
-        return functional.normalize(self.image_head(pooled), dim=-1)
+        return nn.functional.normalize(self.image_head(pooled), dim=-1)
 
     def embed_text(self, pooled: Tensor) -> Tensor:
         """Project pooled (B, W) → unit rows (B, D)."""
-        return functional.normalize(self.text_head(pooled), dim=-1)
+        return nn.functional.normalize(self.text_head(pooled), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed pixels (B, 3, H, W) → unit rows (B, D)."""
@@ -259,8 +261,8 @@ class Student(nn.Module):
         with torch.random.fork_rng():
             return cls(
                 config,
-                ImagePart(image, preprocess, licences["image"]),
-                TextPart(text, plain(tokenizer), licences["text"]),
+                tower_parts.ImagePart(image, preprocess, licences["image"]),
+                tower_parts.TextPart(text, plain(tokenizer), licences["text"]),
             )
 
     def parameters_by_part(self) -> dict[str, int]:
@@ -277,7 +279,7 @@ class Student(nn.Module):
         """Count its parameters."""
         return _count(self)
 
-    def _inlined(self) -> StudentConfig:
+    def _inlined(self) -> student_config.StudentConfig:
         """Return the configuration with the towers' own in place of their sources."""
         image, text = self.config.image, self.config.text
         described = [tower_parts.describe(t.config) for t in (self.image_tower, self.text_tower)]

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from crosstill import progress
 from crosstill.errors import ModelError
@@ -186,7 +185,7 @@ def unit(rows: Tensor, owner: str) -> Tensor:
         raise ModelError(
             f"{owner}: {bad} of {len(rows)} embeddings are NaN, infinite or zero; check its weights"
         )
-    return functional.normalize(rows, dim=-1)
+    return nn.functional.normalize(rows, dim=-1)
 
 
 def embed_pixels(

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from crosstill import artefacts, files
 from crosstill.data.pairs import read_licence
@@ -107,7 +106,7 @@ class Attention(nn.Module):
             part[way](tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out_proj[way](self.inner_attn_ln[way](mixed.transpose(1, 2).flatten(2)))
 
 
@@ -121,7 +120,7 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform each token: (B, L, W) → (B, L, W)."""
-        return self.fc2(self.ffn_layernorm(functional.gelu(self.fc1(tokens))))
+        return self.fc2(self.ffn_layernorm(nn.functional.gelu(self.fc1(tokens))))
 
 
 class Layer(nn.Module):

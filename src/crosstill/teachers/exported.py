@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from crosstill import bundle as bundles
-from crosstill.bundle import Encoder
 from crosstill.teachers.base import Kind, unit
 
 
@@ -41,7 +40,7 @@ class BundleModel:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.bundle = bundles.Bundle.open(folder)
-        self.encoder = Encoder(self.bundle)
+        self.encoder = bundles.Encoder(self.bundle)
         self.name, self.source = name, str(folder.absolute())
         self.dim, self.preprocess = self.bundle.dim, self.bundle.preprocess
         self.licence: str | None = self.bundle.record["licence"]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from crosstill.errors import ConfigError, ModelError
@@ -301,7 +300,7 @@ def resized_positions(table: Tensor, grid: int) -> Tensor:
     """
     side = math.isqrt(len(table) - 1)
     picture = table[1:].T.reshape(1, -1, side, side)
-    picture = functional.interpolate(picture, (grid, grid), mode="bicubic", align_corners=False)
+    picture = nn.functional.interpolate(picture, (grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([table[:1], picture[0].flatten(1).T])
 
 
