@@ -8,8 +8,6 @@ README.md        the model card, which may be edited
 calibration.npz  rows of validation captions and ids of their images, if there were any
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import os
@@ -17,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field
@@ -104,7 +102,7 @@ class Bundle:
         return [RECORD, *sorted(self.record["files"].keys() - {CARD}), *card]
 
     @classmethod
-    def open(cls, folder: Path) -> Bundle:
+    def open(cls, folder: Path) -> Self:
         """Open a bundle; every file is checked against its SHA-256.
 
         Raises:

@@ -3,14 +3,12 @@
 The cost is parameters, the time of one image and of one caption, and that of a whole set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -94,7 +92,7 @@ class Evaluation:
     cost: Cost | None = None
     extended: tuple[Judged, ...] = ()  # against more than a caption's own image
 
-    def renamed(self, name: str) -> Evaluation:
+    def renamed(self, name: str) -> Self:
         """Return the same row under another name."""
         return replace(self, name=name)
 

@@ -1,10 +1,8 @@
 """The student: an image tower and a text tower with a linear head each into one joint space."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +104,7 @@ class Student(nn.Module):
     def device(self) -> torch.device:
         return self.image_head.weight.device
 
-    def train(self, mode: bool = True) -> Student:
+    def train(self, mode: bool = True) -> Self:
         """As in torch, but frozen batch norms keep the statistics that they came with."""
         super().train(mode)
         if self.config.freezes_batch_norm:
@@ -230,7 +228,7 @@ class Student(nn.Module):
         hub.save(folder, RECORD, record, self.state_dict(), self.tokenizer)
 
     @classmethod
-    def load(cls, folder: Path) -> Student:
+    def load(cls, folder: Path) -> Self:
         """Read what `save` wrote, bit for bit, in eval mode; the towers' sources are not needed.
 
         Raises:
@@ -248,7 +246,7 @@ class Student(nn.Module):
     @classmethod
     def _assembled(
         cls, folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerFast
-    ) -> Student:
+    ) -> Self:
         """Build a student from its record, with random weights."""
         config = student_config.parse(record["config"], str(folder / RECORD))
         preprocess, licences = Preprocess.from_json(record["preprocess"]), record["licences"]

@@ -14,11 +14,9 @@ The presets:
     half          a score cache's fusion teacher with half of its fusion layers: DCD's student
 """
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -47,7 +45,7 @@ class TowerConfig(_Frozen):
     layers: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _has_one_origin(self) -> TowerConfig:
+    def _has_one_origin(self) -> Self:
         if (self.source is None) == (self.config is None):
             raise ValueError("give either source or config, and not both")
         if self.config is not None and "model_type" not in self.config:
@@ -102,7 +100,7 @@ class StudentConfig(_Frozen):
     name: str = "student"
 
     @model_validator(mode="after")
-    def _widths_ascend(self) -> StudentConfig:
+    def _widths_ascend(self) -> Self:
         if list(self.widths) != sorted({width for width in self.widths if width > 0}):
             raise ValueError("widths ascend from at least 1, such as [32, 64, 128]")
         if self.dim is not None and self.widths and self.widths[-1] > self.dim:
@@ -146,7 +144,7 @@ class FusionConfig(_Frozen):
     name: str = "fusion"
 
     @model_validator(mode="after")
-    def _has_towers(self) -> FusionConfig:
+    def _has_towers(self) -> Self:
         if (self.fusion == "meter") != (self.towers is not None):
             raise ValueError("fusion = 'meter' needs towers, and nothing else takes them")
         return self

@@ -1,7 +1,5 @@
 """Exported bundles as frozen models: evaluated, timed and cached from like any other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -16,11 +14,6 @@ from crosstill.teachers.base import Kind, unit
 def holds(folder: Path) -> bool:
     """Tell whether a folder holds a bundle."""
     return (folder / bundles.RECORD).is_file()
-
-
-def load(folder: Path, name: str, device: torch.device | None = None) -> BundleModel:
-    """Open a bundle as a frozen model; it runs on the CPU, whatever the device."""
-    return BundleModel(folder, name)
 
 
 class BundleModel:
@@ -64,3 +57,8 @@ class BundleModel:
     def count_truncated(self, texts: Sequence[str]) -> int:
         """As `Teacher.count_truncated`."""
         return self.encoder.count_truncated(texts)
+
+
+def load(folder: Path, name: str, device: torch.device | None = None) -> BundleModel:
+    """Open a bundle as a frozen model; it runs on the CPU, whatever the device."""
+    return BundleModel(folder, name)

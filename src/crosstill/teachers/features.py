@@ -7,8 +7,6 @@
 or one .safetensors with the keys "image" and "text" in place of the two .npy files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,11 +31,6 @@ def holds(folder: Path) -> bool:
     """Tell whether a folder holds precomputed vectors rather than a model."""
     vectors = (folder / _NAMES["image"]).is_file() or any(_files(folder, ".npy"))
     return vectors and not (folder / "config.json").exists()
-
-
-def load(folder: Path, name: str, device: torch.device | None = None) -> FeaturesTeacher:
-    """Open a folder of vectors; nothing is computed, so the device does not matter."""
-    return FeaturesTeacher(folder, name)
 
 
 class FeaturesTeacher:
@@ -139,6 +132,11 @@ class FeaturesTeacher:
     def _take(self, kind: str, chosen: list[int | None]) -> Tensor:
         rows = self._rows[kind][[row for row in chosen if row is not None]]
         return unit(torch.from_numpy(rows.astype(np.float32)), str(self.folder))
+
+
+def load(folder: Path, name: str, device: torch.device | None = None) -> FeaturesTeacher:
+    """Open a folder of vectors; nothing is computed, so the device does not matter."""
+    return FeaturesTeacher(folder, name)
 
 
 def _base(path: str) -> str:

@@ -4,8 +4,6 @@ https://github.com/mlfoundations/open_clip. The library is the extra `open-clip`
 lie on the hub as CLIP of transformers too need it not: `dual` opens those.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from importlib import import_module
@@ -45,11 +43,6 @@ def holds(source: str | Path) -> bool:
     folder = Path(source)
     own = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
     return own or str(source).startswith(PREFIX)
-
-
-def load(folder: Path, name: str | None, device: torch.device | None = None) -> OpenClip:
-    """Load a folder in OpenCLIP's form."""
-    return OpenClip(folder, name, device)
 
 
 class OpenClip(TwoTowers):
@@ -131,6 +124,11 @@ class OpenClip(TwoTowers):
         ids = self.tokenizer([encodable(text) for text in texts])
         rows: Tensor = self.model.encode_text(ids.to(self.device))
         return rows
+
+
+def load(folder: Path, name: str | None, device: torch.device | None = None) -> OpenClip:
+    """Load a folder in OpenCLIP's form."""
+    return OpenClip(folder, name, device)
 
 
 def _library() -> Any:
