@@ -42,7 +42,7 @@ _MORE = bytes(range(254, 37, -3))
 
 @dataclass
 class _Frame:
-    """What a JPEG's header says.
+    """The header of a JPEG.
 
     Attributes:
         coding: the marker of the frame, 0xC0 to 0xCF.

@@ -1,4 +1,4 @@
-"""How a model wants its images, and the one path of photos to such pixels, in numpy.
+"""A model's preprocessing of images, and the one path from photos to such pixels, in numpy.
 
 Training, caching, evaluation, indexing and serving all decode here, so that a teacher, its
 student and the search box see the same pixels. JPEG is decoded in this process (`jpeg`),

@@ -1,4 +1,4 @@
-"""What Pillow decodes: from a file's bytes to upright RGB, strip by strip.
+"""Pillow's formats: from a file's bytes to upright RGB, strip by strip.
 
 `decoding` runs this in worker processes of its own, where its time and memory have bounds: many of
 Pillow's parsers are Python loops over what a file claims.

@@ -26,7 +26,7 @@ class Features(NamedTuple):
 
 
 class States(NamedTuple):
-    """What a fusion model computes of one side alone, and uses again in every pair.
+    """One side's states in a fusion model, which it computes once and uses in every pair.
 
     Tokens lie along L, whatever a family keeps for each; the real ones come first.
     """

@@ -23,7 +23,7 @@ _SCALES = ("logit_scale", "logit_bias")  # of a dual encoder's own training, whe
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(cache_builder.ReadOptions):
-    """What decides the stored features besides the teacher and the data."""
+    """The settings that decide the stored features, besides the teacher and the data."""
 
     dtype: str = "fp16"
 

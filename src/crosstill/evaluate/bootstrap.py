@@ -1,8 +1,7 @@
-"""Whether one model finds better than another, or chance chose the queries.
+"""Paired bootstrap: is one model better than another, or did chance choose the queries?
 
-Paired bootstrap: both models answer the same queries, so what is resampled is the pair of their
-answers. The unit is the image with all of its captions, since five captions of one photo are no
-five independent queries.
+Both models answer the same queries, so that the pair of their answers is resampled. The unit is the
+image with all of its captions, since five captions of one photo are no five independent queries.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ _BLOCK = 500  # draws at a time
 
 @dataclass(frozen=True)
 class Answers:
-    """How each query of a split fared, averaged over seeds where there are several.
+    """The success of each query of a split, averaged over seeds where there are several.
 
     Attributes:
         image: (I, 3) chance in 0..1 that image i finds one of its captions among 1, 5 and 10.

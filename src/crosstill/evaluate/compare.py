@@ -35,7 +35,7 @@ Work = Generator[None, None, evaluation.Cost]  # stops after every timed piece
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and how.
+    """The options of a measurement.
 
     Attributes:
         protocol: see `recall.by_protocol`; fusion models take those of a whole split.
@@ -63,7 +63,7 @@ class Options:
 
 
 class Result(Protocol):
-    """What was measured, and what a person should know of it."""
+    """The numbers of a measurement, and remarks on them."""
 
     @property
     def notes(self) -> list[str]: ...
@@ -78,7 +78,7 @@ class Result(Protocol):
 
 
 class Measure(Protocol):
-    """How models of one kind are measured on a split.
+    """The measurement of models of one kind on a split.
 
     Attributes:
         pairwise: whether a model scores I x T pairs; else it embeds I + T images and captions.

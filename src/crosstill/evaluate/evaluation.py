@@ -50,7 +50,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole set takes, from decoded pixels and plain text to all I x T scores.
+    """The work of a whole set, from decoded pixels and plain text to all I x T scores.
 
     Attributes:
         passes: I + T of a dual encoder, I x T of a fusion model, whose towers are in `seconds`.

@@ -92,7 +92,7 @@ class Placed:
 
 
 class Ranked(NamedTuple):
-    """How well one direction ranks, 0 to 100."""
+    """The ranking measures of one direction, 0 to 100."""
 
     map_at_r: float
     rprecision: float
@@ -103,7 +103,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model reaches on one ground truth: image finding captions (i2t), and the reverse."""
+    """A model's measures on one ground truth: image finding captions (i2t), and the reverse."""
 
     name: str
     i2t: Ranked

@@ -104,7 +104,7 @@ class Retrieval:
 
 
 class Rivals(NamedTuple):
-    """How each of Q queries stands against its wrong candidates; float64 counts, (Q,) each."""
+    """The place of each of Q queries among its wrong candidates; float64 counts, (Q,) each."""
 
     better: Tensor  # wrong candidates scored above the query's best true partner
     level: Tensor  # wrong candidates scored the same as it

@@ -1,4 +1,4 @@
-"""Which images and captions belong together."""
+"""True pairs: the images and captions that belong together."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Teacher(Protocol):
 
 
 class TwoTowers(ABC):
-    """What frozen dual encoders share, whatever library their towers come from.
+    """Base of frozen dual encoders, whatever library their towers come from.
 
     Attributes:
         name: what to call it in tables.

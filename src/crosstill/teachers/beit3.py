@@ -39,7 +39,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the shapes of a BEiT-3; the defaults are base at 224 pixels.
+    """The sizes of a BEiT-3; the defaults are base at 224 pixels.
 
     Attributes:
         width: W, of a token and of an embedding.

@@ -60,7 +60,7 @@ _HARMLESS: list[Any] = [
 
 @dataclass(frozen=True)
 class Findings:
-    """How the names and shapes of a checkpoint compare with those of a model.
+    """The differences of a checkpoint's names and shapes from those of a model.
 
     Attributes:
         missing: parameters that the checkpoint lacks → the shape asked for.
