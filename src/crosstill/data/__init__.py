@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstill import plugins
-from crosstill.data import karpathy, scenes
+from crosstill.data import listings, scenes
 from crosstill.data.collection import Entry, Folder, Listing, collect
 from crosstill.data.fileset import FileSet, locate, read_photo_folder
 from crosstill.data.pairs import SPLITS, HashedReader, Pairs, read_licence
@@ -42,7 +42,7 @@ __all__ = [
 
 # The reader of every kind of file by its ending, a function of (fileset, images)
 _FORMATS = {
-    ".json": "crosstill.data.karpathy:read",
+    ".json": "crosstill.data.listings:read_json",
     ".csv": "crosstill.data.listings:read_table",
     ".tsv": "crosstill.data.listings:read_table",
     ".jsonl": "crosstill.data.listings:read_jsonl",
@@ -90,7 +90,7 @@ def open(
         return replace(scenes.read(str(source)), licence=licence)
     listing = _list(str(source), Path(images).absolute() if images is not None else None)
     if splits is not None:
-        listing = karpathy.apply_splits(listing, Path(splits))
+        listing = listings.apply_splits(listing, Path(splits))
     if images is not None:
         _check_inside(listing, Path(images).absolute())
     if listing.bad and not listing.entries:

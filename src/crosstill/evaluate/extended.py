@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosstill.data.karpathy import parse
+from crosstill.data.listings import parse_json
 from crosstill.data.pairs import read_text
 from crosstill.errors import ConfigError, DataError
 from crosstill.evaluate.recall import DEPTHS, Rivals, chance
@@ -254,7 +254,7 @@ def _queries(truth: Ids, queries: Mapping[int, int], candidates: Mapping[int, in
 
 
 def _read_ids(path: Path) -> Ids:
-    value = parse(path)
+    value = parse_json(path)
     try:
         ids = {int(key): frozenset(map(int, items)) for key, items in value.items()}
     except (AttributeError, TypeError, ValueError):
@@ -301,7 +301,7 @@ def read_captions(path: Path) -> Captions:
     Raises:
         DataError: it cannot be read, or has neither layout.
     """
-    value = parse(path)
+    value = parse_json(path)
     by_image: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
     try:
         for image, text, number in _numbered_captions(value):
