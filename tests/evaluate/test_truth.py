@@ -13,8 +13,7 @@ from crosstill.cache import build
 from crosstill.evaluate import CachedSplit, embed, recall, retrieval, teacher_recall
 from crosstill.evaluate.recall import by_protocol, chances, folds, from_scores
 from crosstill.evaluate.truth import Truth, of_texts
-from crosstill.fusion.measure import score_matrix
-from crosstill.fusion.reranking import rerank
+from crosstill.fusion.measure import rerank, score_matrix
 from evaluate.judges import SmallJudge
 from support import SmallTeacher, small_student
 

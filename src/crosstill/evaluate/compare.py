@@ -147,7 +147,7 @@ MEASURES = {
     "encoder": "crosstill.evaluate.compare:EmbeddingMeasure",
     "matcher": "crosstill.fusion.measure:PairMeasure",
 }
-RERANK = "crosstill.fusion.reranking:run"
+RERANK = "crosstill.fusion.measure:rerank_models"
 
 
 def measure_of(model: Model) -> Measure:
@@ -217,7 +217,7 @@ def measure(source: str, pairs: Pairs, options: Options = Options()) -> Result:
 
     Raises:
         ConfigError: options that do not go together.
-        InputError: see `run` and `crosstill.fusion.reranking.run`.
+        InputError: see `run` and `crosstill.fusion.measure.rerank_models`.
     """
     if options.finder is None:
         if options.top is not None:

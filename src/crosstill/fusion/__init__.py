@@ -8,8 +8,7 @@
     scores          caches of scores of chosen pairs
     list_task       the Task of a score cache; lists are its batches and its validation, states
                     the towers' outputs
-    measure         scores and seconds of a whole split
-    reranking       a dual encoder finds, a fusion model puts in order
+    measure         scores and seconds of a split, and re-ranking of a dual encoder's finds
 
 The distiller does not import this package. What it needs is found by name: the families in
 `crosstill.teachers.FAMILIES`, the measure in `crosstill.evaluate.compare.MEASURES`, score caches
@@ -22,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crosstill.fusion.matcher import Matcher
-    from crosstill.fusion.measure import Scored, score_matrix
-    from crosstill.fusion.reranking import Reranked, rerank
+    from crosstill.fusion.measure import Reranked, Scored, rerank, score_matrix
     from crosstill.fusion.scores import ScoreCache, build_scores
     from crosstill.fusion.students import build
 
@@ -40,12 +38,12 @@ __all__ = [
 
 _PLACES = {
     "Matcher": "matcher",
-    "Reranked": "reranking",
+    "Reranked": "measure",
     "ScoreCache": "scores",
     "Scored": "measure",
     "build": "students",
     "build_scores": "scores",
-    "rerank": "reranking",
+    "rerank": "measure",
     "score_matrix": "measure",
 }
 
