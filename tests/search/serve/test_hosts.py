@@ -10,6 +10,7 @@ import pytest
 
 from crosstill.search.serve import limits
 from serving import form, free_port, proxied, serving
+from support import PATIENCE
 from verbs import refusal
 
 REBOUND = ["evil.example", "evil.example:{port}", "localhost.evil.example", "127.0.0.1.nip.io",
@@ -72,7 +73,7 @@ def test_the_address_that_a_connection_came_in_at_is_answered(header, own, answe
 
 
 def get(address):
-    with urllib.request.urlopen(address, timeout=10) as answer:
+    with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
         return answer.read(), answer.headers
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from serving import form, serving
+from support import PATIENCE
 
 MIB = 2**20
 CLIENTS, SECONDS = 64, 60
@@ -138,5 +139,5 @@ def test_clients_are_answered_under_siege(index_folder, photo, photo_id, tmp_pat
         assert all(answers.values())
         assert server.ask("/readyz").status == 200
         server.process.terminate()
-        assert server.process.wait(20) == 0
+        assert server.process.wait(PATIENCE) == 0
         assert "Traceback" not in server.log()

@@ -99,9 +99,9 @@ def test_a_body_up_to_the_limit_is_read(server, photo):
 
 
 def test_bodies_held_at_once_are_bounded(server, photo):
-    """Nine bodies of 20 MiB that lack their last byte: more than the server will hold."""
+    """Five bodies of 20 MiB that lack their last byte: more than an address may have."""
     with ExitStack() as stack:
-        lines = [stack.enter_context(server.connect()) for _ in range(9)]
+        lines = [stack.enter_context(server.connect()) for _ in range(5)]
         for line in lines:
             line.setblocking(False)
         left = {
@@ -248,20 +248,20 @@ def healthy(server, source=""):
         return reply(line).status
 
 
-def at_work(server, stack, source):
-    """A connection whose request is being read: its client has been told to go on."""
-    line = stack.enter_context(server.connect(source=source))
-    line.sendall(POST + b"Expect: 100-continue\r\nContent-Length: 100000\r\n\r\n")
-    assert line.recv(65536).startswith(b"HTTP/1.1 100 ")
-    return line
+def at_work(server, stack, *sources):
+    """Twenty connections each, begun at once, whose clients have been told to go on sending."""
+    lines = [stack.enter_context(server.connect(source=source)) for source in sources * 20]
+    for line in lines:
+        line.sendall(POST + b"Expect: 100-continue\r\nContent-Length: 100000\r\n\r\n")
+    for line in lines:
+        assert line.recv(65536).startswith(b"HTTP/1.1 100 ")
+    return lines
 
 
 def test_connections_are_bounded_by_the_files_a_process_may_open(index_folder, tmp_path):
     """Forty; an address may have half of them, and none that is at work is cut."""
     with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
-        for source in ("127.0.0.2", "127.0.0.3"):
-            for _ in range(20):
-                at_work(server, stack, source)
+        at_work(server, stack, "127.0.0.2", "127.0.0.3")
         with server.connect() as line:
             found = reply(line)
             assert found.status == 503 and found.headers["retry-after"] == "1"
@@ -275,7 +275,7 @@ def test_connections_are_bounded_by_the_files_a_process_may_open(index_folder, t
 @pytest.mark.parametrize("to_the_end", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_address_cannot_take_all_connections(index_folder, tmp_path, to_the_end):
     with serving(index_folder, tmp_path, files=140) as server, ExitStack() as stack:
-        lines = [at_work(server, stack, "127.0.0.2") for _ in range(20)]
+        lines = at_work(server, stack, "127.0.0.2")
         assert healthy(server) == 200
         with server.connect(source="127.0.0.2") as line:
             assert reply(line).status == 503
