@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,11 @@ from crosstill.train import TrainConfig
 from support import FAST, SETTINGS, SmallTeacher, once, small_student
 
 torch.set_num_threads(1)
+# on a busy machine no example is too slow
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
