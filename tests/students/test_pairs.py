@@ -34,10 +34,12 @@ ONE_STEP = (
     "log_every=1",
 )
 CASES = [(family, pooling) for family in IMAGE + TEXT for pooling in family.poolings]
-# one of each mechanism of ours: a token, maps with batch norms, stages without either; a learnt
-# pooler, layers that share weights, none of BERT's names
+# one of each mechanism of ours: a token, a token for masks, maps with batch norms, stages, a norm
+# of the pooler's alone; a learnt pooler, layers that share weights, layers of two types
 CHIEF = {
     ("vit", "cls"),
+    ("dinov2", "cls"),
+    ("convnext", "mean"),
     ("resnet", "mean"),
     ("swin", "pooler"),
     ("bert", "pooler"),
