@@ -202,8 +202,8 @@ def test_large_photos_together_stay_within_the_budget(tmp_path):
     code = (
         "import re, sys, threading; from pathlib import Path; from crosstill import decoding\n"
         "decoding.BUDGET = 400 << 20\n"
-        "from crosstill import pixels, preprocess\n"
-        "data = Path(sys.argv[1]).read_bytes(); size = preprocess.Preprocess(size=(32, 32))\n"
+        "from crosstill import pixels\n"
+        "data = Path(sys.argv[1]).read_bytes(); size = pixels.Preprocess(size=(32, 32))\n"
         "work = [threading.Thread(target=pixels.load, args=(data, '', size)) for _ in range(4)]\n"
         "[one.start() for one in work]; [one.join() for one in work]\n"
         "own = Path('/proc/self/status').read_text()\n"
