@@ -2,9 +2,8 @@ from math import sqrt
 
 import pytest
 import torch
+from placed import Operations
 from torch.nn.functional import normalize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
@@ -138,21 +137,6 @@ def test_equal_float32_points_among_others_are_exactly_equal():
     rows = normalize(torch.randn(8, 512, generator=torch.Generator().manual_seed(0)), dim=1)
     cloud = rows[[0, 1, 2, 3, 0, 1, 2, 3]]
     assert (distances(vectors(cloud)) == 0).sum() == 16
-
-
-class Operations(TorchDispatchMode):
-    """Count the operations of a block, and the elements of their largest result."""
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.largest = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        self.count += 1
-        self.largest = max([self.largest, *(tensor.numel() for tensor in tensors)])
-        return result
 
 
 def test_a_large_batch_takes_as_many_operations_as_a_small_one():
