@@ -127,11 +127,11 @@ def test_a_layer_that_is_not_there_is_refused(live, told, settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-SECOND = """
+AGAIN = """
 from crosstill.objectives.masked_feature import MaskedFeature
 
 
-class Second(MaskedFeature):
+class Again(MaskedFeature):
     pass
 """
 WHOLE = """
@@ -147,18 +147,16 @@ class Whole(Objective):
 
 
 def test_each_masked_loss_has_its_own_ratio(told, settings, tmp_path, monkeypatch):
-    for name, text in {"second": SECOND, "whole": WHOLE}.items():
+    for name, text in {"again": AGAIN, "whole": WHOLE}.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path)])
-    config = changed(
-        settings, "masked_feature+second+whole", "losses.second.ratio=0", "log_every=1"
-    )
+    config = changed(settings, "masked_feature+again+whole", "losses.again.ratio=0", "log_every=1")
     run = train(small_student(told, dropout=0.0), told, config, tmp_path / "run")
     events = map(json.loads, (run.folder / "events.jsonl").read_text().splitlines())
     rows = [event["losses"] for event in events if "losses" in event]
     assert rows
     for row in rows:  # a ratio of 0 blanks nothing
-        assert row["second"] == pytest.approx(row["whole"], rel=1e-5)
+        assert row["again"] == pytest.approx(row["whole"], rel=1e-5)
         assert row["masked_feature"] != pytest.approx(row["whole"], rel=1e-5)
 
 
