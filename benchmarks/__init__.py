@@ -1,1 +1,4 @@
-"""What crosstill adds to the least that must be done: each figure is a ratio within one run."""
+"""Measure what crosstill adds to the least that must be done, as ratios within one run.
+
+`latency`, `agreement`, `over_http`, `data_forms` and `structure` print other figures too.
+"""

@@ -1,4 +1,4 @@
-"""`make bench`: every ratio, one line each."""
+"""`make bench`: the ratios of the quick benchmarks, one line each; others run by name."""
 
 from __future__ import annotations
 

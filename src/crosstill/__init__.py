@@ -31,7 +31,7 @@ The distiller, which imports no annex:
     recipes     published settings
     export      student → bundle, or a folder for other libraries
 
-Annexes, each with one door:
+Annexes, which nothing above imports:
 
     fusion      models that read image and text together
     search      bundle → index → searcher → HTTP service and page, without torch

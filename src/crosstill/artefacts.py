@@ -24,7 +24,11 @@ from crosstill.errors import CorruptError, CrosstillError
 
 ANEW = "do not use it, or make it anew"
 MAX_ARCHIVE = 1 << 28  # bytes of all arrays in an .npz
-CACHES = ("scores.json", "cache.json")  # headers of the kinds of finished caches
+# kinds of finished caches: the file of the header → the class that opens it
+CACHES = {
+    "scores.json": "crosstill.fusion.scores:ScoreCache",
+    "cache.json": "crosstill.cache.format:Cache",
+}
 
 _DAMAGED: tuple[type[Exception], ...] = (
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError),

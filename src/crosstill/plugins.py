@@ -1,7 +1,7 @@
-"""Find a part by name: a loss, a balancer, a model family, a data format, an export form, an index.
+"""Find a part by name: a loss, a balancer, a model family, a data format, an index and so on.
 
 A part is a module of its kind's package, or an entry point that another installed distribution
-declares in the group of that kind (`docs/extending.md` shows one of each). Nothing is imported
+declares in the group of that kind (`docs/extending.md` lists the groups). Nothing is imported
 before it is asked for by name, so that listing names costs no import of torch or of an optional
 library.
 """
@@ -28,10 +28,11 @@ class Kind:
     """One kind of part.
 
     Attributes:
-        group: the entry point group of other distributions; also the package of our own parts.
+        group: the entry point group of other distributions; where `own` is None, also the package
+            that holds our own parts.
         noun: the word for a part of this kind in messages.
         own: our own parts, name to "module" or "module:attribute"; None means that each module
-            of the package is a part under its own name. Folders hold what parts share.
+            of the package is a part under its own name, and its folders hold what parts share.
         shared: modules of the package that are no parts.
     """
 

@@ -9,7 +9,7 @@ A feature cache is a folder:
     text-00000.npy …   unit-norm features (rows, D), one row a caption
     views.parquet      with several views an image: which part of it each is, in which colours
     quarantine.jsonl   images that could not be read, with the reason
-    pixels/            decoded photos for students, made on demand
+    pixels/            decoded photos and outputs of frozen towers, made on demand (see `memo`)
 
 Rows are in the order of the image ids, so neither the order nor the place of the photos matters.
 A student's photos are made from the views in `views.parquet`, not drawn again, so that they stay
@@ -50,12 +50,6 @@ IMAGES = "images.parquet"
 CAPTIONS = "captions.parquet"
 VIEWS = "views.parquet"
 QUARANTINE = "quarantine.jsonl"
-
-# kinds of caches, the file of the header → the class that opens it: those of `artefacts.CACHES`
-KINDS = {
-    "scores.json": "crosstill.fusion.scores:ScoreCache",
-    HEADER: "crosstill.cache.format:Cache",
-}
 
 _IMAGES = {"image_id": "string", "path": "binary", "split": "string"}
 _CAPTIONS = {"image": "int32", "text": "string"}
@@ -399,7 +393,7 @@ class Cache(CacheBase):
 
 def kind_of(folder: str | Path) -> type[CacheBase] | None:
     """Find the class that opens the cache in a folder; None where there is no finished cache."""
-    for file, kind in KINDS.items():
+    for file, kind in artefacts.CACHES.items():
         if (Path(folder) / file).is_file():
             opener: type[CacheBase] = resolve_name(kind)
             return opener

@@ -12,7 +12,7 @@
 
 The distiller does not import this package. What it needs is found by name: the families in
 `crosstill.teachers.FAMILIES`, the measure in `crosstill.evaluate.compare.MEASURES`, score caches
-in `crosstill.cache.format.KINDS`, the Task in `ScoreCache.task`, and METER's released files in
+in `crosstill.artefacts.CACHES`, the Task in `ScoreCache.task`, and METER's released files in
 `teachers.checkpoints`.
 """
 

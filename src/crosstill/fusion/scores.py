@@ -9,7 +9,7 @@ A score cache is a folder:
     captions.npy       int32 (P,): caption row of each pair, ascending within an image
     score-00000.npy …  float32: the scores of the pairs of consecutive images, higher is better
     quarantine.jsonl   images that could not be read, with the reason
-    pixels/            decoded photos for students, made on demand
+    pixels/            decoded photos and outputs of frozen towers, made on demand (see `memo`)
 
 Rows are in the order of the image ids. Every caption is paired with its own image, and with as
 many others as were asked for. Without a teacher the pairs are there and no scores. `build_scores`

@@ -19,7 +19,8 @@ class FSP(Objective):
     A cached teacher shows its outputs only. The two stages are then its image output and its text
     output, the channels are the batch's rows, and the Gram matrix is the (B, B) of all cosines
     between images and captions. Its entries say how much two rows agree, not which is right, so
-    rows of the same image stay in. `gram` and `flow` take the maps of real layers.
+    rows of the same image stay in. `gram` makes the Gram matrix of
+    two stages of a model whose layers are at hand, and `flow` compares two Gram matrices.
     """
 
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ best/            the student with the best validation RSUM
 best.json        its epoch and recall
 events.jsonl     one line a logged step or epoch
 metrics.json     the finished run's summary
+quarantine.jsonl images that the cache left out, with the reason
+nonfinite.json   the batch of a step whose losses were not finite
+tensorboard/     event files, where TensorBoard is installed
 """
 
 import json
