@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from crosstill.students.student import Student
 from crosstill.train import TrainConfig
 from support import FAST, SETTINGS, SmallTeacher, once, small_student
 
+# a shell ignores Ctrl-C for what it starts with `&`, and children would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 # on a busy machine no example is too slow
 hypothesis.settings.register_profile(
