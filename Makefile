@@ -11,9 +11,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: $(READY)
 	$(BIN)/crosstill demo
 
-# a file's tests stay together, so that what they share is made once
+# a file's tests stay together, so that what they share is made once; a third worker uses the time in
+# which the others wait for servers and browsers
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 3 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check

@@ -85,6 +85,7 @@ def without(done, place: Path, *runs: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_two_workers_fill_the_same_table(done, many, toml, tmp_path):
     out = without(done, tmp_path / "grid", *done[0].rows[2].runs)
     assert ablate.markdown(fill(many, toml, out, workers=2)) == ablate.markdown(done[0])

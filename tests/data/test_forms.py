@@ -434,7 +434,7 @@ def test_every_form_reads_the_bytes_of_its_ids(form, opened):
             assert content == pairs.read(example)
 
 
-@pytest.mark.parametrize("start", ["spawn", "fork"])
+@pytest.mark.parametrize("start", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_every_form_is_read_by_other_processes(start, opened):
     pairs = {form: opened(form) for form in FORMS}
     for one in pairs.values():

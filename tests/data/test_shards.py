@@ -87,6 +87,7 @@ for start in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_at_exactly_the_next_sample(shards):
     whole = list(stream(shards))
     stops = (3, 4, 5)  # within a shard, at its end, at the end of the next

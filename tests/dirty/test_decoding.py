@@ -69,7 +69,7 @@ def test_a_slow_photo_is_one_photo_and_the_next_is_read():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name.startswith(("JPEG", "com")) else pytest.mark.slow)
+        pytest.param(name, marks=[] if name.startswith("com") else pytest.mark.slow)
         for name in slow_files.FILES
     ],
 )
@@ -195,6 +195,7 @@ def test_photos_wait_for_memory():
         pass
 
 
+@pytest.mark.slow
 def test_large_photos_together_stay_within_the_budget(tmp_path):
     """Four at a time of 40 megapixels: 680 MB each at once, without a budget."""
     image = Image.new("RGBA", (8_000, 5_000), (9, 8, 7, 99))

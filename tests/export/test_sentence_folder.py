@@ -95,9 +95,9 @@ def test_every_pooling(image: str, text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "text", "poolings"),
     [
-        ("resnet", "albert", "mean mean"),
+        pytest.param("resnet", "albert", "mean mean", marks=pytest.mark.slow),
         ("mobilenet_v2", "roberta", "pooler mean"),
-        ("clip_vision_model", "distilbert", "mean cls"),
+        pytest.param("clip_vision_model", "distilbert", "mean cls", marks=pytest.mark.slow),
     ],
 )
 def test_other_towers(image: str, text: str, poolings: str, tmp_path: Path) -> None:
@@ -121,6 +121,7 @@ def test_a_preprocess_that_no_processor_does_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_dual_encoder_form_loads_there_too(tmp_path: Path) -> None:
     student = small("mobilenet_v2")
     write(TRANSFORMERS, student, tmp_path / "out", CARD)
@@ -162,6 +163,7 @@ def test_nothing_is_said_and_nothing_changed(
         assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_equal_students_give_equal_folders(tmp_path: Path) -> None:
     student = small()
     for name in ("one", "two"):

@@ -38,9 +38,9 @@ torch.save({"text": both.text_embeds, "image": both.image_embeds}, sys.argv[3])
 @pytest.mark.parametrize(
     ("image", "text"),
     [
-        ("vit", "bert"),
+        pytest.param("vit", "bert", marks=pytest.mark.slow),
         ("mobilenet_v2", "roberta"),
-        ("clip_vision_model", "albert"),
+        pytest.param("clip_vision_model", "albert", marks=pytest.mark.slow),
     ],
 )
 def test_towers_that_fit(image: str, text: str, tmp_path: Path) -> None:

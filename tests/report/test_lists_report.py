@@ -111,6 +111,7 @@ def test_the_untrained_student_is_the_one_before_training(home):
     assert figures(home / "fused")["untrained"]["rsum"] == pytest.approx(recall.rsum)
 
 
+@pytest.mark.slow
 def test_a_fusion_model_that_no_teacher_taught(home, tmp_path):
     cache = fusion.build_scores(None, data.open("scenes:60"), tmp_path / "listed", false=8)
     half = fusion.build("half", teacher=str(home / "meter"))

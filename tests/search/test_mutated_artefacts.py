@@ -36,7 +36,10 @@ def mutants(kind: str, artefact: Path, home: Path, seed: int, count: int, note: 
     assert found["memory"] < 1 << 30
 
 
-@pytest.fixture(params=["bundle", "index", "cache", pytest.param("run", marks=pytest.mark.slow)])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("cache", "run")]
+
+
+@pytest.fixture(params=["bundle", "index", *SLOW])
 def artefact(request, tmp_path) -> tuple[str, Path]:
     if request.param == "run":
         cached = request.getfixturevalue("cached")

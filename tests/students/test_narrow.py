@@ -69,7 +69,9 @@ def test_it_is_smaller_learns_and_is_kept(folder: Path, tmp_path: Path) -> None:
     assert again.parameters_by_part() == after
 
 
-@pytest.mark.parametrize("form", ["sentence-transformers", "transformers"])
+@pytest.mark.parametrize(
+    "form", matrix(["sentence-transformers", "transformers"], ["transformers"])
+)
 def test_other_libraries_get_the_tables_multiplied(form: str, tmp_path: Path) -> None:
     text = families.save_text(TEXT[0], tmp_path / "text", AutoModel)
     small = student(text, 4, pooling="pooler")

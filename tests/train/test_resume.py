@@ -147,7 +147,7 @@ def test_every_recipe(home, runs, tmp_path, recipe, deaths):
     runs.check(words(home, "features", recipe), [deaths], tmp_path)
 
 
-@pytest.mark.parametrize("rule", matrix(balance.known(), ["gradnorm"]))
+@pytest.mark.parametrize("rule", matrix(balance.known(), []))
 def test_every_balancer(home, runs, tmp_path, rule):
     typed = words(home, "features", "dsmd", f"balance={rule}")
     runs.check(typed, [LATE], tmp_path)

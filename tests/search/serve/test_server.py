@@ -141,6 +141,7 @@ def slow_bitmap(side):
     return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + size + palette + rows
 
 
+@pytest.mark.slow
 def test_sigterm_does_not_wait_for_what_is_slow(index_folder, tmp_path):
     """Photos that take minutes to decode: their clients are told, and the process ends."""
     photo = slow_bitmap(9999)
@@ -260,6 +261,7 @@ def test_it_is_not_ready_while_searches_fail(searcher, monkeypatch, name, error,
         assert client.get("/search?q=a").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_catalogue_that_goes_bad_is_named_until_the_index_is_made_again(
     bundle_folder, photos, tmp_path
 ):

@@ -125,7 +125,8 @@ def test_bodies_held_at_once_are_bounded(server, photo):
     wait_for(lambda: server.ask("/search", "POST", **form(photo)).status == 200)
 
 
-@pytest.mark.parametrize("to_the_end", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("to_the_end", [False, True])
 def test_stalled_bodies_of_one_address_lock_no_other_out_and_are_cut(server, photo, to_the_end):
     """Eight bodies of 20 MiB, of which 200 bytes do not come: as much as the server will hold."""
     whole = form(photo)
@@ -304,7 +305,11 @@ def test_connections_that_idle_make_room(index_folder, tmp_path, count):
 
 
 @pytest.mark.parametrize(
-    "chunk", [b"1\r\na\r\n", b"1;" + b"x" * 4000 + b"\r\na\r\n"], ids=["bare", "extended"]
+    "chunk",
+    [
+        pytest.param(b"1\r\na\r\n", id="bare"),
+        pytest.param(b"1;" + b"x" * 4000 + b"\r\na\r\n", id="extended", marks=pytest.mark.slow),
+    ],
 )
 def test_chunks_of_one_byte_stop_nobody(server, chunk):
     """Eight clients with 3 MB of such chunks each: 24 million would take h11 a minute."""
