@@ -184,7 +184,7 @@ class CacheBase:
 
     @property
     def modalities(self) -> frozenset[str]:
-        """Sides of which features are stored: a subset of {"image", "text"}."""
+        """Return the sides whose features are stored: a subset of {"image", "text"}."""
         return frozenset()
 
     @property
@@ -194,7 +194,7 @@ class CacheBase:
 
     @property
     def scored(self) -> bool:
-        """Whether it holds a teacher's scores of candidate lists."""
+        """Tell whether the cache holds a teacher's scores of its candidate lists."""
         return False
 
     def caveat(self, split: Split) -> str:

@@ -71,14 +71,14 @@ class Projections(nn.Module):
         self.heads, self.dropout = shape.heads, shape.dropout
 
     def forward(self, own: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-        """(B, Q, W) looks at (B, K, W) under an additive (B, 1, 1, K) mask → (B, Q, W)."""
+        """Attend from (B, Q, W) to (B, K, W) under an additive (B, 1, 1, K) mask → (B, Q, W)."""
         query, key, value = (
             layer(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, states in ((self.query, own), (self.key, other), (self.value, other))
         )
         dropout = self.dropout if self.training else 0.0
-        seen = functional.scaled_dot_product_attention(query, key, value, mask, dropout)
-        return seen.transpose(1, 2).flatten(2)
+        attended = functional.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return attended.transpose(1, 2).flatten(2)
 
 
 class Output(nn.Module):
