@@ -12,7 +12,7 @@ from crosstill.teachers import dual
 from crosstill.teachers.base import Model, PairModel, Teacher
 
 CONFIG = "config.json"
-FORMAT = 2  # 1 did not keep the order of the losses
+FORMAT = 3  # 1 did not keep the order of the losses, 2 had other defaults of losses
 
 Want = Literal["any", "live", "encoder", "matcher"]
 
@@ -153,4 +153,4 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = artefacts.member(folder, CONFIG)
     if not path.is_file():
         raise CorruptError(f"{path}: the file is missing; restore it from a copy")
-    return artefacts.read(path, _Record, {1, FORMAT}).model_dump()
+    return artefacts.read(path, _Record, {1, 2, FORMAT}).model_dump()

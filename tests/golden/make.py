@@ -32,14 +32,15 @@ from verbs import TOML, crosstill  # noqa: E402
 SETTINGS = ["epochs=2", "steps_per_epoch=10", "batch_size=8", "lr=1e-3", "log_every=1"]
 KEEP = ["save_every=4", "keep=2"]
 LISTS = ["losses.dcd.hardest=3"]
+MARGIN = ["losses.hard_negative.margin=0"]
 QUEUE = ["losses.contrastive.queue_size=24"]
 # the words after `crosstill train`: cache, recipe, student, changes
 RUNS: dict[str, tuple[str, str, str, list[str]]] = {
-    "dsmd": ("features", "dsmd", "small.toml", QUEUE),
+    "dsmd": ("features", "dsmd", "small.toml", [*QUEUE, *MARGIN]),
     "clip_kd": ("features", "clip_kd", "small.toml", []),
     "dcd": ("scores", "dcd", "small.toml", LISTS),
     "meter": ("scores", "dcd", "meter.toml", LISTS),
-    "joined-run": ("joined", "dsmd", "small.toml", [*QUEUE, "balance=uncertainty"]),
+    "joined-run": ("joined", "dsmd", "small.toml", [*QUEUE, *MARGIN, "balance=uncertainty"]),
 }
 DEATH = 17  # the step before which a killed run died
 

@@ -28,12 +28,13 @@ class HardNegative(Objective):
     """Sum of four triplet losses: image-image, image-text, text-image, text-text.
 
     Args:
-        margin: m, how far (in cosine) a negative has to stay below the positive.
+        margin: m, how far (in cosine) a negative has to stay below the positive. The paper's 0
+            costs nothing where all rows of the student are alike, and training may end there.
         negatives: "hardest" counts each row's and column's worst violation, as the paper's
             text; "all" sums every violation, as the authors' code does unless told otherwise.
     """
 
-    def __init__(self, *, margin: float = 0.0, negatives: Negatives = "hardest") -> None:
+    def __init__(self, *, margin: float = 0.2, negatives: Negatives = "hardest") -> None:
         super().__init__()
         if negatives not in ("hardest", "all"):
             raise ConfigError(f'negatives must be "hardest" or "all", not {negatives!r}')

@@ -103,6 +103,21 @@ def parse(values: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
 
 
+def as_started(settings: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Spell out what the settings of an older run left to the defaults of its time.
+
+    Args:
+        settings: as its `config.json` has them.
+        version: the format of that file.
+    """
+    started = dict(settings)
+    if version < 3 and "hard_negative" in started.get("losses", {}):
+        losses = dict(started["losses"])
+        losses["hard_negative"] = {"margin": 0.0} | losses["hard_negative"]
+        started["losses"] = losses
+    return started
+
+
 def _spelt_out(key: str, value: object) -> object:
     """Short ways of writing losses and balance: `a+b`, a list, `name = false`, a bare name."""
     if key == "balance":

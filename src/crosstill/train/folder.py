@@ -31,7 +31,7 @@ from crosstill.cache.format import QUARANTINE
 from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError
 from crosstill.models import CONFIG, FORMAT
 from crosstill.students.student import RECORD, Student
-from crosstill.train.config import TrainConfig, parse
+from crosstill.train.config import TrainConfig, as_started, parse
 
 STARTING = ".starting"  # there while a run is being laid out
 # what a run writes to; a link there would lead out of its folder
@@ -146,7 +146,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = models.read_record(folder)
     path = folder / CONFIG
     try:
-        settings = parse(record["settings"])
+        settings = parse(as_started(record["settings"], record["format"]))
     except ConfigError as error:
         raise CorruptError(f"{path}: settings.{error}; {artefacts.ANEW}") from None
     if sorted(record["losses"] or settings.losses) != sorted(settings.losses):
