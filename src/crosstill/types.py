@@ -19,8 +19,8 @@ class Features(NamedTuple):
     """One model's view of one batch; row i of image and of text belong to the same pair.
 
     Both are unit length along D, so that a dot product is a cosine similarity; only under
-    `normalise = false` the student's are as the heads give them. A side that the teacher lacks is
-    empty.
+    `normalise = false` they are as the heads, and the teacher, give them. A side that the teacher
+    lacks is empty.
     """
 
     image: Tensor  # (B, D)

@@ -51,6 +51,7 @@ def build(  # noqa: PLR0913  (every option of a cache is an argument)
     views: int | None = None,
     augment: tuple[str, ...] | None = None,
     dtype: str | None = None,
+    raw: bool | None = None,
     batch_size: int | None = None,
     false: int | None = None,
     false_images: int | None = None,
@@ -66,10 +67,11 @@ def build(  # noqa: PLR0913  (every option of a cache is an argument)
             teacher, and the candidates of a score cache where an option of one is given.
         pairs: the dataset, all splits.
         folder: where the cache is, or is to be.
-        views: of features: see `build_features`, for `augment`, `dtype` and `batch_size` too;
-            None takes its defaults.
+        views: of features: see `build_features`, for `augment`, `dtype`, `raw` and `batch_size`
+            too; None takes its defaults.
         augment: what makes the views behind the first.
         dtype: how features are stored.
+        raw: keep the length of each row before its L2 normalisation too.
         batch_size: images or captions in one pass.
         false: of scores: see `crosstill.fusion.build_scores`, for `false_images` and `find` too.
         false_images: false images of each caption.
@@ -82,7 +84,7 @@ def build(  # noqa: PLR0913  (every option of a cache is an argument)
         ConfigError: an option that cannot be, or of the other kind of cache.
         InputError: see `build_features` and `crosstill.fusion.build_scores`.
     """
-    features = _given(views=views, augment=augment, dtype=dtype, batch_size=batch_size)
+    features = _given(views=views, augment=augment, dtype=dtype, raw=raw, batch_size=batch_size)
     scores = _given(false=false, false_images=false_images, find=find)
     if augment is not None and views in (None, 1):
         raise ConfigError("--augment: makes the views behind the first; give --views 2 or more")

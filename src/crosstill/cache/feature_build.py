@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crosstill import artefacts, images, progress
 from crosstill.cache import cache_builder, format
 from crosstill.data import Pairs
 from crosstill.errors import ConfigError, ImageError, ModelError, unknown
-from crosstill.teachers.base import Teacher, embed_by_length, kind_of
+from crosstill.teachers.base import RawTeacher, Teacher, embed_by_length, kind_of
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
 
@@ -26,6 +26,7 @@ class BuildOptions(cache_builder.ReadOptions):
     """The settings that decide the stored features, besides the teacher and the data."""
 
     dtype: str = "fp16"
+    raw: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -46,6 +47,7 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
     views: int = 1,
     augment: tuple[str, ...] = images.AUGMENTATIONS,
     dtype: str = "fp16",
+    raw: bool = False,
     seed: int = 0,
     batch_size: int = 64,
     strict: bool = False,
@@ -61,6 +63,8 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
         views: of each image; the first is the plain photo.
         augment: what makes the other views, of `images.AUGMENTATIONS`.
         dtype: how features are stored, "fp16" or "fp32".
+        raw: also keep how long each row is before its L2 normalisation, for runs with
+            `normalise = false`.
         seed: of the other views.
         batch_size: images or captions in one forward pass of the teacher.
         strict: stop at the first unreadable image.
@@ -70,8 +74,8 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
         MismatchError: the folder holds a cache of another teacher, dataset or setting.
         LockedError: another process is building in the folder.
         ConfigError: an option that cannot be, or a folder that holds something else.
-        ModelError: the teacher gives scores, or no image features, or its vectors are those of
-            other images.
+        ModelError: the teacher gives scores, or no image features, or unit rows alone where raw
+            ones are wanted, or its vectors are those of other images.
         ImageError: an image is unreadable and `strict` is set.
         DataError: no image is readable.
     """
@@ -79,12 +83,15 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
         views=views,
         augment=augment,
         dtype=dtype,
+        raw=raw,
         seed=seed,
         batch_size=batch_size,
         strict=strict,
         teacher_licence=teacher_licence,
     )
-    rows = _Rows() if teacher is None else _rows_of(teacher)
+    if teacher is None and raw:
+        raise ConfigError("--raw: without a teacher there are no rows to keep; leave it out")
+    rows = _Rows() if teacher is None else _rows_of(teacher, raw)
     rows.check(pairs)
     return _FeatureBuilder(rows, pairs, folder, options).make()
 
@@ -99,6 +106,7 @@ class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
         "modalities": "teacher",
         "views": "number of views",
         "augment": "augmentation",
+        "raw": "choice of --raw",
     }
 
     def __init__(
@@ -116,6 +124,8 @@ class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
         }
         if options.views > 1:
             key["augment"] = sorted(set(options.augment))
+        if options.raw:
+            key["raw"] = True
         super().__init__(pairs, folder, description, key, options)
 
     def _source(self) -> cache_builder.ImageSource:
@@ -151,12 +161,26 @@ class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
         if not features:
             return None
         rows = torch.cat(features)
+        dtype = DTYPES[self.options.dtype]
         # a teacher that yields NaN once would poison every loss later, far from its cause
         if not torch.isfinite(rows).all():
             raise ModelError(
                 f"{self.description['name']}: its features are not finite; check the model"
             )
-        return rows.numpy().astype(DTYPES[self.options.dtype])
+        if not self.options.raw:
+            return rows.numpy().astype(dtype)
+        # one file for both, so that a kill cannot part them
+        lengths = rows.norm(dim=1, keepdim=True)
+        with np.errstate(over="ignore"):
+            stored = torch.cat([nn.functional.normalize(rows, dim=1), lengths], dim=1).numpy()
+            stored = stored.astype(dtype)
+        if not np.allclose(stored[:, -1:], lengths, rtol=1e-3, atol=0):
+            raise ModelError(
+                f"{self.description['name']}: its rows are {float(lengths.min()):.3g} to "
+                f"{float(lengths.max()):.3g} long, which {self.options.dtype} cannot hold; "
+                "use --dtype fp32"
+            )
+        return stored
 
 
 class _Rows(cache_builder.ImageSource):
@@ -181,11 +205,19 @@ class _Rows(cache_builder.ImageSource):
 
 
 class _TeacherRows(_Rows):
-    """Rows from a teacher that reads photos and texts."""
+    """Rows from a teacher that reads photos and texts: unit ones, or as it gives them."""
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, raw: bool) -> None:
         super().__init__(teacher.preprocess)
         self._teacher, self.modalities = teacher, teacher.modalities
+        self._embed_images, self._embed_texts = teacher.embed_images, teacher.embed_texts
+        if raw:
+            if not isinstance(teacher, RawTeacher):
+                raise ModelError(
+                    f"{teacher.name}: gives unit rows alone, so there are no others to keep; "
+                    "leave --raw out"
+                )
+            self._embed_images, self._embed_texts = teacher.raw_images, teacher.raw_texts
 
     def describe(self) -> dict[str, Any]:
         return _describe(self._teacher, self._teacher.parameter_count())
@@ -194,22 +226,22 @@ class _TeacherRows(_Rows):
         return images.load(file, example.path, self._teacher.preprocess, view)
 
     def embed(self, loaded: Tensor) -> Tensor:
-        return self._teacher.embed_images(loaded)
+        return self._embed_images(loaded)
 
     def tell_truncated(self, texts: Sequence[str]) -> None:
         cache_builder.tell_truncated(self._teacher, self._teacher.name, texts)
 
     def embed_texts(self, texts: Sequence[str], size: int, bar: progress.Bar) -> Tensor:
-        embed = self._teacher.embed_texts
+        embed = self._embed_texts
         return embed_by_length(texts, lambda some: embed(some).cpu(), size, bar)
 
 
 class _VectorRows(_Rows):
     """Rows from vectors made elsewhere, found by file name and by text."""
 
-    def __init__(self, vectors: FeaturesTeacher) -> None:
+    def __init__(self, vectors: FeaturesTeacher, raw: bool) -> None:
         super().__init__()
-        self._vectors, self.modalities = vectors, vectors.modalities
+        self._vectors, self.modalities, self._raw = vectors, vectors.modalities, raw
 
     def describe(self) -> dict[str, Any]:
         return _describe(self._vectors, None)
@@ -219,7 +251,7 @@ class _VectorRows(_Rows):
 
     def load(self, file: bytes, example: Example, view: images.View | None) -> Tensor | None:
         images.decode(file, example.path)
-        rows, missing = self._vectors.lookup_images([example.path])
+        rows, missing = self._vectors.lookup_images([example.path], self._raw)
         if missing:
             raise ImageError(example.path, f"no vector in {self._vectors.name}")
         return rows[0]
@@ -228,7 +260,7 @@ class _VectorRows(_Rows):
         return loaded
 
     def embed_texts(self, texts: Sequence[str], size: int, bar: progress.Bar) -> Tensor:
-        rows, missing = self._vectors.lookup_texts(texts)
+        rows, missing = self._vectors.lookup_texts(texts, self._raw)
         if missing:
             raise ModelError(
                 f"{self._vectors.folder}: no vector of {len(missing)} captions, "
@@ -239,11 +271,11 @@ class _VectorRows(_Rows):
         return rows
 
 
-def _rows_of(teacher: Any) -> _Rows:
+def _rows_of(teacher: Any, raw: bool) -> _Rows:
     """Return the rows of a teacher by its kind.
 
     Raises:
-        ModelError: it has no features, or none of images.
+        ModelError: it has no features, or none of images, or only unit ones.
     """
     sources: dict[str, type[Any]] = {"encoder": _TeacherRows, "vectors": _VectorRows}
     kind = kind_of(teacher)
@@ -251,7 +283,7 @@ def _rows_of(teacher: Any) -> _Rows:
         raise ModelError(
             f"{teacher.name}: a fusion model scores pairs and has no features; make a score cache"
         )
-    rows: _Rows = sources[kind](teacher)
+    rows: _Rows = sources[kind](teacher, raw)
     if "image" not in rows.modalities:
         raise ModelError(f"{teacher.name}: a teacher needs image features")
     return rows

@@ -7,6 +7,8 @@ A feature cache is a folder:
     captions.parquet   one row a caption: image (row of images.parquet), text
     image-00000.npy …  unit-norm features (rows, D): image i, view v is row i * views + v
     text-00000.npy …   unit-norm features (rows, D), one row a caption
+                       with `--raw` both have a last column (rows, D + 1): the length of the row
+                       before its L2 normalisation
     views.parquet      with several views an image: which part of it each is, in which colours
     quarantine.jsonl   images that could not be read, with the reason
     pixels/            decoded photos and outputs of frozen towers, made on demand (see `memo`)
@@ -336,13 +338,32 @@ class Cache(CacheBase):
     def views(self) -> int:
         return int(self.header["key"]["views"])
 
-    def image_features(self, images: np.ndarray, view: int | np.ndarray = 0) -> Tensor:
-        """Teacher features (len(images), D) of image rows; `view` says of which view."""
-        return self._kind("image").take(np.asarray(images) * self.views + view)
+    @property
+    def raw(self) -> bool:
+        """Tell whether it keeps how long the teacher's rows were before their normalisation."""
+        return bool(self.header["key"].get("raw", False))
 
-    def text_features(self, captions: np.ndarray) -> Tensor:
-        """Teacher features (len(captions), D) of caption rows."""
-        return self._kind("text").take(captions)
+    def image_features(
+        self, images: np.ndarray, view: int | np.ndarray = 0, raw: bool = False
+    ) -> Tensor:
+        """Read teacher features of image rows.
+
+        Args:
+            images: rows of images.parquet.
+            view: of which view.
+            raw: as long as the teacher gave them; else of length 1.
+
+        Returns:
+            (len(images), D).
+
+        Raises:
+            InputError: the teacher left none of images, or raw ones were not kept.
+        """
+        return self._take("image", np.asarray(images) * self.views + view, raw)
+
+    def text_features(self, captions: np.ndarray, raw: bool = False) -> Tensor:
+        """Read teacher features (len(captions), D) of caption rows, as `image_features` does."""
+        return self._take("text", captions, raw)
 
     def features(
         self, images: np.ndarray, captions: np.ndarray, view: int | np.ndarray = 0
@@ -358,22 +379,25 @@ class Cache(CacheBase):
 
     def summary(self) -> str:
         """As `CacheBase.summary`."""
-        return f"{self.dim} wide" if self.dim else super().summary()
+        lengths = " with the lengths of raw rows" if self.raw else ""
+        return f"{self.dim} wide{lengths}" if self.dim else super().summary()
 
-    def _kind(self, kind: str) -> ShardedRows:
+    def _take(self, kind: str, rows: np.ndarray, raw: bool) -> Tensor:
         if kind not in self._rows:
             raise InputError(
                 f"{self.folder}: the teacher {self.teacher['name']!r} left no {kind} features"
             )
-        return self._rows[kind]
+        if raw and not self.raw:
+            raise InputError(f"{self.folder}: keeps unit rows alone; make it anew with --raw")
+        stored = self._rows[kind].take(rows)
+        unit = stored[:, : self.dim]
+        return unit * stored[:, self.dim :] if raw else unit
 
     def _open(self, kind: str) -> ShardedRows:
         rows = ShardedRows([self.folder / shard["file"] for shard in self.header["shards"][kind]])
-        header, count = self.header, {"image": len(self.image_ids) * self.views}
-        if len(rows) != count.get(kind, len(self.texts)) or rows.dim not in (
-            header["teacher"]["dim"],
-            None,
-        ):
+        count = {"image": len(self.image_ids) * self.views}
+        width = (self.dim or 0) + self.raw
+        if len(rows) != count.get(kind, len(self.texts)) or rows.dim not in (width, None):
             raise CorruptError(f"{self.folder / HEADER}: its {kind} rows do not add up")
         return rows
 

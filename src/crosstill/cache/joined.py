@@ -30,7 +30,7 @@ from crosstill.types import Example
 log = logging.getLogger(__name__)
 
 # of a cache's key; whatever else is in it has to be the same in all
-_MAY_DIFFER = frozenset({"teacher", "modalities", "data", "dtype"})
+_MAY_DIFFER = frozenset({"teacher", "modalities", "data", "dtype", "raw"})
 _OWN_FILES = frozenset({format.IMAGES, format.CAPTIONS, format.QUARANTINE})
 
 
@@ -67,6 +67,7 @@ def join(
     """Make one feature cache of several, or finish it, or find it already there.
 
     It has the sides, image and text, that all of them have, and is as precise as the most precise.
+    Its rows are unit ones, whether or not the caches keep raw ones.
 
     Args:
         caches: feature caches of the same images, captions, splits and views.
@@ -108,6 +109,7 @@ class _JoinBuilder(cache_builder.CacheBuilder[format.Cache]):
         own = {"teacher": teacher["identity"], "modalities": teacher["modalities"]}
         own["dtype"] = max((c.header["key"]["dtype"] for c in caches), key=list(DTYPES).index)
         key = first.header["key"] | own
+        key.pop("raw", None)  # a joined row is made of unit rows
         super().__init__(_pairs(first), folder, teacher, key, cache_builder.ReadOptions())
 
     def _image_shards(self) -> None:  # no photo is read
@@ -157,6 +159,8 @@ def _describe(caches: Sequence[format.Cache], weights: Sequence[float]) -> dict[
         if cache.modalities - kinds:
             lost = " and ".join(sorted(cache.modalities - kinds))
             log.info("%s: its %s features are left out, others have none", cache.folder, lost)
+        if cache.raw:
+            log.info("%s: its raw rows are left out, joined rows are unit", cache.folder)
     return {
         "name": " + ".join(_short_name(record) for record in records),
         "source": None,

@@ -26,6 +26,15 @@ Augment = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="How features are stored: fp16 or fp32.", show_default="fp16")
 ]
+Raw = Annotated[
+    bool | None,
+    typer.Option(
+        "--raw",
+        help="Also keep how long the teacher's rows are before their normalisation, for runs with "
+        "normalise=false.",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images or captions in one pass.", show_default="64")
 ]
@@ -71,6 +80,7 @@ def command(
     views: Views = None,
     augment: Augment = None,
     dtype: Dtype = None,
+    raw: Raw = None,
     batch_size: BatchSize = None,
     false: False_ = None,
     false_images: FalseImages = None,
@@ -109,6 +119,7 @@ def command(
         views=views,
         augment=None if augment is None else tuple(kind.strip() for kind in augment.split(",")),
         dtype=dtype,
+        raw=raw,
         batch_size=batch_size,
         false=false,
         false_images=false_images,

@@ -102,7 +102,7 @@ class ListTask:
             freeze(student, config)
             inputs: Any = Sides(student, self.cache, train)
         else:
-            self._ranker = CosineRanker(student, config.normalise)
+            self._ranker = CosineRanker(student, config.normalise is True)
             if config.freeze != "none":
                 getattr(student, f"{config.freeze}_tower").requires_grad_(False)
             inputs = DualInputs(self.cache, train, student, config)

@@ -36,16 +36,23 @@ class PerWidth(Objective):
         parts: the same loss made anew for each smaller width, so that a queue fits.
         axes: (D, D), columns, the largest first.
         unit: whether losses get unit rows of the student.
+        unit_teacher: whether they get unit rows of the teacher.
     """
 
     axes: Tensor
 
     def __init__(
-        self, whole: Objective, parts: Mapping[int, Objective], axes: Tensor, unit: bool
+        self,
+        whole: Objective,
+        parts: Mapping[int, Objective],
+        axes: Tensor,
+        unit: bool,
+        unit_teacher: bool = True,
     ) -> None:
         super().__init__()
         self.declare_like(whole)
-        self.whole, self._unit, self.lists = whole, unit, None
+        self.whole, self.lists = whole, None
+        self._unit, self._unit_teacher = unit, unit_teacher
         self.parts = nn.ModuleDict({str(width): part for width, part in parts.items()})
         self.register_buffer("axes", axes, persistent=False)  # the student keeps it
 
@@ -53,14 +60,15 @@ class PerWidth(Objective):
         values = [self.whole(student, teacher, ids)]
         for width, part in self.parts.items():
             axes = self.axes[:, : int(width)]
-            values.append(part(cut(student, axes, self._unit), cut(teacher, axes), ids))
+            shorter = cut(teacher, axes, self._unit_teacher)
+            values.append(part(cut(student, axes, self._unit), shorter, ids))
         return torch.stack(values).mean()
 
     def update(self, teacher: Features, ids: Tensor) -> None:
         self.whole.update(teacher, ids)
         for width, part in self.parts.items():
             loss: Any = part
-            loss.update(cut(teacher, self.axes[:, : int(width)]), ids)
+            loss.update(cut(teacher, self.axes[:, : int(width)], self._unit_teacher), ids)
 
 
 def cut(features: Features, axes: Tensor, unit: bool = True) -> Features:

@@ -194,7 +194,32 @@ class Student(nn.Module):
         if not texts:
             return torch.empty(0, self.dim)
         with base.evaluating(self):
-            return base.unit(base.embed_by_length(texts, self._embed_texts), self.name)
+            return base.unit(
+                base.embed_by_length(texts, lambda some: self.encode_text(self._tokens(some))),
+                self.name,
+            )
+
+    def raw_images(self, pixels: Tensor) -> Tensor:
+        """As `RawTeacher.raw_images`; the training mode is as before afterwards."""
+        if not len(pixels):
+            return torch.empty(0, self.dim)
+
+        def encode(chunk: Tensor) -> Tensor:
+            return self.image_head(self.pool_image(chunk))
+
+        with base.evaluating(self):
+            return base.directed(base.embed_pixels(pixels, encode, self.device), self.name)
+
+    def raw_texts(self, texts: Sequence[str]) -> Tensor:
+        """As `RawTeacher.raw_texts`; the training mode is as before afterwards."""
+        if not texts:
+            return torch.empty(0, self.dim)
+
+        def encode(some: list[str]) -> Tensor:
+            return self.text_head(self.pool_text(*self._tokens(some)))
+
+        with base.evaluating(self):
+            return base.directed(base.embed_by_length(texts, encode), self.name)
 
     def identity(self) -> dict[str, str]:
         """As `Teacher.identity`; computed anew each time, since training changes the weights."""
@@ -320,9 +345,8 @@ class Student(nn.Module):
     def _encodings(self, texts: Sequence[str]) -> Any:
         return self.tokenizer.backend_tokenizer.encode_batch([encodable(text) for text in texts])
 
-    def _embed_texts(self, texts: list[str]) -> Tensor:
-        tokens = self.pad(self.tokenize(texts))
-        return self.encode_text(Tokens(*(part.to(self.device) for part in tokens)))
+    def _tokens(self, texts: list[str]) -> Tokens:
+        return Tokens(*(part.to(self.device) for part in self.pad(self.tokenize(texts))))
 
 
 def _count(part: nn.Module) -> int:

@@ -122,6 +122,19 @@ class Teacher(Protocol):
         ...
 
 
+@runtime_checkable
+class RawTeacher(Protocol):
+    """A `Teacher` that also gives its rows before their L2 normalisation."""
+
+    def raw_images(self, pixels: Tensor) -> Tensor:
+        """Embed uint8 (B, 3, H, W), sized by `preprocess` → float32 (B, D) of any length."""
+        ...
+
+    def raw_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed B texts → float32 (B, D) of any length."""
+        ...
+
+
 class TwoTowers(ABC):
     """Base of frozen dual encoders, whatever library their towers come from.
 
@@ -157,23 +170,40 @@ class TwoTowers(ABC):
         """As `Teacher.identity`."""
         return dict(self._identity)
 
-    @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> Tensor:
         """As `Teacher.embed_images`."""
-        if not len(pixels):
-            return torch.empty(0, self.dim)
-        return unit(embed_pixels(pixels, self._encode_images, self.device), self.name)
+        return nn.functional.normalize(self.raw_images(pixels), dim=-1)
 
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """As `Teacher.embed_texts`."""
+        return nn.functional.normalize(self.raw_texts(texts), dim=-1)
+
+    @torch.inference_mode()
+    def raw_images(self, pixels: Tensor) -> Tensor:
+        """As `RawTeacher.raw_images`."""
+        if not len(pixels):
+            return torch.empty(0, self.dim)
+        return directed(embed_pixels(pixels, self._encode_images, self.device), self.name)
+
+    @torch.inference_mode()
+    def raw_texts(self, texts: Sequence[str]) -> Tensor:
+        """As `RawTeacher.raw_texts`."""
         if not texts:
             return torch.empty(0, self.dim)
-        return unit(embed_by_length(texts, self._encode_texts), self.name)
+        return directed(embed_by_length(texts, self._encode_texts), self.name)
 
 
 def unit(rows: Tensor, owner: str) -> Tensor:
     """Scale rows to length 1, in float32 on the CPU: (B, D) → (B, D).
+
+    Raises:
+        ModelError: as `directed`.
+    """
+    return nn.functional.normalize(directed(rows, owner), dim=-1)
+
+
+def directed(rows: Tensor, owner: str) -> Tensor:
+    """Return rows in float32 on the CPU, once each is known to have a direction: (B, D) → (B, D).
 
     Raises:
         ModelError: a row is NaN, infinite or zero, so it has no direction.
@@ -185,7 +215,7 @@ def unit(rows: Tensor, owner: str) -> Tensor:
         raise ModelError(
             f"{owner}: {bad} of {len(rows)} embeddings are NaN, infinite or zero; check its weights"
         )
-    return nn.functional.normalize(rows, dim=-1)
+    return rows
 
 
 def embed_pixels(

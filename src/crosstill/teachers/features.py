@@ -21,7 +21,7 @@ from torch import Tensor
 from crosstill import files, formats
 from crosstill.data.pairs import read_licence, read_text
 from crosstill.errors import ModelError
-from crosstill.teachers.base import Kind, unit
+from crosstill.teachers.base import Kind, directed, unit
 
 _NAMES = {"image": "filenames.txt", "text": "captions.txt"}
 _BLOCK = 65_536  # rows checked at a time: a memory-mapped file never comes in whole
@@ -92,15 +92,19 @@ class FeaturesTeacher:
     def identity(self) -> dict[str, str]:
         return dict(self._identity)
 
-    def lookup_images(self, paths: Sequence[str]) -> tuple[Tensor, list[str]]:
+    def lookup_images(self, paths: Sequence[str], raw: bool = False) -> tuple[Tensor, list[str]]:
         """Look up vectors of images by path and else by base name, in any Unicode form.
 
+        Args:
+            paths: of the images.
+            raw: give rows as they stand in the file; else at length 1.
+
         Returns:
-            (n, D) unit rows of the paths that were found, in the order given, and the others.
+            (n, D) rows of the paths that were found, in the order given, and the other paths.
         """
         keys = map(formats.name_key, paths)
         rows = [self._by_path.get(key, self._by_name.get(_base(key))) for key in keys]
-        return self._take("image", rows), _lacking(paths, rows)
+        return self._take("image", rows, raw), _lacking(paths, rows)
 
     def refuse_unknown(self, paths: Sequence[str]) -> None:
         """Refuse a dataset of which no image has a vector: its names are written otherwise.
@@ -115,8 +119,8 @@ class FeaturesTeacher:
                 f"{paths[0]!r}"
             )
 
-    def lookup_texts(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Look up vectors of texts, by the very text; returned as by `lookup_images`.
+    def lookup_texts(self, texts: Sequence[str], raw: bool = False) -> tuple[Tensor, list[str]]:
+        """Look up vectors of texts, by the very text; as `lookup_images` else.
 
         Raises:
             ModelError: the folder has no text vectors.
@@ -127,11 +131,12 @@ class FeaturesTeacher:
                 "losses that need no teacher texts"
             )
         rows = [self._by_text.get(text.strip()) for text in texts]
-        return self._take("text", rows), _lacking(texts, rows)
+        return self._take("text", rows, raw), _lacking(texts, rows)
 
-    def _take(self, kind: str, chosen: list[int | None]) -> Tensor:
+    def _take(self, kind: str, chosen: list[int | None], raw: bool) -> Tensor:
         rows = self._rows[kind][[row for row in chosen if row is not None]]
-        return unit(torch.from_numpy(rows.astype(np.float32)), str(self.folder))
+        scaled = directed if raw else unit
+        return scaled(torch.from_numpy(rows.astype(np.float32)), str(self.folder))
 
 
 def load(folder: Path, name: str, device: torch.device | None = None) -> FeaturesTeacher:

@@ -113,7 +113,7 @@ class Stream:
             cache.views,
             config.steps_per_epoch,
         )
-        self._student = student
+        self._student, self._raw = student, reads_raw(cache, config)
         self._share = group.slice_of(config.batch_size)
         self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
         self._photos: PixelStore | None = None
@@ -163,8 +163,14 @@ class Stream:
     def _teacher(self, images: np.ndarray, captions: np.ndarray, views: np.ndarray) -> Features:
         has = self.cache.modalities
         empty = torch.empty(0)
-        image = self.cache.image_features(images, views) if "image" in has else empty
-        return Features(image, self.cache.text_features(captions) if "text" in has else empty)
+        cache, raw = self.cache, self._raw
+        image = cache.image_features(images, views, raw) if "image" in has else empty
+        return Features(image, cache.text_features(captions, raw) if "text" in has else empty)
+
+
+def reads_raw(cache: Cache, config: TrainConfig) -> bool:
+    """Tell whether losses see the teacher's rows as long as it gave them."""
+    return config.normalise is False and cache.raw
 
 
 def ahead(

@@ -42,7 +42,9 @@ class TrainConfig(BaseModel):
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
 
     targets: Literal["joined", "each"] = "joined"  # "each" only in older runs, which are read
-    normalise: bool = True  # False: losses see the student's rows before their L2 normalisation
+    # what losses see: True unit rows; False those before L2 normalisation, of the teacher too where
+    # the cache keeps them; "teacher" unit rows of the teacher alone
+    normalise: Literal[True, False, "teacher"] = True
     init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.ridge_heads
     freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once
     towers: Literal["frozen", "train"] = "frozen"  # of a fusion student

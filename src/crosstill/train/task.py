@@ -6,6 +6,7 @@ a score cache. A Task's constructor makes the losses and the balancer and refuse
 losses that the cache cannot serve, so that a grid can ask it about every row before a run starts.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -26,13 +27,15 @@ from crosstill.objectives.wrappers import ROWS, PerWidth, principal_axes
 from crosstill.students.student import Student, Tokens
 from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import distributed, layers
-from crosstill.train.batches import Batch, Sampler, Stream
+from crosstill.train.batches import Batch, Sampler, Stream, reads_raw
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.layers import PairedLayers
 from crosstill.train.ridge_heads import ridge_heads
 from crosstill.train.step import Outcome, autocast, backward_in_chunks, check_precision, weigh
 from crosstill.types import Features
+
+log = logging.getLogger(__name__)
 
 # settings that only a score cache gives a meaning, with their defaults
 ONLY_LISTS = {"negatives": "hardest", "drawn": None, "towers": "frozen"}
@@ -237,6 +240,12 @@ class PairTask:
 
     def start(self, student: Student) -> None:
         self.student, config = student, self.config
+        if config.normalise is False and self.cache.modalities and not self.cache.raw:
+            log.warning(
+                "normalise = false: %s keeps unit rows alone, so losses see the student's as they "
+                "come and the teacher's at length 1; `crosstill cache --raw` keeps both",
+                self.cache.folder,
+            )
         if config.freeze != "none":
             getattr(student, f"{config.freeze}_tower").requires_grad_(False)
         if self._layers is not None:
@@ -296,7 +305,7 @@ class PairTask:
         texts = batch.texts
         part = Tokens(*(t[rows] for t in texts)) if isinstance(texts, Tokens) else texts[rows]
         with autocast(self.config, self.group.device):
-            features = self._encode(batch.images[distinct], part, self.config.normalise)
+            features = self._encode(batch.images[distinct], part, self.config.normalise is True)
         return Features(features.image[image_of].float(), features.text.float())
 
     def _weighed(self, batch: Batch, share: Features) -> tuple[Outcome, Tensor]:
@@ -446,7 +455,9 @@ def _wrap_widths(
             width: objectives.build(name, dim=width, seed=config.seed, keys=keys, **options)
             for width in student.widths[:-1]
         }
-        losses[name] = PerWidth(loss, parts, student.axes.detach().clone(), config.normalise)
+        axes = student.axes.detach().clone()
+        unit, unit_teacher = config.normalise is True, not reads_raw(cache, config)
+        losses[name] = PerWidth(loss, parts, axes, unit, unit_teacher)
 
 
 def _principal_axes(cache: Cache, split: str) -> Tensor:
