@@ -1,7 +1,8 @@
 """The nouns that the parts of crosstill hand to each other.
 
 Dimension key, used in every shape of this project:
-    B  pairs in a batch        D  embedding width       K  queue slots
+    B  pairs in a batch (Bv photos, Bt texts where they differ)
+    D  embedding width       K  queue slots
     N  candidates of a pair    L  tokens of a caption   I  images       T  captions
     C, H, W  channels, height and width of an image
 """
@@ -18,6 +19,9 @@ from torch import Tensor
 class Features(NamedTuple):
     """One model's view of one batch; row i of image and of text belong to the same pair.
 
+    Only a loss that needs no pairs also gets rows that belong to none, with `Ids` that tell them
+    apart; then the sides may differ in length.
+
     Both are unit length along D, so that a dot product is a cosine similarity; only under
     `normalise = false` they are as the heads, and the teacher, give them. A side that the teacher
     lacks is empty.
@@ -25,6 +29,19 @@ class Features(NamedTuple):
 
     image: Tensor  # (B, D)
     text: Tensor  # (B, D)
+
+
+class Ids(NamedTuple):
+    """The ids of a batch in which photos and texts need not be pairs.
+
+    The pairs come first on both sides: row i of image and of text belong together for i below
+    `paired`, and no others do. A caption has the id of its image, a text without a photo one that
+    no image has.
+    """
+
+    image: Tensor  # (Bv,) int64
+    text: Tensor  # (Bt,) int64
+    paired: int
 
 
 class States(NamedTuple):

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from crosstill import objectives
 from crosstill.errors import ConfigError
-from crosstill.types import Features, Hidden
+from crosstill.types import Features, Hidden, Ids
 
 B, D, SMALL = 8, 6, 16
 
@@ -166,3 +166,54 @@ def test_saved_state_is_all_of_it(name):
 
 def test_needs_are_teacher_features(name):
     assert build(name).needs <= {"image", "text"}
+
+
+def without_pairs(name: str) -> objectives.Objective:
+    """The loss, if it needs no pairs and reads rows of photos and of texts."""
+    loss = build(name)
+    if loss.pairs or loss.reads.kind == "hidden":
+        pytest.skip("is given pairs only, or layers of photos")
+    return loss
+
+
+def test_a_loss_without_pairs_takes_a_paired_batch_either_way(name):
+    loss = without_pairs(name)
+    student, teacher, ids = pair(loss)
+    loss.update(teacher, ids)
+    expected = loss(student, teacher, ids)
+    assert torch.equal(loss(student, teacher, Ids(ids, ids, len(ids))), expected)
+
+
+@pytest.mark.parametrize("photos, texts", [(B, 3), (2, B), (B, 0), (0, B), (0, 0)])
+@pytest.mark.parametrize("paired", [0, 2])
+def test_a_loss_without_pairs_takes_sides_of_any_length(name, photos, texts, paired):
+    loss = without_pairs(name)
+    student, teacher, ids = pair(loss)
+    paired = min(paired, photos, texts)
+    # a text that belongs to no photo has an id of its own
+    text_ids = torch.where(torch.arange(B) < paired, ids, -2 - ids)
+    every = Ids(ids[:photos], text_ids[:texts], paired)
+    student, teacher = (Features(x.image[:photos], x.text[:texts]) for x in (student, teacher))
+    student = with_gradient(student)
+    value = loss(student, teacher, every)
+    assert value.shape == () and value.isfinite()
+    missing = {side for side in ("image", "text") if not len(getattr(student, side))}
+    if loss.needs <= missing or (loss.across and missing):
+        assert value == 0
+    else:
+        assert value > 0
+        gradients = torch.autograd.grad(value, list(student), allow_unused=True)
+        assert all(x is None or x.isfinite().all() for x in gradients)
+    loss.update(teacher, every)
+    assert loss(student, teacher, every).isfinite()
+
+
+def test_a_loss_without_pairs_does_not_care_which_loose_row_stands_beside_which(name):
+    loss = without_pairs(name)
+    student, teacher, ids = pair(loss)
+    text_ids = torch.where(torch.arange(B) < 3, ids, -2 - ids)
+    order = torch.tensor([0, 1, 2, *torch.randperm(B - 3).add(3).tolist()])
+    mixed, moved = Ids(ids, text_ids, 3), Ids(ids, text_ids[order], 3)
+    turned = [Features(x.image, x.text[order]) for x in (student, teacher)]
+    expected = loss(student, teacher, mixed)
+    torch.testing.assert_close(loss(*turned, moved), expected, rtol=1e-12, atol=1e-12)

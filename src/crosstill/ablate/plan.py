@@ -275,9 +275,7 @@ def _check_row(
     task.check(student)
     pairs = len(cache.split(config.train_split).captions)
     for loss, module in task.losses.items():
-        slots = max(
-            (len(part.ids) for part in module.modules() if isinstance(part, Queue)), default=0
-        )
+        slots = max((len(part) for part in module.modules() if isinstance(part, Queue)), default=0)
         if slots > pairs:
             raise ConfigError(
                 f"row {name!r}: a queue of {slots:,} slots is longer than the {pairs:,} captions "

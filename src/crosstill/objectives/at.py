@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Input, Objective
 from crosstill.objectives.parts import widened
-from crosstill.types import Hidden
+from crosstill.types import Hidden, Ids
 
 
 class AttentionTransfer(Objective):
@@ -27,6 +27,7 @@ class AttentionTransfer(Objective):
     """
 
     needs = frozenset[str]()
+    pairs = False
 
     def __init__(self, *, layers: Sequence[str | int] = ("middle", "last")) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class AttentionTransfer(Objective):
             raise ConfigError("layers is empty; name one or more")
         self.reads = Input("hidden", layers=tuple(map(str, layers)))
 
-    def forward(self, student: Hidden, teacher: Hidden, ids: Tensor) -> Tensor:
+    def forward(self, student: Hidden, teacher: Hidden, ids: Tensor | Ids) -> Tensor:
         terms = [
             distance(student.layers[layer], teacher.layers[layer].detach())
             for layer in self.reads.layers

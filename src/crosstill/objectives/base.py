@@ -1,11 +1,17 @@
 """The base class of all losses: student features, teacher features and ids in, one scalar out.
 
-A loss declares in three attributes what it has to be given. A run checks them before it starts, and
+A loss declares in its attributes what it has to be given. A run checks them before it starts, and
 refuses by name a loss that its cache, its teacher or its student cannot serve:
 
     needs    which sides of the teacher's features the loss uses
     reads    the input that `forward` is called with
     lists    the candidate lists that `rank` is called with; None for a loss without `rank`
+    pairs    whether row i of image and of text have to belong together
+    across   whether it compares images with texts, so that it is nothing without one of the two
+
+A loss that needs pairs gets only the pairs of a batch, and is left out of a batch without any. One
+that does not gets all rows: as many photos as there are and as many texts, either perhaps none,
+and `Ids` in place of a tensor of ids.
 
 A class may set them, and so may its constructor where they depend on an option. `declare_like`
 copies them all, so that a loss around another one forgets none.
@@ -19,7 +25,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from crosstill.errors import ConfigError
-from crosstill.types import Features, Hidden, Lists
+from crosstill.objectives.parts import Side, sides
+from crosstill.types import Features, Hidden, Ids, Lists
 
 SIDES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
 
@@ -61,22 +68,26 @@ class Objective(nn.Module):
     needs: frozenset[str] = frozenset({"image", "text"})
     reads: Input = Input()
     lists: ListInput | None = None
+    pairs: bool = True
+    across: bool = False
 
     def declare_like(self, other: Objective) -> None:
         """Copy every declaration of another loss."""
         self.needs, self.reads, self.lists = other.needs, other.reads, other.lists
+        self.pairs, self.across = other.pairs, other.across
 
     def adapt(self, student: Hidden, teacher: Hidden) -> None:
         """Make the parameters that depend on the layers' widths, from one photo's layers."""
 
-    def forward(self, student: Any, teacher: Any, ids: Tensor) -> Tensor:
+    def forward(self, student: Any, teacher: Any, ids: Any) -> Tensor:
         """Compute the loss of one batch.
 
         Args:
             student: (B, D) image and text, or what `reads` declares; gradients flow here and
                 nowhere else.
             teacher: the same of the same rows.
-            ids: (B,) int64, which image each row shows; rows may share one.
+            ids: (B,) int64, which image each row shows; rows may share one. A loss that needs no
+                pairs may also get `Ids`.
 
         Returns:
             A scalar, finite for finite input.
@@ -91,16 +102,20 @@ class Objective(nn.Module):
         """
         raise ConfigError(f"{type(self).__module__}: this loss cannot read a score cache")
 
-    def update(self, teacher: Features, ids: Tensor) -> None:
+    def update(self, teacher: Features, ids: Any) -> None:
         """Store a batch's teacher rows after its optimizer step; most losses store nothing."""
 
 
 class OneSided(Objective):
     """Base of the losses that compare images with images and captions with captions.
 
+    They need no pairs.
+
     Args:
         side: "both", or "image" or "text" alone, for a teacher that has only that side.
     """
+
+    pairs = False
 
     def __init__(self, *, side: str = "both") -> None:
         super().__init__()
@@ -109,6 +124,6 @@ class OneSided(Objective):
         self.sides = SIDES[side]
         self.needs = frozenset(self.sides)
 
-    def pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
-        """Pair student and teacher (B, D) of each chosen side; the teacher's have no gradient."""
-        return [(getattr(student, name), getattr(teacher, name).detach()) for name in self.sides]
+    def chosen(self, student: Features, teacher: Features, ids: Tensor | Ids) -> list[Side]:
+        """List the chosen sides that have rows."""
+        return sides(student, teacher, ids, self.sides)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts import Queue, similarity
+from crosstill.objectives.parts import Queue, sides, similarity, total
 from crosstill.plugins import positive
-from crosstill.types import Features
+from crosstill.types import Features, Ids
 
 
 class Contrastive(Objective):
@@ -31,6 +31,8 @@ class Contrastive(Objective):
         mask_same_image: leave out queue entries that show the row's own image, which another
             of its captions put there. The paper keeps them, as negatives of themselves.
     """
+
+    pairs = False
 
     def __init__(
         self,
@@ -47,13 +49,14 @@ class Contrastive(Objective):
         self.mask_same_image = mask_same_image
         self.queue = Queue(queue_size, dim, seed)
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        own = (ids[:, None] == self.queue.ids) & self.mask_same_image
-        sides = zip(student, teacher, self.queue.entries, strict=True)
-        image, text = (self._one_side(s, t.detach(), queue, own) for s, t, queue in sides)
-        return image + text
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        terms = []
+        for own, target, rows, number in sides(student, teacher, ids):
+            same = (rows[:, None] == self.queue.ids[number]) & self.mask_same_image
+            terms.append(self._one_side(own, target, self.queue.entries[number], same))
+        return total(terms, student.image)
 
-    def update(self, teacher: Features, ids: Tensor) -> None:
+    def update(self, teacher: Features, ids: Tensor | Ids) -> None:
         self.queue.push(teacher, ids)
 
     def _one_side(self, student: Tensor, teacher: Tensor, queue: Tensor, own: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ DSMD, arXiv 2404.10838, eq. 8. The student copies the teacher's embeddings numbe
     L = mean over B and D of |v^s - v^t|  +  mean over B and D of |t^s - t^t|
 """
 
-import torch
 from torch import Tensor, nn
 
 from crosstill.objectives.base import OneSided
-from crosstill.types import Features
+from crosstill.objectives.parts import total
+from crosstill.types import Features, Ids
 
 
 class FeatureDistillation(OneSided):
@@ -19,6 +19,6 @@ class FeatureDistillation(OneSided):
         side: as in `OneSided`.
     """
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        return torch.stack([nn.functional.l1_loss(s, t) for s, t in pairs]).sum()
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        sides = self.chosen(student, teacher, ids)
+        return total([nn.functional.l1_loss(s, t) for s, t, *_ in sides], student.image)

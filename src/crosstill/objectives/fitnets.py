@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, mse_loss
 from crosstill.objectives.at import common_size
 from crosstill.objectives.base import Input, Objective
 from crosstill.objectives.parts import widened
-from crosstill.types import Hidden
+from crosstill.types import Hidden, Ids
 
 
 class FitNets(Objective):
@@ -29,6 +29,7 @@ class FitNets(Objective):
     """
 
     needs = frozenset[str]()
+    pairs = False
     scale: Tensor
     regressor: nn.Conv2d
 
@@ -50,7 +51,7 @@ class FitNets(Objective):
                 part.copy_(bound * (2 * drawn - 1))
             self.scale.copy_(targets.float().square().mean().sqrt().clamp_min(1e-6))
 
-    def forward(self, student: Hidden, teacher: Hidden, ids: Tensor) -> Tensor:
+    def forward(self, student: Hidden, teacher: Hidden, ids: Tensor | Ids) -> Tensor:
         maps, targets = (widened(side.layers[self.layer]) for side in (student, teacher))
         size = common_size(maps, targets)
         maps, targets = adaptive_avg_pool2d(maps, size), adaptive_avg_pool2d(targets, size)

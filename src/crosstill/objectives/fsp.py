@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crosstill.errors import MismatchError
 from crosstill.objectives.base import Objective
 from crosstill.objectives.parts import similarity
-from crosstill.types import Features
+from crosstill.types import Features, Ids
 
 
 class FSP(Objective):
@@ -23,7 +23,12 @@ class FSP(Objective):
     two stages of a model whose layers are at hand, and `flow` compares two Gram matrices.
     """
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+    pairs = False
+    across = True
+
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        if not (len(student.image) and len(student.text)):
+            return student.image.new_zeros(())
         return flow(similarity(*student), similarity(*teacher))
 
 

@@ -9,7 +9,8 @@ embeddings of student and teacher, within a modality and across. With v image ro
     T(a, b) = sum_i row_i + sum_j col_j
     L = T(v^s, v^t) + T(t^s, t^t) + T(v^s, t^t) + T(t^s, v^t)
 
-Entries whose row and column show the same image are no negatives.
+Entries whose row and column show the same image are no negatives. Across modalities only the
+pairs of a batch count, within one all its rows.
 """
 
 from typing import Literal
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.objectives.parts import similarity
-from crosstill.types import Features
+from crosstill.objectives.parts import both_ids, first_rows, similarity
+from crosstill.types import Features, Ids
 
 Negatives = Literal["hardest", "all"]
 
@@ -34,6 +35,8 @@ class HardNegative(Objective):
             text; "all" sums every violation, as the authors' code does unless told otherwise.
     """
 
+    pairs = False
+
     def __init__(self, *, margin: float = 0.2, negatives: Negatives = "hardest") -> None:
         super().__init__()
         if negatives not in ("hardest", "all"):
@@ -43,13 +46,27 @@ class HardNegative(Objective):
         self.margin = margin
         self.negatives: Negatives = negatives
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        pairs = [(s, t.detach()) for s in student for t in teacher]
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        image_ids, text_ids, paired = both_ids(ids)
+        (image, text), (image_target, text_target) = student, teacher
+        pairs, pair_targets = (first_rows(x, paired) for x in (student, teacher))
+        compared = (
+            (image, image_target, image_ids),
+            (pairs.image, pair_targets.text, image_ids[:paired]),
+            (pairs.text, pair_targets.image, image_ids[:paired]),
+            (text, text_target, text_ids),
+        )
         terms = [
-            triplet(similarity(s, t), ids, margin=self.margin, negatives=self.negatives)
-            for s, t in pairs
+            triplet(
+                similarity(own, target.detach()),
+                own_ids,
+                margin=self.margin,
+                negatives=self.negatives,
+            )
+            for own, target, own_ids in compared
+            if len(own)
         ]
-        return sum(terms, start=terms[0].new_zeros(()))
+        return sum(terms, start=image.new_zeros(()))
 
 
 def triplet(scores: Tensor, ids: Tensor, *, margin: float, negatives: Negatives) -> Tensor:

@@ -7,13 +7,12 @@ so works with the vectors of images alone. CLIP's image vectors lie in a narrow 
 and `similarity` are nearly 0 for any student inside that cone, and this loss is not.
 """
 
-import torch
 from torch import Tensor
 
 from crosstill.objectives.base import OneSided
-from crosstill.objectives.parts import diagonal_cross_entropy, logits
+from crosstill.objectives.parts import diagonal_cross_entropy, logits, total
 from crosstill.plugins import positive
-from crosstill.types import Features
+from crosstill.types import Features, Ids
 
 
 class InstanceDiscrimination(OneSided):
@@ -31,10 +30,10 @@ class InstanceDiscrimination(OneSided):
         positive(temperature=temperature)
         self.temperature = temperature
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        sides = []
-        for own, other in self.pairs(student, teacher):
-            forth = diagonal_cross_entropy(logits(own, other, ids, self.temperature))
-            back = diagonal_cross_entropy(logits(other, own, ids, self.temperature))
-            sides.append((forth + back) / 2)
-        return torch.stack(sides).sum()
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        terms = []
+        for own, other, rows, _ in self.chosen(student, teacher, ids):
+            forth = diagonal_cross_entropy(logits(own, other, rows, self.temperature))
+            back = diagonal_cross_entropy(logits(other, own, rows, self.temperature))
+            terms.append((forth + back) / 2)
+        return total(terms, student.image)

@@ -9,13 +9,14 @@ from torch import Tensor
 from crosstill.objectives.base import Objective
 from crosstill.objectives.parts import batch_logits, divergence
 from crosstill.plugins import positive
-from crosstill.types import Features
+from crosstill.types import Features, Ids
 
 
 class KD(Objective):
     """T² KL(teacher ‖ student) over image-to-text and text-to-image rows, mean of both.
 
-    Another row of the same image is left out of both softmaxes.
+    Another row of the same image is left out of both softmaxes. The teacher says how well every
+    photo of the batch fits every text of it, so that nothing here needs pairs.
 
     Args:
         temperature: the divisor that makes cosines logits.
@@ -24,13 +25,18 @@ class KD(Objective):
             T nears a mean squared error of the logits.
     """
 
+    pairs = False
+    across = True
+
     def __init__(self, *, temperature: float = 0.05, softening: float = 1.0) -> None:
         super().__init__()
         positive(temperature=temperature, softening=softening)
         self.temperature = temperature
         self.softening = softening
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        if not (len(student.image) and len(student.text)):
+            return student.image.new_zeros(())
         rows = batch_logits(student, teacher, ids, self.temperature)
         return softened(rows.student, rows.teacher, rows.absent, self.softening).mean()
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Input, Objective
-from crosstill.objectives.parts import widened
-from crosstill.types import Features
+from crosstill.objectives.parts import sides, total, widened
+from crosstill.types import Features, Ids
 
 
 class MaskedFeature(Objective):
@@ -23,6 +23,7 @@ class MaskedFeature(Objective):
     """
 
     needs = frozenset({"image"})
+    pairs = False
 
     def __init__(self, *, ratio: float = 0.5) -> None:
         super().__init__()
@@ -30,6 +31,6 @@ class MaskedFeature(Objective):
             raise ConfigError(f"ratio must be from 0 to below 1, not {ratio}")
         self.reads = Input("masked", ratio=ratio)
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        image = widened(student.image)
-        return nn.functional.mse_loss(image, teacher.image.detach().to(image))
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        photos = [(widened(s), t) for s, t, *_ in sides(student, teacher, ids, ["image"])]
+        return total([nn.functional.mse_loss(s, t.to(s)) for s, t in photos], student.image)

@@ -5,7 +5,8 @@ of the images, or a mask made of them, and leaves such entries out. Of the memor
 the newest rows of any images, `Bank` one row of each training image.
 """
 
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +14,51 @@ from torch import Tensor, nn
 
 from crosstill.errors import ConfigError
 from crosstill.plugins import positive
-from crosstill.types import Features
+from crosstill.types import Features, Ids
 
-NOBODY = -1  # the id of a random vector; ids of images are never negative
+NOBODY = -1  # the id of a random vector, which no image and no text has
+
+
+class Side(NamedTuple):
+    """The rows of one modality in a batch, B of them."""
+
+    student: Tensor  # (B, D)
+    teacher: Tensor  # (B, D), without gradient
+    ids: Tensor  # (B,)
+    number: int  # 0 for images, 1 for texts
+
+
+def sides(
+    student: Features,
+    teacher: Features,
+    ids: Tensor | Ids,
+    names: Collection[str] = ("image", "text"),
+) -> list[Side]:
+    """List the sides of a batch that have rows, images first."""
+    every = both_ids(ids)
+    return [
+        Side(student[number], teacher[number].detach(), (every.image, every.text)[number], number)
+        for number, name in enumerate(student._fields)
+        if name in names and len(student[number])
+    ]
+
+
+def both_ids(ids: Tensor | Ids) -> Ids:
+    """Return the ids of both sides, where a tensor means that all rows are pairs."""
+    return ids if isinstance(ids, Ids) else Ids(ids, ids, len(ids))
+
+
+def first_rows(features: Features, count: int) -> Features:
+    """Return the first rows of both sides, the very tensors where they have no others.
+
+    Even a slice of all rows would have gradients added up in another order.
+    """
+    return Features(*(side if len(side) == count else side[:count] for side in features))
+
+
+def total(terms: Sequence[Tensor], zero: Tensor) -> Tensor:
+    """Add up the terms of the sides that have rows; `zero` is a tensor to take a 0 from."""
+    return torch.stack([*terms]).sum() if terms else zero.new_zeros(())
 
 
 def widened(values: Tensor) -> Tensor:
@@ -34,33 +77,50 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 class BatchLogits(NamedTuple):
-    """B image rows, then B caption rows; row i and row B + i have their partner in column i."""
+    """B image rows, then B caption rows; row i and row B + i have their partner in column i.
+
+    Of Bv photos and Bt texts there are Bv + Bt rows, and as many columns as the longer side has;
+    what is too much for the other side's rows is absent.
+    """
 
     student: Tensor  # (2B, B)
     teacher: Tensor  # (2B, B), without gradient
     absent: Tensor  # (2B, B) bool, other rows of the row's own image: neither right nor wrong
-    target: Tensor  # (2B,) int64, the column of the true partner
+    target: Tensor  # (2B,) int64, the column of the true partner, of rows that have one
 
 
 def batch_logits(
-    student: Features, teacher: Features, ids: Tensor, temperature: float
+    student: Features, teacher: Features, ids: Tensor | Ids, temperature: float
 ) -> BatchLogits:
     """Score each image against all captions and each caption against all images.
 
     Args:
-        student: (B, D) image and text.
-        teacher: (B, D) image and text.
-        ids: (B,) which image each row shows.
+        student: image and text, (B, D) each, or of different lengths.
+        teacher: the same.
+        ids: which image each row shows; neither side may be empty.
         temperature: the divisor of the cosines.
     """
-    partner = torch.arange(len(ids), device=ids.device)
-    absent = (ids[:, None] == ids) & (partner[:, None] != partner)
+    image_ids, text_ids, paired = both_ids(ids)
+    image, text = (torch.arange(len(x), device=x.device) for x in (image_ids, text_ids))
+    partners = (image[:, None] == text) & (text < paired)
+    absent = (image_ids[:, None] == text_ids) & ~partners
     student_scores, teacher_scores = similarity(*student), similarity(*teacher).detach()
     return BatchLogits(
-        torch.cat([student_scores, student_scores.T]) / temperature,
-        torch.cat([teacher_scores, teacher_scores.T]) / temperature,
-        torch.cat([absent, absent]),
-        torch.cat([partner, partner]),
+        _both_ways(student_scores, 0) / temperature,
+        _both_ways(teacher_scores, 0) / temperature,
+        _both_ways(absent, True),
+        torch.cat([image, text]),
+    )
+
+
+def _both_ways(matrix: Tensor, filling: Any) -> Tensor:
+    """Stack a matrix (Bv, Bt) and its transpose, the shorter rows filled up."""
+    columns = max(matrix.shape)
+    return torch.cat(
+        [
+            nn.functional.pad(part, (0, columns - part.shape[1]), value=filling)
+            for part in (matrix, matrix.T)
+        ]
     )
 
 
@@ -167,14 +227,16 @@ def _descending(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Queue(nn.Module):
-    """Keep the newest K image and K text embeddings with the ids of their images.
+    """Keep the newest K image and K text embeddings with their ids.
 
-    It starts as random unit vectors, is float32, and takes batches of any size.
+    It starts as random unit vectors, is float32, and takes batches of any size, of as many photos
+    and texts as there are. Checkpoints from before it could have one row of ids and one pointer
+    for both sides.
 
     Buffers:
         entries: (2, K, D) image rows, then text rows.
-        ids: (K,) int64, `NOBODY` for the random start.
-        pointer: () int64, the oldest slot, which is the next to be overwritten.
+        ids: (2, K) int64, `NOBODY` for the random start.
+        pointer: (2,) int64, the oldest slot, which is the next to be overwritten.
     """
 
     entries: Tensor
@@ -187,19 +249,33 @@ class Queue(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(2, length, dim, generator=generator)
         self.register_buffer("entries", nn.functional.normalize(noise, dim=-1))
-        self.register_buffer("ids", torch.full((length,), NOBODY))
-        self.register_buffer("pointer", torch.tensor(0))
+        self.register_buffer("ids", torch.full((2, length), NOBODY))
+        self.register_buffer("pointer", torch.zeros(2, dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(_split_sides)
+
+    def __len__(self) -> int:
+        return self.ids.shape[1]
 
     @torch.no_grad()
-    def push(self, features: Features, ids: Tensor) -> None:
+    def push(self, features: Features, ids: Tensor | Ids) -> None:
         """Overwrite the oldest slots; of a batch longer than the queue the last rows stay."""
-        length = len(self.ids)
-        rows = torch.stack([x[-length:].to(self.entries) for x in features])
-        count = rows.shape[1]
-        slots = (self.pointer + torch.arange(count, device=self.ids.device)) % length
-        self.entries[:, slots] = rows
-        self.ids[slots] = ids[-length:].to(self.ids)
-        self.pointer.copy_((self.pointer + count) % length)
+        length, every = len(self), both_ids(ids)
+        for side, (rows, row_ids) in enumerate(
+            zip(features, (every.image, every.text), strict=True)
+        ):
+            count = min(len(rows), length)
+            slots = self.pointer[side] + torch.arange(count, device=self.ids.device)
+            slots %= length
+            self.entries[side, slots] = rows[-length:].to(self.entries)
+            self.ids[side, slots] = row_ids[-length:].to(self.ids)
+            self.pointer[side] = (self.pointer[side] + count) % length
+
+
+def _split_sides(queue: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
+    """Give each side of an older queue its own ids and pointer, which were the same for both."""
+    ids, pointer = (state.get(prefix + name) for name in ("ids", "pointer"))
+    if ids is not None and pointer is not None and not pointer.ndim:
+        state[prefix + "ids"], state[prefix + "pointer"] = ids.expand(2, -1), pointer.expand(2)
 
 
 class Bank(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from crosstill.errors import ConfigError
 from crosstill.objectives.base import Objective
-from crosstill.types import Features
+from crosstill.objectives.parts import sides, total
+from crosstill.types import Features, Ids
 
 
 class RKD(Objective):
@@ -24,6 +25,8 @@ class RKD(Objective):
         angle: weight of the angles; 0 leaves them out.
     """
 
+    pairs = False
+
     def __init__(self, *, distance: float = 25.0, angle: float = 50.0) -> None:
         super().__init__()
         for name, weight in {"distance": distance, "angle": angle}.items():
@@ -33,10 +36,9 @@ class RKD(Objective):
             raise ConfigError("distance and angle are both 0; give one of them a weight")
         self.distance, self.angle = distance, angle
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        clouds = zip(student, teacher, strict=True)
-        image, text = (self._compare(s, t.detach()) for s, t in clouds)
-        return image + text
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        clouds = sides(student, teacher, ids)
+        return total([self._compare(s, t) for s, t, *_ in clouds], student.image)
 
     def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         points, targets = vectors(student), vectors(teacher)

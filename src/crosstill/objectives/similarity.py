@@ -5,11 +5,11 @@ DSMD, arXiv 2404.10838, eq. 9. The student's embeddings point where the teacher'
     L = 1 - (mean_i cos(v^s_i, v^t_i) + 1) / 2  +  1 - (mean_i cos(t^s_i, t^t_i) + 1) / 2
 """
 
-import torch
 from torch import Tensor, nn
 
 from crosstill.objectives.base import OneSided
-from crosstill.types import Features
+from crosstill.objectives.parts import total
+from crosstill.types import Features, Ids
 
 
 class SimilarityDistillation(OneSided):
@@ -19,7 +19,7 @@ class SimilarityDistillation(OneSided):
         side: as in `OneSided`.
     """
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        cosines = torch.stack([nn.functional.cosine_similarity(s, t).mean() for s, t in pairs])
-        return (1 - (cosines + 1) / 2).sum()
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
+        sides = self.chosen(student, teacher, ids)
+        cosines = [nn.functional.cosine_similarity(s, t).mean() for s, t, *_ in sides]
+        return total([1 - (cosine + 1) / 2 for cosine in cosines], student.image)

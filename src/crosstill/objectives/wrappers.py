@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstill.objectives.base import Objective
-from crosstill.types import Features
+from crosstill.types import Features, Ids
 
 ROWS = 20_000  # of a side that principal axes are computed of: far more than there are axes
 
@@ -56,7 +56,7 @@ class PerWidth(Objective):
         self.parts = nn.ModuleDict({str(width): part for width, part in parts.items()})
         self.register_buffer("axes", axes, persistent=False)  # the student keeps it
 
-    def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
+    def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
         values = [self.whole(student, teacher, ids)]
         for width, part in self.parts.items():
             axes = self.axes[:, : int(width)]
@@ -64,7 +64,7 @@ class PerWidth(Objective):
             values.append(part(cut(student, axes, self._unit), shorter, ids))
         return torch.stack(values).mean()
 
-    def update(self, teacher: Features, ids: Tensor) -> None:
+    def update(self, teacher: Features, ids: Tensor | Ids) -> None:
         self.whole.update(teacher, ids)
         for width, part in self.parts.items():
             loss: Any = part
