@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -132,6 +132,20 @@ def options(plugin: type) -> dict[str, inspect.Parameter]:
     open_ended = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters = inspect.signature(plugin, eval_str=True).parameters
     return {k: v for k, v in parameters.items() if v.kind not in open_ended}
+
+
+def spelt_out(
+    plugin: type, given: Collection[str], chosen: Mapping[str, object]
+) -> dict[str, object]:
+    """Return all options of a part: those that the user chose, and else the class's defaults.
+
+    Args:
+        plugin: the class.
+        given: names of the arguments that the program supplies; they are no options.
+        chosen: the user's options.
+    """
+    own = {k: v.default for k, v in options(plugin).items() if k not in given}
+    return {k: v for k, v in own.items() if v is not inspect.Parameter.empty} | dict(chosen)
 
 
 def construct(

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crosstill import ablate
+from crosstill import ablate, data
 from crosstill.ablate import grid, plan
+from crosstill.cache import build
 from crosstill.errors import (
     CorruptError,
     InputError,
@@ -21,7 +22,8 @@ from crosstill.errors import (
     RunError,
 )
 from crosstill.files import locked
-from support import FAST, flip
+from support import FAST, RawTeacher, SmallTeacher, flip
+from verbs import crosstill
 
 
 def fill(many, toml, out, table="table10", seeds=(0, 1), **options) -> ablate.Table:
@@ -230,6 +232,46 @@ WIDTH = {
 }
 
 
+def run_metrics(row) -> dict:
+    return json.loads((row.runs[0] / "metrics.json").read_text())
+
+
+def words(changes) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
+def test_table8_leaves_out_queues_that_are_longer_than_the_dataset(toml, tmp_path):
+    small = build(SmallTeacher(), data.open("scenes:520"), tmp_path / "cache")
+    assert len(small.captions("train")) == 2080
+    changes = words(change for change in FAST if "queue_size" not in change)
+    typed = ["ablate", "table8", small.folder, "--student", toml, "--out", tmp_path / "grid"]
+    told = crosstill(*typed, "--seeds", 1, *changes).stdout
+    assert "| K = 1024 |" in told and "| K = 2048 |" in told and "| K = 4096 |" not in told
+    assert "against K = 2048" in told
+    why = "longer than the 2,080 training captions"
+    assert f"Left out: K = 4096, {why}; K = 8192, {why}; K = 16384, {why}." in told
+    queues = [
+        plan.load(tmp_path / "grid/table8.json").record["rows"][k]["settings"] for k in (0, 1)
+    ]
+    assert [q["losses"]["contrastive"]["queue_size"] for q in queues] == [1024, 2048]
+
+
+def test_table6_has_both_halves_where_the_cache_keeps_raw_rows(toml, tmp_path):
+    kept = build(RawTeacher(), data.open("scenes:320"), tmp_path / "cache", raw=True)
+    typed = ["ablate", "table6", kept.folder, "--student", toml, "--out", tmp_path / "grid"]
+    told = crosstill(*typed, "--seeds", 1, *words(FAST)).stdout
+    assert "| neither |" in told and "318.9" in told and "Left out" not in told
+    (table,) = ablate.read(tmp_path / "grid")
+    assert len({row.runs for row in table.rows}) == 3
+    losses = {}
+    for row in table.rows:
+        events = map(json.loads, (row.runs[0] / "events.jsonl").read_text().splitlines())
+        losses[row.name] = next(e for e in events if e["kind"] == "step")["losses"]["feature"]
+    assert (
+        len(set(losses.values())) == 3
+    )  # the rows of the teacher that it sees are three times as long
+
+
 def test_towers_compares_students(many, tmp_path):
     files = []
     for name, (image, pooling, text) in PAIRS.items():
@@ -246,4 +288,9 @@ def test_towers_compares_students(many, tmp_path):
     table = ablate.run("towers", many, out, student=files, changes=FAST, seeds=(0,))
     assert [row.name for row in table.rows] == list(PAIRS)
     assert table.reference == "vit-bert"
+    sizes = [run_metrics(row)["parameters"]["total"] for row in table.rows]
+    assert [row.parameters for row in table.rows] == sizes and len(set(sizes)) == 3
+    text = ablate.markdown(table)
+    assert text.splitlines()[2].startswith("|  | parameters | i2t R@1")
+    assert all(f"| {name} | {size:,} |" in text for name, size in zip(PAIRS, sizes, strict=True))
     assert len({run for row in table.rows for run in row.runs}) == 3

@@ -44,7 +44,8 @@ SHARED = {
     "table2": "DSMD",
     "table4": "CD + FD + SD + HND",
     "table5": "DSMD, as published",
-    "table9": "m = 0",
+    "table6": "both normalised",
+    "table9": "m = 0.2",
     "table10": "T = 1",
 }
 
@@ -78,7 +79,7 @@ def test_a_run_is_named_by_all_that_decides_it(many, toml, tmp_path):
         ({"table": "towers"}, "towers compares 3 students; give --student as often"),
         (
             {"table": "table8", "changes": []},
-            "row 'K = 2048': a queue of 2,048 slots is longer than the 1,280",
+            "too few captions for two rows of 'Queue length' (K = 2048, longer than the 1,280",
         ),
         ({"changes": ["losses.contrastiv.queue_size=9"]}, "did you mean 'contrastive'"),
         ({"changes": [*FAST, "losses.crd.negatives=9"]}, "no row of table10 has that loss"),

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from crosstill import cache as caches
 from crosstill import data, images, students
 from crosstill.cache import Cache, build
 from crosstill.errors import InputError
-from support import SmallTeacher
+from support import RawTeacher
 from verbs import TOML, crosstill, refusal
 
 SCENES = "scenes:60"
@@ -114,18 +113,6 @@ def test_without_raw_rows_a_run_says_whose_are_unit(cached, tmp_path, caplog):
     crosstill(
         "train", cached.folder, *words, "--set", "normalise=both", "--out", tmp_path / "b", code=2
     )
-
-
-class RawTeacher(SmallTeacher):
-    """The small teacher with rows of other lengths than 1."""
-
-    stretch = 3.0
-
-    def raw_images(self, pixels: Tensor) -> Tensor:
-        return self.stretch * self.embed_images(pixels)
-
-    def raw_texts(self, texts: list[str]) -> Tensor:
-        return self.stretch * self.embed_texts(texts)
 
 
 def test_a_killed_build_goes_on_to_the_same_bytes(scenes, tmp_path, monkeypatch):

@@ -329,5 +329,9 @@ def test_ablate_prints_its_table(many, home, tmp_path):
     options = [part for change in FAST for part in ("--set", change)]
     verb = ["ablate", "table6", many.folder, "--out", tmp_path / "grid", *student(home)]
     told = crosstill(*verb, "--seeds", 2, *options)
-    assert "| not normalised |" in told.stdout and "± " in told.stdout
+    assert "| student not |" in told.stdout and "± " in told.stdout
+    assert (
+        "Left out: neither, takes the teacher's raw rows, which `crosstill cache --raw`"
+        in told.stdout
+    )
     assert told.stdout.strip() == (tmp_path / "grid/table6.md").read_text().strip()

@@ -111,6 +111,7 @@ def _table(made: plan.Plan, folder: Path) -> Table:
             runs=tuple(runs[row["name"]]),
             minutes=sum(files.read_json(run / grid.DONE)["minutes"] for run in runs[row["name"]])
             / len(record["seeds"]),
+            parameters=_parameters(runs[row["name"]][0]),
         )
         for row in record["rows"]
     ]
@@ -129,7 +130,14 @@ def _table(made: plan.Plan, folder: Path) -> Table:
         seeds=tuple(record["seeds"]),
         settings=shared,
         command=record["command"],
+        teacher_parameters=record["teacher"].get("parameters"),
     )
+
+
+def _parameters(run: Path) -> int | None:
+    """Read how many parameters a finished run's student has."""
+    metrics = run / "metrics.json"
+    return files.read_json(metrics)["parameters"]["total"] if metrics.is_file() else None
 
 
 def _recalls(seeds: Sequence[bootstrap.Answers]) -> tuple[Cell, ...]:

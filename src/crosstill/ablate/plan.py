@@ -3,11 +3,11 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crosstill import files, objectives, recipes, students
+from crosstill import balance, files, objectives, recipes, students
 from crosstill.ablate.tables import Design, Setting, design
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, unknown
@@ -104,7 +104,9 @@ def make(
         raise ConfigError(f"seeds must be distinct and at least one, not {list(seeds)}")
     _check_varied(table, what, changes)
     _check_cache(table, what, cache)
-    _check_images(cache, changes)
+    plain = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None])
+    _check_images(cache, plain.val_split)
+    what = _runnable(what, cache, plain.train_split)
     configs = [_settings(setting, changes) for setting in what.rows]
     _check_used(table, configs, changes)
     _check_lists(table, what, configs, cache)
@@ -169,6 +171,10 @@ def _key(config: TrainConfig, identity: object) -> str:
     """Name a run: rows with the same settings share it, whatever their recipe is called."""
     values = config.model_dump(mode="json")
     del values["recipe"]
+    # spelt out, so that a default that is set and one that is not are the same run
+    values["losses"] = {k: objectives.spelt_out(k, chosen) for k, chosen in config.losses.items()}
+    rule = values["balance"].get("name", "fixed")
+    values["balance"] = balance.spelt_out(rule, {"name": rule, **values["balance"]})
     return files.digest_json([values, identity])[:12]
 
 
@@ -257,8 +263,42 @@ def _are_fusion(named: Sequence[str]) -> bool:
     return any(fusion)
 
 
-def _check_images(cache: CacheBase, changes: Sequence[str]) -> None:
-    split = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None]).val_split
+def _runnable(what: Design, cache: CacheBase, split: str) -> Design:
+    """Leave out the rows that a cache cannot teach; the note says which.
+
+    Where the reference is among them, the last row that stays takes its place: of queues the
+    longest.
+
+    Raises:
+        ConfigError: fewer than two rows stay.
+    """
+    captions = len(cache.split(split).captions)
+    obstacles = {row.name: _obstacle(row, captions, cache) for row in what.rows}
+    left = "; ".join(f"{name}, {why}" for name, why in obstacles.items() if why)
+    rows = tuple(row for row in what.rows if not obstacles[row.name])
+    if not left:
+        return what
+    if len(rows) < 2:
+        raise ConfigError(
+            f"{cache.folder}: too few captions for two rows of {what.title!r} ({left}); use a "
+            "larger dataset"
+        )
+    reference = rows[-1].name if obstacles[what.reference] else what.reference
+    return replace(
+        what, rows=rows, reference=reference, note=f"{what.note} Left out: {left}.".strip()
+    )
+
+
+def _obstacle(row: Setting, captions: int, cache: CacheBase) -> str:
+    """Explain why a cache cannot teach a row; "" where it can."""
+    if row.queue > captions:
+        return f"longer than the {captions:,} training captions"
+    if row.raw and not cache.raw:
+        return "takes the teacher's raw rows, which `crosstill cache --raw` keeps"
+    return ""
+
+
+def _check_images(cache: CacheBase, split: str) -> None:
     count = len(cache.split(split).images)
     if count < FEWEST:
         raise ConfigError(

@@ -7,7 +7,7 @@ BERT-base student of BEiT-3. They are shown in a column of their own and never e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,6 +33,9 @@ class Setting:
         changes: `key=value` texts.
         paper: the paper's RSUM.
         student: a preset or TOML file; None for the student that the user chose.
+        queue: slots that the row gives its queue, where the table varies them; the row is left out
+            where there are fewer training captions.
+        raw: whether it takes a cache that keeps the teacher's raw rows; else it is left out.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Setting:
     changes: tuple[str, ...] = ()
     paper: float | None = None
     student: str | None = None
+    queue: int = 0
+    raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,17 +119,19 @@ def table5() -> Design:
 def table6() -> Design:
     """L2 normalisation of what the losses compare."""
     rows = (
-        Setting("normalised", paper=528.8),
-        Setting("not normalised", changes=("normalise=false",), paper=318.9),
+        Setting("both normalised", paper=528.8),
+        Setting("student not", changes=("normalise=teacher",)),
+        Setting("neither", changes=("normalise=false",), paper=318.9, raw=True),
     )
-    return Design("L2 normalisation", "normalised", rows)
+    note = "Whose rows losses see at length 1; recall is by cosine in every row."
+    return Design("L2 normalisation", "both normalised", rows, note)
 
 
 def _sweep(title: str, symbol: str, key: str, values: Mapping[Any, float], usual: float) -> Design:
-    """Vary one option over several values; the usual one is the recipe's own."""
+    """Vary one option over several values, each spelt out, against the usual one."""
     rows = tuple(
-        Setting(f"{symbol} = {v:g}", changes=() if v == usual else (f"{key}={v}",), paper=p)
-        for v, p in values.items()
+        Setting(f"{symbol} = {value:g}", changes=(f"{key}={value}",), paper=paper)
+        for value, paper in values.items()
     )
     return Design(title, f"{symbol} = {usual:g}", rows)
 
@@ -138,13 +145,16 @@ def table7() -> Design:
 def table8() -> Design:
     """The queue's length."""
     values = {1024: 525.4, 2048: 526.3, 4096: 528.4, 8192: 528.8, 16384: 525.0}
-    return _sweep("Queue length", "K", "losses.contrastive.queue_size", values, 8192)
+    what = _sweep("Queue length", "K", "losses.contrastive.queue_size", values, 8192)
+    rows = zip(what.rows, values, strict=True)
+    return replace(what, rows=tuple(replace(row, queue=slots) for row, slots in rows))
 
 
 def table9() -> Design:
     """The margin of the hard negatives."""
     values = {0.0: 528.8, 0.05: 518.6, 0.2: 522.9, 0.5: 521.7, 1.0: 522.7}
-    return _sweep("Margin", "m", "losses.hard_negative.margin", values, 0.0)
+    what = _sweep("Margin", "m", "losses.hard_negative.margin", values, 0.2)
+    return replace(what, note="The paper's own is 0, `dsmd` has 0.2: docs/training.md says why.")
 
 
 def table10() -> Design:
@@ -154,13 +164,17 @@ def table10() -> Design:
 
 
 def towers() -> Design:
-    """Pairs of towers: one family, mixed, and very small."""
+    """Pairs of towers: of one family and mixed, as large as each other, and a very small one."""
     rows = (
         Setting("ViT + BERT", student="paper"),
         Setting("CNN + BERT", student="cnn-bert"),
-        Setting("DeiT + ALBERT", student="deit-albert"),
+        Setting("DeiT + ALBERT, very small", student="deit-albert"),
     )
-    note = "The paper finds that towers of one family distil better than mixed ones."
+    note = (
+        "The paper finds that towers of one family distil better than mixed ones. ViT-B/16 and "
+        "ConvNeXt-B are of one size, so that the first two rows differ in family alone; the last "
+        "has a twelfth of their parameters and says what size costs."
+    )
     return Design("Towers", rows[0].name, rows, note)
 
 
@@ -226,6 +240,7 @@ class Row:
         paper: the RSUM that the paper reports for it on its own data, if it does.
         runs: the run folders, one a seed.
         minutes: of the clock, mean over seeds.
+        parameters: of the student; None where its run is gone.
     """
 
     name: str
@@ -235,6 +250,7 @@ class Row:
     paper: float | None
     runs: tuple[Path, ...]
     minutes: float
+    parameters: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -245,6 +261,7 @@ class Row:
             "paper": self.paper,
             "runs": [str(run) for run in self.runs],
             "minutes": self.minutes,
+            "parameters": self.parameters,
         }
 
 
@@ -265,6 +282,7 @@ class Table:
         seeds: one run each.
         settings: what all rows share.
         command: what the user typed.
+        teacher_parameters: of that model; None where it is not known, as of vectors.
     """
 
     name: str
@@ -278,16 +296,23 @@ class Table:
     seeds: tuple[int, ...]
     settings: dict[str, Any]
     command: str
+    teacher_parameters: int | None = None
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Return headings and text of the table, the teacher first."""
+        """Return headings and text of the table, the teacher first.
+
+        Sizes of students have a column where they differ.
+        """
         paper = any(row.paper is not None for row in self.rows)
-        heads = ["", *HEADINGS, f"against {self.reference}", *(["paper*"] if paper else [])]
-        body = [self._teacher_cells(paper)] if self.teacher else []
+        sized = len({row.parameters for row in self.rows}) > 1
+        heads = ["", *(["parameters"] if sized else []), *HEADINGS, f"against {self.reference}"]
+        heads += ["paper*"] if paper else []
+        body = [self._teacher_cells(sized, paper)] if self.teacher else []
         for row in self.rows:
+            size = [_count(row.parameters)] if sized else []
             reported = [f"{row.paper:.1f}" if row.paper is not None else "–"] if paper else []
             cells = [*map(str, row.recalls), str(row.rsum), verdict(row.difference), *reported]
-            body.append([row.name, *cells])
+            body.append([row.name, *size, *cells])
         return heads, body
 
     def to_json(self) -> dict[str, Any]:
@@ -305,11 +330,16 @@ class Table:
             "rows": [row.to_json() for row in self.rows],
         }
 
-    def _teacher_cells(self, paper: bool) -> list[str]:
+    def _teacher_cells(self, sized: bool, paper: bool) -> list[str]:
         assert self.teacher is not None
+        size = [_count(self.teacher_parameters)] if sized else []
         numbers = (*self.teacher.i2t.fair, *self.teacher.t2i.fair, self.teacher.rsum)
         blank = ["–", *(["–"] if paper else [])]
-        return [f"teacher ({self.teacher_name})", *(f"{n:.2f}" for n in numbers), *blank]
+        return [f"teacher ({self.teacher_name})", *size, *(f"{n:.2f}" for n in numbers), *blank]
+
+
+def _count(parameters: int | None) -> str:
+    return f"{parameters:,}" if parameters is not None else "–"
 
 
 def verdict(difference: Difference | None) -> str:

@@ -5,12 +5,12 @@ in, weights out; its state is saved with the checkpoint. To add one, write `bala
 one `Balancer`, or declare an entry point of another distribution: see `crosstill.plugins`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from crosstill import plugins
 from crosstill.balance.base import Balancer
 
-__all__ = ["BALANCERS", "Balancer", "build", "known"]
+__all__ = ["BALANCERS", "Balancer", "build", "known", "spelt_out"]
 
 BALANCERS = plugins.Kind(__name__, "balancer")
 
@@ -18,6 +18,15 @@ BALANCERS = plugins.Kind(__name__, "balancer")
 def known() -> list[str]:
     """Return the names of all balancers, sorted."""
     return BALANCERS.names()
+
+
+def spelt_out(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """Add the defaults of a balancer to the options that are set.
+
+    Raises:
+        ConfigError: no such balancer.
+    """
+    return plugins.spelt_out(BALANCERS.find_class(name, Balancer), ("tasks",), options)
 
 
 def build(name: str, tasks: Sequence[str], **options: object) -> Balancer:

@@ -213,6 +213,11 @@ class CacheBase:
         return None
 
     @property
+    def raw(self) -> bool:
+        """Tell whether it keeps how long the teacher's rows were before their normalisation."""
+        return False
+
+    @property
     def views(self) -> int:
         """Number of views of each image that the teacher saw."""
         return 1
@@ -340,7 +345,7 @@ class Cache(CacheBase):
 
     @property
     def raw(self) -> bool:
-        """Tell whether it keeps how long the teacher's rows were before their normalisation."""
+        """As `CacheBase.raw`."""
         return bool(self.header["key"].get("raw", False))
 
     def image_features(

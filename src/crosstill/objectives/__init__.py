@@ -4,19 +4,33 @@ A loss knows features and ids, never models. To add one, write `objectives/<name
 an entry point of another distribution: see `crosstill.plugins`. Nothing else lists it.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from crosstill import plugins
 from crosstill.objectives.base import Input, ListInput, Objective
 
-__all__ = ["LOSSES", "Input", "ListInput", "Objective", "build", "known"]
+__all__ = ["LOSSES", "Input", "ListInput", "Objective", "build", "known", "spelt_out"]
 
 LOSSES = plugins.Kind(__name__, "loss", shared=frozenset({"base", "parts", "wrappers"}))
+
+
+_GIVEN = ("dim", "seed", "keys")  # arguments that the program supplies
 
 
 def known() -> list[str]:
     """Return the names of all losses, sorted."""
     return LOSSES.names()
+
+
+def spelt_out(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """Add the defaults of a loss to the options that are set.
+
+    Raises:
+        ConfigError: no such loss.
+    """
+    return plugins.spelt_out(LOSSES.find_class(name, Objective), _GIVEN, options)
 
 
 def build(
@@ -40,7 +54,7 @@ def build(
         ConfigError: no such loss, no such option, or a value that the option cannot have.
     """
     loss = LOSSES.find_class(name, Objective)
-    arguments = {"dim": dim, "seed": seed, "keys": keys}
+    arguments = dict(zip(_GIVEN, (dim, seed, keys), strict=True))
     accepted = plugins.options(loss)
     fitting = {k: v for k, v in arguments.items() if k in accepted and v is not None}
     return plugins.construct(loss, f"loss {name!r}", fitting, options)

@@ -3,8 +3,9 @@
 The presets:
 
     paper         ViT-B/16 and BERT-base with biased heads, as published; 196 M parameters
-    cnn-bert      ResNet-50 and BERT-base: towers of two families, for the `towers` table
-    deit-albert   DeiT-tiny and ALBERT-base: very small towers, for the `towers` table
+    cnn-bert      ConvNeXt-B (ImageNet-22k) and BERT-base: as large as `paper`, towers of two
+                  families, for the `towers` table; 198 M
+    deit-albert   DeiT-tiny and ALBERT-base: very small towers, for the `towers` table; 17 M
     mobile        MobileNetV2 and three MiniLM layers over a trimmed vocabulary; about 10 M
     mobile-hf     as mobile, but its texts by the pooler: it exports as plain transformers
     tiny          a small ResNet and a small BERT from scratch, for 64 x 64 pixels; 0.7 M
@@ -200,7 +201,7 @@ PRESETS: dict[str, StudentConfig | FusionConfig] = {
     ),
     "cnn-bert": StudentConfig(
         name="cnn-bert",
-        image=ImageTowerConfig(source="microsoft/resnet-50"),
+        image=ImageTowerConfig(source="facebook/convnext-base-224-22k"),
         text=TextTowerConfig(source="google-bert/bert-base-uncased", pooling="pooler"),
         bias=True,
     ),
