@@ -127,6 +127,12 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def cleaned(text: str) -> str:
+    """Replace broken Unicode in a caption and strip it; "" where no character is visible."""
+    text = encodable(text).strip()
+    return text if any(c.isprintable() and not c.isspace() for c in text) else ""
+
+
 def by_length(lengths: Iterable[int], size: int) -> list[list[int]]:
     """Cut rows into chunks of similar length, so that little of a padded chunk is padding.
 

@@ -81,12 +81,20 @@ def test_captions_are_stripped_and_empty_ones_counted(root):
     )
 
 
-def test_no_caption_is_quarantine_for_one_and_an_error_for_all(root):
-    pairs = pairs_of(root, entry("a.jpg", "x"), entry("b.jpg", " "))
-    row = {"path": "b.jpg", "class": "no-caption", "reason": "no caption", "bytes": 10}
-    assert pairs.quarantine.rows == [row]
-    with pytest.raises(DataError, match=r"no captions in it.*a\.jpg \(row a\.jpg\)"):
-        pairs_of(root, entry("a.jpg"), entry("b.jpg", " "))
+def test_a_photo_without_captions_is_kept_and_left_out_where_pairs_are_needed(root, caplog):
+    pairs = pairs_of(root, entry("a.jpg", "x"), entry("b.jpg", " "), entry("c.jpg"))
+    assert [example.captions for example in pairs.examples] == [("x",), (), ()]
+    assert pairs.notes == ("empty captions left out: 1", "photos without captions: 2")
+    assert not pairs.quarantine.rows
+    with caplog.at_level("INFO"):
+        assert [example.path for example in pairs.captioned().examples] == ["a.jpg"]
+    assert [record.message for record in caplog.records] == [
+        f"{pairs.name}: 2 photos without captions left out"
+    ]
+    assert pairs.captioned().captioned() == pairs.captioned()
+    bare = pairs_of(root, entry("a.jpg"), entry("b.jpg", " "))
+    with pytest.raises(DataError, match="no captions in it, and they are needed here; give its"):
+        bare.captioned()
 
 
 def test_equal_files_become_one_image(root):

@@ -47,7 +47,6 @@ def image(**changes: object) -> dict:
         (json.dumps({"images": [image(split="trian")]}), "images[0]: unknown split 'trian'"),
         (json.dumps({"images": [image(sentences="a")]}), "images[0]: 'sentences' is no list"),
         (json.dumps({"images": [image(sentences=["a"])]}), "images[0].sentences[0]: no text"),
-        (json.dumps({"images": [image(sentences=[])]}), "no captions in it"),
         (json.dumps({"images": [image(), image(filename="z.jpg")]}), "images[1]: missing image"),
     ],
 )
@@ -68,7 +67,6 @@ def test_wrong_json(content, message, root):
             "row 2: a quote opens there that closes no field up to row 3",
         ),
         ('filepath,caption\na.jpg,"a" cat\n', "row 2:"),
-        ("filepath,caption\na.jpg,\n", "no captions in it"),
         (b"filepath,caption\na.jpg,caf\xe9\n", "line 2: not UTF-8"),
         ("filepath,caption\na.jpg,one\nz.jpg,two\n", "row 3: missing image file"),
         ("filepath,caption\n,one\n", "row 2: no image in its columns (filepath)"),
@@ -113,11 +111,11 @@ def test_folder_reports_what_is_odd_and_finishes(root):
     pairs = data.open(root)
     assert {e.path: e.captions for e in pairs.examples} == {
         "a.jpg": ("one", "two"),
+        "b.jpg": (),
+        "c.jpg": (),
         "sub/d.PNG": ("three",),
     }
     assert {row["path"]: row["reason"] for row in pairs.quarantine.rows} == {
-        "b.jpg": "no caption",
-        "c.jpg": "no caption",
         "gone.jpg": "missing",
         "pipe.jpg": "cannot be read (not a regular file)",
     }
@@ -144,20 +142,12 @@ def test_caption_files_that_are_no_utf8_are_all_named_and_the_rest_is_used(root)
     (root / "b.txt").write_bytes(b"caf\xe9")
     (root / "c.txt").write_text("one")
     pairs = data.open(root)
-    assert [e.path for e in pairs.examples] == ["c.jpg"]
+    assert [e.captions for e in pairs.examples] == [(), (), ("one",)]
     rows = [(row["path"], row["reason"], row["bytes"]) for row in pairs.quarantine.rows]
-    assert [row for row in rows if row[0].endswith(".txt")] == [
+    assert rows == [
         ("a.txt", "corrupt captions: not UTF-8", 7),
         ("b.txt", "corrupt captions: not UTF-8", 4),
     ]
-    (root / "c.txt").unlink()
-    with pytest.raises(DataError, match=r"no captions in it.*; 2 of its files .* a\.txt: corrupt"):
-        data.open(root)
-
-
-def test_folder_without_captions(root):
-    with pytest.raises(DataError, match="no captions in it"):
-        data.open(root)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +167,6 @@ def test_folder_without_captions(root):
         ('{"file": "a.jpg", "caption": "x", "split": 1}\n', "line 1: 'split' holds the int 1"),
         ('{"file": "z.jpg", "caption": "x"}\n', "line 1: missing image file"),
         ('{"file": "", "caption": "x"}\n', "line 1: no image in its columns"),
-        ('{"file": "a.jpg", "caption": null}\n', "no captions in it"),
         ("", "no images in it"),
         ('{"image_path": "a.jpg", "text_segment": {}}\n', "line 1: 'text_segment' is no list of"),
         ('{"image_path": "a.jpg", "text_segment": [1, "a"]}\n', "line 1: 'text_segment' is no li"),
@@ -253,7 +242,6 @@ def coco(**changes: object) -> dict:
         (coco(annotations=[{"caption": "x"}]), "annotations[0]: no number under 'image_id'"),
         (coco(annotations=[{"image_id": 1}]), "annotations[0]: no text under 'caption'"),
         (coco(annotations=[{"image_id": 9, "caption": "x"}]), "annotations[0]: image_id 9 is not"),
-        (coco(annotations=[]), "no captions in it"),
         (coco(images=[]), "annotations[0]: image_id 1 is not among 'images'"),
     ],
 )

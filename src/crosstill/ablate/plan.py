@@ -299,7 +299,7 @@ def _obstacle(row: Setting, captions: int, cache: CacheBase) -> str:
 
 
 def _check_images(cache: CacheBase, split: str) -> None:
-    count = len(cache.split(split).images)
+    count = len(cache.split(split).captioned)
     if count < FEWEST:
         raise ConfigError(
             f"{cache.folder}: split {split!r} has {count} images, and the bootstrap that compares "

@@ -4,7 +4,7 @@ A dual encoder leaves features of every row in a `Cache`; features of several du
 joined into one `Cache`. `crosstill.fusion` has the caches of a fusion model's scores.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -59,6 +59,7 @@ def build(  # noqa: PLR0913  (every option of a cache is an argument)
     seed: int = 0,
     strict: bool = False,
     teacher_licence: str | None = None,
+    texts: Iterable[str | Path] | None = None,
 ) -> CacheBase:
     """Make the cache that suits a teacher, or finish it, or find it already there.
 
@@ -79,12 +80,16 @@ def build(  # noqa: PLR0913  (every option of a cache is an argument)
         seed: of views, and of what is drawn at random.
         strict: stop at the first unreadable image.
         teacher_licence: where the teacher's card does not say.
+        texts: of features: texts without photos; a `Path` is a UTF-8 file with one a line, a `str`
+            is a text.
 
     Raises:
         ConfigError: an option that cannot be, or of the other kind of cache.
         InputError: see `build_features` and `crosstill.fusion.build_scores`.
     """
-    features = _given(views=views, augment=augment, dtype=dtype, raw=raw, batch_size=batch_size)
+    features = _given(
+        views=views, augment=augment, dtype=dtype, raw=raw, batch_size=batch_size, texts=texts
+    )
     scores = _given(false=false, false_images=false_images, find=find)
     if augment is not None and views in (None, 1):
         raise ConfigError("--augment: makes the views behind the first; give --views 2 or more")

@@ -156,8 +156,8 @@ class CacheBuilder(ABC, Generic[Opened]):
         return cache
 
     def _refuse_other(self, key: dict[str, Any], noun: str) -> None:
-        # what views are made of is only in the key where there are several, and raw where it is set
-        if (key.keys() ^ self.key.keys()) - {"augment", "raw"}:
+        # in the key only where there are several views, raw rows, or loose texts
+        if (key.keys() ^ self.key.keys()) - {"augment", "raw", "texts"}:
             raise MismatchError(
                 f"{self.folder} holds {noun} of another kind; give another --out, "
                 "or delete that folder"

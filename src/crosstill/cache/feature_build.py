@@ -1,6 +1,7 @@
 """Run a teacher over a dataset once and keep its features in a cache."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from crosstill import artefacts, images, progress
 from crosstill.cache import cache_builder, format
 from crosstill.data import Pairs
+from crosstill.data.texts import LooseTexts, read_texts
 from crosstill.errors import ConfigError, ImageError, ModelError, unknown
 from crosstill.teachers.base import RawTeacher, Teacher, embed_by_length, kind_of
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 _SCALES = ("logit_scale", "logit_bias")  # of a dual encoder's own training, where it has them
@@ -52,6 +56,7 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
     batch_size: int = 64,
     strict: bool = False,
     teacher_licence: str | None = None,
+    texts: Iterable[str | Path] | None = None,
 ) -> format.Cache:
     """Make the cache of `pairs` under `teacher`, or finish it, or find it already there.
 
@@ -69,13 +74,15 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
         batch_size: images or captions in one forward pass of the teacher.
         strict: stop at the first unreadable image.
         teacher_licence: where the teacher's card does not say.
+        texts: texts without photos: a `Path` is a UTF-8 file with one a line, a `str` is a text.
 
     Raises:
         MismatchError: the folder holds a cache of another teacher, dataset or setting.
         LockedError: another process is building in the folder.
         ConfigError: an option that cannot be, or a folder that holds something else.
         ModelError: the teacher gives scores, or no image features, or unit rows alone where raw
-            ones are wanted, or its vectors are those of other images.
+            ones are wanted, or its vectors are those of other images, or there are loose texts and
+            it has no features of them.
         ImageError: an image is unreadable and `strict` is set.
         DataError: no image is readable.
     """
@@ -92,8 +99,14 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
     if teacher is None and raw:
         raise ConfigError("--raw: without a teacher there are no rows to keep; leave it out")
     rows = _Rows() if teacher is None else _rows_of(teacher, raw)
+    if teacher is None:
+        pairs = pairs.captioned()
     rows.check(pairs)
-    return _FeatureBuilder(rows, pairs, folder, options).make()
+    loose = read_texts(texts or (), (text for e in pairs.examples for text in e.captions))
+    if loose.note:
+        log.info(loose.note)
+        rows.check_loose(loose)
+    return _FeatureBuilder(rows, pairs, folder, options, loose).make()
 
 
 class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
@@ -107,12 +120,18 @@ class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
         "views": "number of views",
         "augment": "augmentation",
         "raw": "choice of --raw",
+        "texts": "set of loose texts",
     }
 
     def __init__(
-        self, rows: "_Rows", pairs: Pairs, folder: str | Path, options: BuildOptions
+        self,
+        rows: "_Rows",
+        pairs: Pairs,
+        folder: str | Path,
+        options: BuildOptions,
+        loose: LooseTexts,
     ) -> None:
-        self.rows, self.options = rows, options
+        self.rows, self.options, self.loose = rows, options, loose
         description = rows.describe()
         key = {
             "teacher": description["identity"],
@@ -126,24 +145,29 @@ class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
             key["augment"] = sorted(set(options.augment))
         if options.raw:
             key["raw"] = True
+        if loose:
+            key["texts"] = loose.digest
         super().__init__(pairs, folder, description, key, options)
 
     def _source(self) -> cache_builder.ImageSource:
         return self.rows
 
     def _fill(self, readable: list[Example]) -> dict[str, Any]:
-        texts = [text for example in readable for text in example.captions]
+        texts = _Texts([text for e in readable for text in e.captions], self.loose)
         self._text_shards(texts)
         rows = {"image": len(readable) * self.options.views, "text": len(texts)}
-        kinds, options, views = self.description["modalities"], self.options, {}
+        kinds, options, more = self.description["modalities"], self.options, []
         if options.views > 1:
             count, seed, augment = options.views, options.seed, options.augment
             format.write_views(self.folder, readable, count, seed, augment)
-            views = artefacts.digests(self.folder, [format.VIEWS])
+            more.append(format.VIEWS)
+        if self.loose:
+            format.write_texts(self.folder, self.loose)
+            more.append(format.TEXTS)
         return {
             "shards": {kind: self.journal.stored(kind) for kind in kinds},
             "rows": {kind: rows[kind] for kind in kinds},
-            "files": views,
+            "files": artefacts.digests(self.folder, more),
         }
 
     def _text_shards(self, texts: Sequence[str]) -> None:
@@ -151,7 +175,7 @@ class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
             return
         self.rows.tell_truncated(texts)
         first = len(self.journal.shards["text"]) * cache_builder.SHARD_ROWS
-        with progress.bar("captions", len(texts), first) as bar:
+        with progress.bar("texts" if self.loose else "captions", len(texts), first) as bar:
             for start in range(first, len(texts), cache_builder.SHARD_ROWS):
                 shard = texts[start : start + cache_builder.SHARD_ROWS]
                 features = self.rows.embed_texts(shard, self.options.batch_size, bar)
@@ -183,6 +207,22 @@ class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):
         return stored
 
 
+class _Texts(Sequence[str]):
+    """The captions of a cache, then its loose texts, of which a slice at a time is in memory."""
+
+    def __init__(self, captions: list[str], loose: LooseTexts) -> None:
+        self._captions, self._loose = captions, loose
+
+    def __len__(self) -> int:
+        return len(self._captions) + len(self._loose)
+
+    def __getitem__(self, rows: Any) -> Any:
+        start, stop, _ = rows.indices(len(self))
+        count = len(self._captions)
+        loose = self._loose.take(max(start - count, 0), max(stop - count, 0))
+        return self._captions[start:stop] + loose
+
+
 class _Rows(cache_builder.ImageSource):
     """Rows of images and captions of a feature cache, and whose they are; here nobody's: none."""
 
@@ -195,6 +235,16 @@ class _Rows(cache_builder.ImageSource):
 
     def check(self, pairs: Pairs) -> None:
         """Refuse a dataset that the teacher does not know."""
+
+    def check_loose(self, texts: LooseTexts) -> None:
+        """Refuse loose texts of which the teacher has no features."""
+        if "text" not in self.modalities:
+            name = self.describe()["name"]
+            lacks = f"{name} has no text features" if name else "there is no teacher"
+            raise ModelError(
+                f"--texts: {lacks}, so nothing can be learnt from texts without photos; leave them "
+                "out, or give a teacher that reads texts"
+            )
 
     def tell_truncated(self, texts: Sequence[str]) -> None:
         """Warn of captions that the teacher cuts."""
@@ -248,6 +298,16 @@ class _VectorRows(_Rows):
 
     def check(self, pairs: Pairs) -> None:
         self._vectors.refuse_unknown([example.path for example in pairs.examples])
+
+    def check_loose(self, texts: LooseTexts) -> None:
+        super().check_loose(texts)
+        missing = [text for block in texts.blocks() for text in self._vectors.lacking(block)]
+        if missing:
+            raise ModelError(
+                f"--texts: no vector of {len(missing):,} of {len(texts):,} texts in "
+                f"{self._vectors.folder}, {missing[0][:60]!r} among them; add them, or take these "
+                "lines out"
+            )
 
     def load(self, file: bytes, example: Example, view: images.View | None) -> Tensor | None:
         images.decode(file, example.path)

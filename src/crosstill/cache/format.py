@@ -5,15 +5,17 @@ A feature cache is a folder:
     cache.json         sealed header: teacher, data, views, dtype, SHA-256 of every other file
     images.parquet     one row an image: image_id, path, split
     captions.parquet   one row a caption: image (row of images.parquet), text
+    texts.parquet      only with texts that have no photo: text, split
     image-00000.npy …  unit-norm features (rows, D): image i, view v is row i * views + v
-    text-00000.npy …   unit-norm features (rows, D), one row a caption
+    text-00000.npy …   unit-norm features (rows, D), one row a caption, then one a loose text
                        with `--raw` both have a last column (rows, D + 1): the length of the row
                        before its L2 normalisation
     views.parquet      with several views an image: which part of it each is, in which colours
     quarantine.jsonl   images that could not be read, with the reason
     pixels/            decoded photos and outputs of frozen towers, made on demand (see `memo`)
 
-Rows are in the order of the image ids, so neither the order nor the place of the photos matters.
+Rows are in the order of the image ids, so neither the order nor the place of the photos matters;
+loose texts are in the order of their SHA-256. A photo may have no caption.
 A student's photos are made from the views in `views.parquet`, not drawn again, so that they stay
 what the teacher saw whatever a later version draws.
 """
@@ -35,6 +37,7 @@ from pydantic import Field
 from torch import Tensor
 
 from crosstill import artefacts, data, files
+from crosstill.data.texts import LooseTexts
 from crosstill.errors import (
     ChangedError,
     CorruptError,
@@ -50,16 +53,19 @@ FORMAT = 1
 HEADER = "cache.json"
 IMAGES = "images.parquet"
 CAPTIONS = "captions.parquet"
+TEXTS = "texts.parquet"
 VIEWS = "views.parquet"
 QUARANTINE = "quarantine.jsonl"
 
 _IMAGES = {"image_id": "string", "path": "binary", "split": "string"}
 _CAPTIONS = {"image": "int32", "text": "string"}
+_TEXTS = {"text": "string", "split": "string"}
 _VIEWS = {"image": "int64", "view": "int64"}
 _OF_VIEW = {f.name: "bool" if f.name == "flip" else "double" for f in fields(View)}
 
 FEW_ROWS = 100_000  # that a table may hold whatever the size of its file
 SWELLING = 50  # bytes of text in memory for each byte of a table's file
+_GROUP = 1 << 18  # loose texts in a row group
 LEAST = 1 << 26  # bytes of text that a table may always hold
 
 
@@ -102,12 +108,34 @@ class _FeatureHeader(Header):
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split of a cache."""
+    """The rows of one split of a cache: its captions first, then its loose texts."""
 
     name: str
     images: np.ndarray  # (I,) rows of images.parquet
-    captions: np.ndarray  # (T,) rows of captions.parquet
-    owner: np.ndarray  # (T,) position in `images` of each caption's image
+    captions: np.ndarray  # (T,) rows of `CacheBase.texts`
+    owner: np.ndarray  # (T,) position in `images` of each caption's image; -1 of a loose text
+
+    @property
+    def pairs(self) -> int:
+        """Number of captions that have a photo: they are the first of `captions`."""
+        return int((self.owner >= 0).sum())
+
+    @property
+    def captioned(self) -> np.ndarray:
+        """Positions in `images` of the photos that have captions, ascending."""
+        return np.unique(self.owner[: self.pairs])
+
+    def paired(self) -> "Split":
+        """Leave out photos without captions and loose texts, on which no recall can be measured.
+
+        A smaller split has a name of its own: arrays are kept by the names of splits.
+        """
+        captioned = self.captioned
+        if len(captioned) == len(self.images) and self.pairs == len(self.captions):
+            return self
+        owner = np.searchsorted(captioned, self.owner[: self.pairs])
+        images, captions = self.images[captioned], self.captions[: self.pairs]
+        return Split(f"{self.name}-paired", images, captions, owner)
 
 
 class ShardedRows:
@@ -141,11 +169,13 @@ class ShardedRows:
 
 
 class CacheBase:
-    """The images and captions of any kind of cache, in the order of the image ids.
+    """The images and texts of any kind of cache, in the order of the image ids.
 
     Opening one checks every checksum before anything is used.
 
     Attributes:
+        texts: the captions, then the loose texts.
+        owner: (T,) the image row of each caption; -1 of a loose text.
         noun: what the kind is called, in messages.
         contents: what a cache of the kind holds, in messages.
         remedy: how to make one, in messages.
@@ -175,9 +205,15 @@ class CacheBase:
         self.paths: list[str] = [path.decode("utf-8", "surrogateescape") for path in images["path"]]
         self.splits = np.array(images["split"], dtype=object)
         self.texts: list[str] = captions["text"].to_pylist()
-        self.owner = captions["image"].to_numpy()  # (T,) image row of each caption
+        self.owner = captions["image"].to_numpy()
         if len(self.owner) and not 0 <= self.owner.min() <= self.owner.max() < len(self.image_ids):
             raise CorruptError(f"{self.folder / CAPTIONS}: captions of no image; build it anew")
+        self._loose_splits = np.array([], dtype=object)  # of each loose text
+        if TEXTS in self.header["files"]:
+            loose = read_table(self.folder / TEXTS, _TEXTS)
+            self._loose_splits = loose["split"].to_numpy()
+            self.texts += loose["text"].to_pylist()
+            self.owner = np.append(self.owner, np.full(len(loose), -1, self.owner.dtype))
         with artefacts.readable(self.folder / IMAGES):  # an id need not be hexadecimal
             keys = [id_key(image) for image in self.image_ids]
         self.keys = torch.tensor(keys, dtype=torch.int64)  # (I,)
@@ -202,6 +238,11 @@ class CacheBase:
     def caveat(self, split: Split) -> str:
         """Explain the recall among a split's candidate lists, in sentences; "" without lists."""
         return ""
+
+    @property
+    def loose(self) -> int:
+        """Number of texts without a photo: the last of `texts`."""
+        return len(self._loose_splits)
 
     @property
     def teacher(self) -> dict[str, Any]:
@@ -239,22 +280,26 @@ class CacheBase:
             raise DataError(f"{self.folder}: split {name!r} has no images (splits here: {known})")
         position = np.full(len(self.image_ids), -1)
         position[images] = np.arange(len(images))
-        captions = np.flatnonzero(position[self.owner] >= 0)
-        return Split(name, images, captions, position[self.owner[captions]])
+        pairs = len(self.owner) - self.loose
+        captions = np.flatnonzero(position[self.owner[:pairs]] >= 0)
+        loose = pairs + np.flatnonzero(self._loose_splits == name)
+        owner = np.append(position[self.owner[captions]], np.full(len(loose), -1))
+        return Split(name, images, np.append(captions, loose), owner)
 
     def captions(self, split: str) -> list[str]:
-        """List the captions of a split, from which a vocabulary can be trimmed or learnt."""
+        """List all texts of a split, from which a vocabulary can be trimmed or learnt."""
         return [self.texts[row] for row in self.split(split).captions]
 
     def pairs(self, split: str) -> data.Pairs:
-        """Make a dataset of the photos and captions of a split.
+        """Make a dataset of the photos and captions of a split, without its loose texts.
 
         Raises:
             DataError: no image of the cache is in it.
         """
         rows = self.split(split)
         captions: defaultdict[int, list[str]] = defaultdict(list)
-        for caption, position in zip(rows.captions, rows.owner, strict=True):
+        pairs = zip(rows.captions[: rows.pairs], rows.owner[: rows.pairs], strict=True)
+        for caption, position in pairs:
             captions[int(position)].append(self.texts[caption])
         examples = tuple(
             Example(self.image_ids[row], self.paths[row], tuple(captions[position]), split)
@@ -367,7 +412,7 @@ class Cache(CacheBase):
         return self._take("image", np.asarray(images) * self.views + view, raw)
 
     def text_features(self, captions: np.ndarray, raw: bool = False) -> Tensor:
-        """Read teacher features (len(captions), D) of caption rows, as `image_features` does."""
+        """Read teacher features (len(captions), D) of rows of `texts`, as `image_features` does."""
         return self._take("text", captions, raw)
 
     def features(
@@ -451,10 +496,26 @@ def write_tables(folder: Path, examples: Sequence[Any]) -> dict[str, str]:
     )
     owner = [row for row, example in enumerate(examples) for _ in example.captions]
     texts = [text for example in examples for text in example.captions]
-    captions = pa.table({"image": pa.array(owner, pa.int32()), "text": texts})
+    captions = pa.table(
+        {"image": pa.array(owner, pa.int32()), "text": pa.array(texts, pa.string())}
+    )
     for name, table in ((IMAGES, images), (CAPTIONS, captions)):
         files.write_atomic(folder / name, partial(pq.write_table, table))
     return artefacts.digests(folder, [IMAGES, CAPTIONS])
+
+
+def write_texts(folder: Path, texts: LooseTexts) -> None:
+    """Write the table of loose texts."""
+
+    def write(path: Path) -> None:
+        schema = pa.schema(_TEXTS.items())
+        with pq.ParquetWriter(path, schema) as writer:
+            for start in range(0, len(texts), _GROUP):
+                rows = slice(start, start + _GROUP)
+                columns = [texts.table(rows.start, rows.stop), pa.array(texts.splits[rows])]
+                writer.write_table(pa.table(columns, schema))
+
+    files.write_atomic(folder / TEXTS, write)
 
 
 def write_views(

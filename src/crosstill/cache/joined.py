@@ -29,8 +29,8 @@ from crosstill.types import Example
 
 log = logging.getLogger(__name__)
 
-# of a cache's key; whatever else is in it has to be the same in all
-_MAY_DIFFER = frozenset({"teacher", "modalities", "data", "dtype", "raw"})
+# of a cache's key; whatever else is in it has to be the same in all, or is compared apart
+_MAY_DIFFER = frozenset({"teacher", "modalities", "data", "dtype", "raw", "texts"})
 _OWN_FILES = frozenset({format.IMAGES, format.CAPTIONS, format.QUARANTINE})
 
 
@@ -219,6 +219,11 @@ def _check_alike(first: format.Cache, other: format.Cache) -> None:
                 f"{key.get(name)}; teachers are joined on the same views, so make one of the "
                 "caches again"
             )
+    if key.get("texts") != other_key.get("texts"):
+        raise MismatchError(
+            f"{other.folder} has other loose texts than {first.folder} ({other.loose:,} and "
+            f"{first.loose:,}); cache both teachers over the same --texts"
+        )
     for what, odd in _differences(first, other):
         if odd:
             raise MismatchError(

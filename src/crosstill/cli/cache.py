@@ -57,6 +57,14 @@ Find = Annotated[
         show_default="random",
     ),
 ]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="LINES",
+        help="A file of sentences without photos, a line each, to learn from too; more files by "
+        "repeating it.",
+    ),
+]
 Licence = Annotated[
     str | None, typer.Option(help="Of photos and captions, where no README.md beside them says.")
 ]
@@ -76,6 +84,7 @@ def command(
     data: Annotated[str, typer.Argument(help=common.DATA + " After `verify`: the cache.")],
     images: common.Images = None,
     splits: common.Splits = None,
+    texts: Texts = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the cache to make.")] = None,
     views: Views = None,
     augment: Augment = None,
@@ -92,6 +101,7 @@ def command(
 ) -> None:
     """Run TEACHER over DATA once and keep its features, or a fusion teacher's scores, in a cache.
 
+    DATA may hold photos without captions, and --texts adds sentences without photos.
     A cache that was interrupted goes on where it was; one that is finished is only checked.
     `crosstill cache verify CACHE` checks every byte of a finished cache.
     """
@@ -127,6 +137,7 @@ def command(
         seed=seed,
         strict=strict,
         teacher_licence=teacher_licence,
+        texts=texts or None,
     )
     common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
     _describe(made)
@@ -136,8 +147,12 @@ def _describe(cache: CacheBase) -> None:
     splits = ", ".join(
         f"{name} {len(cache.split(name).images):,}" for name in sorted(set(cache.splits))
     )
+    captions = len(cache.texts) - cache.loose
+    bare = len(cache.image_ids) - len(set(cache.owner[:captions].tolist()))
+    photos = f", {bare:,} of them without captions" if bare else ""
+    loose = f" and {cache.loose:,} loose texts" if cache.loose else ""
     teacher = cache.teacher["name"] or "none"
     common.say(
-        f"{cache.folder}: whole; {len(cache.image_ids):,} images ({splits}), "
-        f"{len(cache.texts):,} captions, {cache.summary()}, teacher {teacher}"
+        f"{cache.folder}: whole; {len(cache.image_ids):,} images ({splits}){photos}, "
+        f"{captions:,} captions{loose}, {cache.summary()}, teacher {teacher}"
     )

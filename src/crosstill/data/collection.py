@@ -229,21 +229,15 @@ def collect(listing: Listing, strict: bool = False) -> Pairs:
         strict: raise at the first image that would be quarantined.
 
     Raises:
-        DataError: nothing is listed, or nothing has a caption.
+        DataError: nothing is listed, or nothing of it can be used.
         MissingError: a listed file is not there.
         ImageError: with `strict`, the first image that cannot be used.
     """
-    origin, source, bad = listing.origin, listing.source, listing.bad
+    origin, source = listing.origin, listing.source
     if not listing.entries:
         raise DataError(f"{origin}: no images in it; give a dataset that lists some")
     collection = _Collection(Quarantine(strict))
     entries = [_clean(entry, collection.notes) for entry in listing.entries]
-    if not any(entry.captions for entry in entries):
-        unusable = f"; {len(bad)} of its files cannot be used, the first is {bad[0]}" if bad else ""
-        raise DataError(
-            f"{origin}: no captions in it, the first image without one is {entries[0].path} "
-            f"({entries[0].where}); give every image at least one{unusable}"
-        )
     images = source.identify([entry.path for entry in entries])
     _refuse_missing(origin, source.root, entries, images)
     for entry in entries:
@@ -254,8 +248,10 @@ def collect(listing: Listing, strict: bool = False) -> Pairs:
             f"{collection.quarantine.rows[0]['path']}: {collection.quarantine.rows[0]['reason']}; "
             "check --images"
         )
-    for error in bad:
+    for error in listing.bad:
         collection.quarantine.add(error, error.size)
+    bare = sum(not example.captions for example in collection.examples.values())
+    collection.notes["photos without captions"] = bare
     return Pairs(
         listing.name,
         tuple(collection.examples.values()),
@@ -270,13 +266,11 @@ def collect(listing: Listing, strict: bool = False) -> Pairs:
 
 def _clean(entry: Entry, notes: Counter[str]) -> Entry:
     """Replace broken Unicode in captions, strip them and drop those without a visible character."""
-    captions = []
-    for text in entry.captions:
-        whole = formats.encodable(text)
-        notes["captions with broken Unicode, each now a '?'"] += whole != text
-        captions.append(whole.strip())
-    kept = [text for text in captions if any(c.isprintable() and not c.isspace() for c in text)]
-    notes["empty captions left out"] += len(captions) - len(kept)
+    notes["captions with broken Unicode, each now a '?'"] += sum(
+        formats.encodable(text) != text for text in entry.captions
+    )
+    kept = [text for text in map(formats.cleaned, entry.captions) if text]
+    notes["empty captions left out"] += len(entry.captions) - len(kept)
     return entry._replace(captions=kept)
 
 
@@ -309,7 +303,6 @@ class _Collection:
         """Add an image, or merge its captions into an equal one, or set it apart."""
         notes, examples = self.notes, self.examples
         reason = image.problem or formats.unsupported(entry.path)
-        reason = reason or ("" if entry.captions else "no caption")
         if reason:
             self.quarantine.add(ImageError(entry.path, reason), image.size)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import stat
 import unicodedata
@@ -15,6 +16,8 @@ from crosstill import files, formats
 from crosstill.errors import ChangedError, DataError, ImageError
 from crosstill.images import Quarantine
 from crosstill.types import Example, image_id
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {name: name for name in SPLITS} | {
@@ -39,7 +42,7 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """The images of a dataset with their captions, each image once.
+    """The images of a dataset with their captions, each image once; one may have no caption.
 
     Attributes:
         name: for people; no part of the identity.
@@ -82,6 +85,24 @@ class Pairs:
         if not examples:
             counts = ", ".join(f"{split} ({count})" for split, count in self.splits.items())
             raise DataError(f"{self.name}: split {name!r} has no images; there are {counts}")
+        return replace(self, examples=examples)
+
+    def captioned(self) -> Pairs:
+        """Return the photos that have captions, for what needs pairs; log how many are left out.
+
+        Raises:
+            DataError: none has any.
+        """
+        examples = tuple(example for example in self.examples if example.captions)
+        bare = len(self) - len(examples)
+        if not bare:
+            return self
+        if not examples:
+            raise DataError(
+                f"{self.name}: no captions in it, and they are needed here; give its photos "
+                "captions (photos alone serve `crosstill cache` with a dual encoder)"
+            )
+        log.info("%s: %s photos without captions left out", self.name, f"{bare:,}")
         return replace(self, examples=examples)
 
     def digest(self) -> str:

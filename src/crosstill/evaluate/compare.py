@@ -261,6 +261,7 @@ def run(source: str, pairs: Pairs, options: Options = Options()) -> Comparison:
             without a fusion model to time.
     """
     _check_sample(options)
+    pairs = pairs.captioned()
     place_truths = extended.opened(options.truths, options.annotations)
     place_truths(pairs.examples)  # refuses what is of another dataset before anything is computed
     others = [*options.beside, *cuts(source)]
@@ -372,7 +373,8 @@ def _teacher(
 ) -> evaluation.Evaluation:
     """Measure the teacher on the same images, from the cache that the run learnt from."""
     cache = Cache(record["cache"]["folder"])
-    split = next((s for s in map(cache.split, set(cache.splits)) if _same(cache, s, pairs)), None)
+    splits = (cache.split(name).paired() for name in sorted(set(cache.splits)))
+    split = next((split for split in splits if _same(cache, split, pairs)), None)
     if split is None:
         raise InputError(f"{cache.folder} does not hold exactly these images and captions")
     # the cache orders images by id; a protocol with folds needs the dataset's order

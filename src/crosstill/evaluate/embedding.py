@@ -68,7 +68,7 @@ def _finish_on_gpu() -> None:
 def embed(
     model: base.Teacher, pairs: Pairs, strict: bool = False, watch: Stopwatch | None = None
 ) -> Embedded:
-    """Read, decode and embed every image and caption of a dataset.
+    """Read, decode and embed every caption of a dataset, and every image that has one.
 
     Args:
         model: what embeds.
@@ -77,7 +77,7 @@ def embed(
         watch: adds up the seconds of the model alone, without reading and decoding.
 
     Raises:
-        DataError: no image is readable.
+        DataError: no image is readable, or none has a caption.
         ImageError: an image is unreadable and `strict` is set.
         ModelError: the model scores pairs, or is a folder of vectors.
     """
@@ -86,6 +86,7 @@ def embed(
         raise ModelError(f"{model.source} holds vectors and cannot embed new images; use a model")
     if kind != "encoder":
         raise ModelError(f"{model.name}: a fusion model, which reads pairs and has no embeddings")
+    pairs = pairs.captioned()
     quarantine, watch = quarantined(pairs, strict), watch or Stopwatch()
     kept, rows = _embed_images(model, pairs, quarantine, watch)
     if not kept:
@@ -135,7 +136,7 @@ class CachedSplit:
         frozen: the tower that will not change, if any: "image" or "text".
 
     Attributes:
-        truth: which images and captions of the split belong together.
+        truth: which captioned images and captions of the split belong together.
         caveat: see `crosstill.train.task.Validation`.
     """
 
@@ -154,15 +155,23 @@ class CachedSplit:
             self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
 
     def recall(self, student: Student) -> Retrieval:
-        """Measure the student's recall on the plain photos of the split."""
-        return retrieval(*self.features(student), self.truth)
+        """Measure the student's recall on the plain photos of the split that have captions."""
+        return retrieval(*self.paired(self.features(student)), self.truth)
 
     def answers(self, student: Student) -> Answers:
         """Compute the chance of each query to be answered, for a paired bootstrap."""
-        return Answers(*chances(*self.features(student), self.truth), self.truth.owner)
+        rows = self.paired(self.features(student))
+        return Answers(*chances(*rows, self.truth), self.truth.owner)
+
+    def paired(self, features: Features) -> Features:
+        """Take the rows of captioned photos and of captions from those of the whole split."""
+        split = self._split
+        return Features(
+            features.image[torch.from_numpy(split.captioned)], features.text[: split.pairs]
+        )
 
     def features(self, student: Student) -> Features:
-        """Embed the split with the student: unit rows (I, D) and (T, D)."""
+        """Embed the whole split with the student: unit rows (I, D) and (T, D)."""
         with base.evaluating(student):
             images, texts = self._images, self._texts
             images = pool_images(student, self._photos) if images is None else images
@@ -178,12 +187,13 @@ class CachedSplit:
 
 def teacher_recall(cache: CacheBase, split: Split) -> Retrieval | None:
     """Measure the recall of a cache's features of a split; None if it has only one side."""
-    features = cache.split_features(split)
+    features = cache.split_features(split.paired())
     return None if features is None else retrieval(*features, cached_truth(cache, split))
 
 
 def cached_truth(cache: CacheBase, split: Split) -> truths.Truth:
-    """Return which images and captions of a split of a cache belong together."""
+    """Return which captioned images and captions of a split of a cache belong together."""
+    split = split.paired()
     texts = [cache.texts[row] for row in split.captions]
     return truths.of_texts(torch.from_numpy(split.owner), texts)
 
@@ -256,12 +266,13 @@ def sound(pairs: Pairs, preprocess: Preprocess) -> Iterator[list[Tensor]]:
 
 
 def readable(pairs: Pairs, preprocesses: Iterable[Preprocess], strict: bool = False) -> Pairs:
-    """Keep the images that all of several models can read; quarantine the others.
+    """Keep the captioned images that all of several models can read; quarantine unreadable ones.
 
     Raises:
-        DataError: no image is readable.
+        DataError: no image is readable, or none has a caption.
         ImageError: an image is unreadable and `strict` is set.
     """
+    pairs = pairs.captioned()
     quarantine, listed = quarantined(pairs, strict), len(pairs.examples)
     for preprocess in dict.fromkeys(preprocesses):
         kept = []

@@ -242,6 +242,7 @@ def build_scores(  # noqa: PLR0913  (every option of a cache is an argument)
     if teacher is not None and not isinstance(teacher, FusionTeacher):
         name = getattr(teacher, "name", type(teacher).__name__)
         raise ModelError(f"{name}: embeds each side alone and scores no pairs; make a plain cache")
+    pairs = pairs.captioned()
     candidates.check_finder(options.find, pairs)
     return _ScoreBuilder(teacher, pairs, folder, options).make()
 

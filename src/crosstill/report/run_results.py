@@ -100,7 +100,7 @@ def read(folder: Path, latency: bool) -> RunResults:
         )
     cache = runs.open_cache(folder, record)
     best = runs.learner(folder / "best")
-    split = cache.split(record["settings"]["val_split"])
+    split = cache.split(record["settings"]["val_split"]).paired()
     results = RunResults(opened, record, cache, split, curves.read(folder))
     if best.kind == "matcher":
         _match(results, best)

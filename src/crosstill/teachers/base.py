@@ -286,8 +286,11 @@ def truncation_note(models: Mapping[str, TextReader], texts: Sequence[str]) -> s
         models: by the name that the line gives them.
         texts: captions.
     """
-    blocks = [texts[at : at + _BLOCK] for at in range(0, len(texts), _BLOCK)]
-    counts = {name: sum(map(model.count_truncated, blocks)) for name, model in models.items()}
+    starts = range(0, len(texts), _BLOCK)
+    counts = {
+        name: sum(model.count_truncated(texts[at : at + _BLOCK]) for at in starts)
+        for name, model in models.items()
+    }
     parts = [f"{name} {count:,} of {len(texts):,}" for name, count in counts.items() if count]
     return f"captions longer than a model reads, cut: {', '.join(parts)}" if parts else ""
 

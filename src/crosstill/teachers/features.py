@@ -7,7 +7,7 @@
 or one .safetensors with the keys "image" and "text" in place of the two .npy files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -132,6 +132,10 @@ class FeaturesTeacher:
             )
         rows = [self._by_text.get(text.strip()) for text in texts]
         return self._take("text", rows, raw), _lacking(texts, rows)
+
+    def lacking(self, texts: Iterable[str]) -> list[str]:
+        """List the texts that have no vector."""
+        return [text for text in texts if text.strip() not in self._by_text]
 
     def _take(self, kind: str, chosen: list[int | None], raw: bool) -> Tensor:
         rows = self._rows[kind][[row for row in chosen if row is not None]]

@@ -38,7 +38,8 @@ class Picked:
 class Sampler:
     """Every caption once an epoch, in groups of `captions_per_image` captions of one image.
 
-    With `steps`, an epoch ends after so many of its steps; the next one draws anew.
+    Photos without captions and loose texts are not drawn. With `steps`, an epoch ends after so many
+    of its steps; the next one draws anew.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Sampler:
         views: int = 1,
         steps: int | None = None,
     ) -> None:
-        pairs = len(split.owner)
+        pairs = split.pairs
         if batch_size > pairs:
             raise ConfigError(
                 f"batch_size = {batch_size} is more than the {pairs} pairs of split "
@@ -59,6 +60,7 @@ class Sampler:
         whole = pairs // batch_size  # the odd rest waits for another epoch's order
         self.steps_per_epoch = min(steps or whole, whole)
         self._split, self._size, self._group = split, batch_size, captions_per_image
+        self._owner = split.owner[:pairs]
         self._seed, self._views = seed, views
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -66,15 +68,15 @@ class Sampler:
         """Return the rows of one step of one epoch."""
         order, views = self._epoch(epoch)
         captions = order[step * self._size : (step + 1) * self._size]
-        images = self._split.owner[captions]
+        images = self._owner[captions]
         return Picked(captions, images, views[images])
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw all captions in this epoch's order, and this epoch's view of each image."""
         random = np.random.default_rng([self._seed, epoch])
-        shuffled = random.permutation(len(self._split.owner))
-        by_image = shuffled[np.argsort(self._split.owner[shuffled], kind="stable")]
-        owner = self._split.owner[by_image]
+        shuffled = random.permutation(len(self._owner))
+        by_image = shuffled[np.argsort(self._owner[shuffled], kind="stable")]
+        owner = self._owner[by_image]
         starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
         within = np.arange(len(owner)) - np.repeat(starts, np.diff(np.r_[starts, len(owner)]))
         # captions of one group share one random key and so stay together
