@@ -1,6 +1,7 @@
 """Small dual encoders: what they are made of, how they are built, saved and loaded."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from crosstill.data.pairs import read_licence
 from crosstill.errors import ConfigError, MismatchError
+from crosstill.images import Preprocess
 from crosstill.students import student_config
 from crosstill.students.student import Student
 from crosstill.students.student_config import StudentConfig, load_config
@@ -96,7 +98,10 @@ def shorten(student: Student, width: int) -> Student:
 
 
 def image_part(config: student_config.ImageTowerConfig) -> tower_parts.ImagePart:
-    """Read or start an image tower; its preprocess is that of its source: see `processors.fit`.
+    """Read or start an image tower.
+
+    Its preprocess is that of its source (see `processors.fit`), but for what the configuration
+    sets.
 
     Raises:
         ConfigError, ModelError: a tower that cannot be built, read, cut or pooled as asked.
@@ -104,11 +109,20 @@ def image_part(config: student_config.ImageTowerConfig) -> tower_parts.ImagePart
     if config.source is None:
         tower = tower_parts.assemble(_started(config), config.pooling)
         tower_parts.check_class_token(tower, config.pooling)
-        return tower_parts.ImagePart(tower, processors.default(tower.config), None)
+        preprocess = _chosen(processors.default(tower.config), config.preprocess)
+        return tower_parts.ImagePart(tower, preprocess, None)
     folder = hub.locate(config.source)
     tower = tower_parts.read(folder, "image", config.pooling, config.layers)
     tower_parts.check_class_token(tower, config.pooling)
-    return tower_parts.ImagePart(tower, processors.fit(folder, tower), read_licence(folder))
+    preprocess = _chosen(processors.fit(folder, tower), config.preprocess)
+    return tower_parts.ImagePart(tower, preprocess, read_licence(folder))
+
+
+def _chosen(preprocess: Preprocess, config: student_config.PhotoConfig) -> Preprocess:
+    """Put what a configuration sets in place of what a tower's folder says."""
+    if config.resize == "squash":  # what bounds the sides before a crop has no meaning then
+        preprocess = replace(preprocess, shorter=None, longer=None, multiple=1)
+    return replace(preprocess, **config.model_dump(exclude_none=True))
 
 
 def text_part(

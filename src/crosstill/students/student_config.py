@@ -2,7 +2,8 @@
 
 The presets:
 
-    paper         ViT-B/16 and BERT-base with biased heads, as published; 196 M parameters
+    paper         ViT-B/16 and BERT-base with biased heads and the photos of the authors' code, as
+                  published; 196 M parameters
     cnn-bert      ConvNeXt-B (ImageNet-22k) and BERT-base: as large as `paper`, towers of two
                   families, for the `towers` table; 198 M
     deit-albert   DeiT-tiny and ALBERT-base: very small towers, for the `towers` table; 17 M
@@ -54,10 +55,29 @@ class TowerConfig(_Frozen):
         return self
 
 
+class PhotoConfig(_Frozen):
+    """The fields of `crosstill.images.Preprocess` that a student sets for itself.
+
+    Those that are None stay as the image tower's folder has them.
+    """
+
+    size: tuple[int, int] | None = None
+    resize: Literal["squash", "crop"] | None = None
+    shorter: int | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
 class ImageTowerConfig(TowerConfig):
-    """An image tower; its pooler is the average over space of a CNN, or a ViT's own."""
+    """An image tower; its pooler is the average over space of a CNN, or a ViT's own.
+
+    Attributes:
+        preprocess: how photos are brought to its size, where not as its folder says.
+    """
 
     pooling: Pooling = "pooler"
+    preprocess: PhotoConfig = PhotoConfig()
 
 
 class TextTowerConfig(TowerConfig):
@@ -192,10 +212,22 @@ def _focalnet() -> dict[str, Any]:
     }
 
 
+# of the authors' code, also for a ViT that was pretrained on squashed photos of -1..1
+_IMAGENET = PhotoConfig(
+    size=(224, 224),
+    resize="crop",
+    shorter=256,
+    interpolation="bilinear",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
 PRESETS: dict[str, StudentConfig | FusionConfig] = {
     "paper": StudentConfig(
         name="paper",
-        image=ImageTowerConfig(source="google/vit-base-patch16-224-in21k", pooling="cls"),
+        image=ImageTowerConfig(
+            source="google/vit-base-patch16-224-in21k", pooling="cls", preprocess=_IMAGENET
+        ),
         text=TextTowerConfig(source="google-bert/bert-base-uncased", pooling="pooler"),
         bias=True,
     ),
@@ -329,6 +361,10 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
 
 def _known(path: list[str]) -> list[str]:
     """List the full names of the keys that may stand at a place."""
-    towers: dict[str, type[_Frozen]] = {"image": ImageTowerConfig, "text": TextTowerConfig}
-    model = towers.get("".join(path), StudentConfig)
+    parts: dict[str, type[_Frozen]] = {
+        "image": ImageTowerConfig,
+        "text": TextTowerConfig,
+        "image.preprocess": PhotoConfig,
+    }
+    model = parts.get(".".join(path), StudentConfig)
     return [".".join([*path, name]) for name in model.model_fields]
