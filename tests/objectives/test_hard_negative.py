@@ -54,3 +54,12 @@ def test_a_student_that_separates_pays_nothing():
     eye = torch.eye(4, dtype=torch.float64)
     loss = objectives.build("hard_negative", margin=0.9)
     close(loss(Features(eye, eye), Features(eye, eye), torch.arange(4)), 0.0)
+
+
+@pytest.mark.parametrize(("margin", "remedy"), [(0.0, "margin=0.2"), (0.05, "")])
+def test_without_a_margin_it_names_what_keeps_rows_apart(margin, remedy):
+    loss = objectives.build("hard_negative", margin=margin)
+    assert loss.apart == remedy
+    same = torch.ones(4, 3) / 3**0.5
+    value = float(loss(Features(same, same), Features(same, same), torch.arange(4)))
+    assert (value > 1e-5) == (not remedy)

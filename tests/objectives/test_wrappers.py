@@ -19,7 +19,7 @@ def test_a_wrapper_declares_all_that_its_loss_declares(name):
     loss = objectives.build(name, dim=4, keys=torch.arange(3))
     outer = PerWidth(loss, {}, torch.eye(4), unit=True)
     declared = {key: getattr(loss, key) for key in objectives.Objective.__annotations__}
-    assert declared.keys() == {"needs", "reads", "lists", "pairs", "across"}
+    assert declared.keys() == {"needs", "reads", "lists", "pairs", "across", "apart"}
     # it cannot rank: scores of lists have no rows to cut
     assert {key: getattr(outer, key) for key in declared} == {**declared, "lists": None}
 

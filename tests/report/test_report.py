@@ -20,7 +20,7 @@ from crosstill import data, files, report, students
 from crosstill.cache import Cache, build
 from crosstill.data import scenes as scenery
 from crosstill.errors import ConfigError, CorruptError, DataError, InputError, MismatchError
-from crosstill.evaluate import retrieval, teacher_recall
+from crosstill.evaluate import CachedSplit, likeness, retrieval, teacher_recall
 from crosstill.formats import latex
 from crosstill.report import curves, pages, pictures, run_results
 from crosstill.train import Run, TrainConfig, train
@@ -160,7 +160,7 @@ def test_captions_and_commands_are_text(home, shown):
 def test_every_picture_has_words_and_both_colours(shown):
     assert all(len(image["alt"]) > 10 for image in shown.all("img"))
     sources = shown.all("source")
-    assert len(sources) == 11  # RSUM, four losses, four weights, two spaces
+    assert len(sources) == 13  # RSUM, two mean cosines, four losses, four weights, two spaces
     assert all(s["media"] == "(prefers-color-scheme: dark)" for s in sources)
     light = [image["src"] for image in shown.all("img") if "width" in image]
     assert all(a != b["srcset"] for a, b in zip(light, sources, strict=True))
@@ -180,6 +180,36 @@ def test_every_loss_and_weight_has_its_curve(home, shown):
     epochs = [line["val"]["rsum"] for line in map(json.loads, lines) if line["kind"] == "epoch"]
     (alt,) = [alt for alt in alts if alt.startswith("RSUM on val")]
     assert f"{epochs[-1]:.2f}, best {max(epochs):.2f}" in alt
+
+
+def test_mean_cosines_stand_beside_the_teachers(home, shown):
+    run, cache = Run(home / "run"), Cache(home / "cache")
+    split = cache.split("val")
+    owner = torch.from_numpy(split.owner)
+    teacher = likeness.mean_cosines(cache.split_features(split)._asdict(), owner)
+    student = CachedSplit(cache, split, run.best).measure(run.best).cosines
+    figures = json.loads((home / "run/report.json").read_text())["mean_cosine"]
+    assert figures == {"teacher": pytest.approx(teacher), "student": pytest.approx(student)}
+    for side, name in (("image", "photos"), ("text", "captions")):
+        assert f"{name}: teacher {teacher[side]:.2f}, student {student[side]:.2f}" in shown.text
+        (alt,) = [
+            i["alt"] for i in shown.all("img") if i["alt"].startswith(f"Mean cosine of {name}")
+        ]
+        assert f"The teacher's is {teacher[side]:.2f}" in alt
+
+
+def test_a_run_from_before_mean_cosines_is_shown_without_their_curves(home, tmp_path):
+    run = copied(home, tmp_path)
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("mean_cosine", None), line.pop("teacher_mean_cosine", None)
+    (run / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    summary = json.loads((run / "metrics.json").read_text())
+    del summary["teacher_mean_cosine"], summary["best"]["mean_cosine"]
+    (run / "metrics.json").write_text(json.dumps(summary))
+    shown = Page(report.write(run, latency=False).read_text())
+    assert len(shown.all("source")) == 11
+    assert "Mean cosine between different ones" in shown.text
 
 
 def test_ten_queries_with_what_both_models_find(home, shown):

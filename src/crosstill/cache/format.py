@@ -310,7 +310,12 @@ class CacheBase:
 
     def split_features(self, split: Split) -> Features | None:
         """Read the teacher's rows of a split: (I, D) and (T, D); None unless there are both."""
-        return None
+        sides = self.split_sides(split)
+        return Features(**sides) if len(sides) == 2 else None
+
+    def split_sides(self, split: Split) -> dict[str, Tensor]:
+        """Read the teacher's rows of a split by side, "image" and "text", those that there are."""
+        return {}
 
     def summary(self) -> str:
         """Describe what is stored besides images and captions, in a few words."""
@@ -421,11 +426,13 @@ class Cache(CacheBase):
         """Teacher features of matched rows, image and text."""
         return Features(self.image_features(images, view), self.text_features(captions))
 
-    def split_features(self, split: Split) -> Features | None:
-        """As `CacheBase.split_features`, of the plain photos."""
-        if not {"image", "text"} <= self.modalities:
-            return None
-        return Features(self.image_features(split.images), self.text_features(split.captions))
+    def split_sides(self, split: Split) -> dict[str, Tensor]:
+        """As `CacheBase.split_sides`, of the plain photos."""
+        read = {
+            "image": lambda: self.image_features(split.images),
+            "text": lambda: self.text_features(split.captions),
+        }
+        return {side: rows() for side, rows in read.items() if side in self.modalities}
 
     def summary(self) -> str:
         """As `CacheBase.summary`."""

@@ -15,6 +15,7 @@ from crosstill.data import Pairs
 from crosstill.errors import DataError, ImageError, ModelError
 from crosstill.evaluate import truth as truths
 from crosstill.evaluate.bootstrap import Answers
+from crosstill.evaluate.likeness import mean_cosines
 from crosstill.evaluate.recall import Retrieval, chances, retrieval
 from crosstill.images import Preprocess, Quarantine
 from crosstill.students.student import Student
@@ -40,6 +41,20 @@ class Embedded:
     def owner(self) -> Tensor:
         """(T,) row of `image` that each caption was written for."""
         return self.truth.owner
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a validation gives.
+
+    Attributes:
+        recall: of the student.
+        cosines: mean cosines between its rows by side, see `crosstill.evaluate.likeness`; empty of
+            a model without rows.
+    """
+
+    recall: Retrieval
+    cosines: dict[str, float]
 
 
 class Stopwatch:
@@ -137,6 +152,7 @@ class CachedSplit:
 
     Attributes:
         truth: which captioned images and captions of the split belong together.
+        owner: (T,) position of each text's image in the split, -1 of a loose text.
         caveat: see `crosstill.train.task.Validation`.
     """
 
@@ -147,6 +163,7 @@ class CachedSplit:
     ) -> None:
         self._cache, self._split = cache, split
         self.truth = cached_truth(cache, split)
+        self.owner = torch.from_numpy(split.owner)
         self._images = frozen_images(student, cache, split) if frozen == "image" else None
         self._texts = frozen_texts(student, cache, split) if frozen == "text" else None
         if self._images is None:
@@ -156,7 +173,16 @@ class CachedSplit:
 
     def recall(self, student: Student) -> Retrieval:
         """Measure the student's recall on the plain photos of the split that have captions."""
-        return retrieval(*self.paired(self.features(student)), self.truth)
+        return self.measure(student).recall
+
+    def measure(self, student: Student) -> Measured:
+        """Measure the student's recall, and how alike all its rows are."""
+        features = self.features(student)
+        return Measured(retrieval(*self.paired(features), self.truth), self.cosines(features))
+
+    def cosines(self, features: Features) -> dict[str, float]:
+        """Compute the mean cosines of rows of the whole split."""
+        return mean_cosines(features._asdict(), self.owner)
 
     def answers(self, student: Student) -> Answers:
         """Compute the chance of each query to be answered, for a paired bootstrap."""
@@ -183,6 +209,15 @@ class CachedSplit:
     def teacher_recall(self) -> Retrieval | None:
         """Measure the teacher's recall on the same rows; None if the cache has only one side."""
         return teacher_recall(self._cache, self._split)
+
+    def teacher_cosines(self) -> dict[str, float]:
+        """Compute the teacher's mean cosines on the same rows; no sides that the cache lacks."""
+        return mean_cosines(teacher_rows(self._cache, self._split), self.owner)
+
+
+def teacher_rows(cache: CacheBase, split: Split) -> dict[str, Tensor]:
+    """Read the rows of a split that a student is compared with: of photos, captions or both."""
+    return cache.split_sides(split)
 
 
 def teacher_recall(cache: CacheBase, split: Split) -> Retrieval | None:

@@ -15,6 +15,7 @@ from crosstill import students, teachers
 from crosstill.cache import Split
 from crosstill.errors import ConfigError, MismatchError, ModelError
 from crosstill.evaluate import CachedSplit
+from crosstill.evaluate.embedding import Measured
 from crosstill.evaluate.recall import Retrieval
 from crosstill.fusion.lists import (
     FALSE,
@@ -133,11 +134,14 @@ class ListTask:
     def after(self, batch: ListBatch) -> None:
         """Store nothing: no loss that keeps teacher rows can read a score cache."""
 
-    def validate(self) -> Retrieval:
-        return self._val.recall(self.student)
+    def validate(self) -> Measured:
+        return self._val.measure(self.student)
 
     def teacher(self) -> Retrieval | None:
         return self._val.teacher_recall()
+
+    def teacher_cosines(self) -> dict[str, float]:
+        return self._val.teacher_cosines()
 
     def rows_of(self, batch: ListBatch) -> tuple[list[str], list[str]]:
         return task.named_rows(self.cache, self.config, batch.picked)

@@ -19,7 +19,7 @@ from torch import Tensor
 from crosstill.cache import Split, pixels
 from crosstill.evaluate import frozen_images, frozen_texts
 from crosstill.evaluate.bootstrap import Answers
-from crosstill.evaluate.embedding import cached_truth
+from crosstill.evaluate.embedding import Measured, cached_truth
 from crosstill.evaluate.recall import Retrieval, chances_of_scores, from_scores
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.scores import ScoreCache
@@ -274,6 +274,10 @@ class MatchedSplit:
         """Compute the model's recall among the listed candidates."""
         return from_scores(self._matrix(model), self._listed.truth)
 
+    def measure(self, model: Matcher) -> Measured:
+        """Compute the same; a fusion model has no rows that could be alike."""
+        return Measured(self.recall(model), {})
+
     def answers(self, model: Matcher) -> Answers:
         """Compute the chance of each query to be answered among its listed candidates."""
         truth = self._listed.truth
@@ -282,6 +286,10 @@ class MatchedSplit:
     def teacher_recall(self) -> Retrieval | None:
         """Compute the recall of the teacher's scores, where the cache has them."""
         return self._listed.teacher_recall()
+
+    def teacher_cosines(self) -> dict[str, float]:
+        """Return none: a fusion teacher has no rows."""
+        return {}
 
     def _matrix(self, model: Matcher) -> Tensor:
         with evaluating(model):

@@ -13,6 +13,9 @@ A loss that needs pairs gets only the pairs of a batch, and is left out of a bat
 that does not gets all rows: as many photos as there are and as many texts, either perhaps none,
 and `Ids` in place of a tensor of ids.
 
+A fourth, `apart`, serves a warning: an option, as "margin=0.2", without which the loss, set as it
+is, is as small as it can be also where all of the student's rows are alike; "" for other losses.
+
 A class may set them, and so may its constructor where they depend on an option. `declare_like`
 copies them all, so that a loss around another one forgets none.
 """
@@ -70,11 +73,13 @@ class Objective(nn.Module):
     lists: ListInput | None = None
     pairs: bool = True
     across: bool = False
+    apart: str = ""
 
     def declare_like(self, other: Objective) -> None:
         """Copy every declaration of another loss."""
         self.needs, self.reads, self.lists = other.needs, other.reads, other.lists
         self.pairs, self.across = other.pairs, other.across
+        self.apart = other.apart
 
     def adapt(self, student: Hidden, teacher: Hidden) -> None:
         """Make the parameters that depend on the layers' widths, from one photo's layers."""

@@ -45,6 +45,8 @@ class HardNegative(Objective):
             raise ConfigError(f"margin must be 0 or above, not {margin}")
         self.margin = margin
         self.negatives: Negatives = negatives
+        # without a margin rows that are all the same violate nothing
+        self.apart = "" if margin else "margin=0.2"
 
     def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
         image_ids, text_ids, paired = both_ids(ids)

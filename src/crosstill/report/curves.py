@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from crosstill import artefacts
 from crosstill.errors import CorruptError, InputError
+from crosstill.evaluate.likeness import NAMES
 from crosstill.report.pictures import Picture, Theme, picture, scale
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -33,11 +34,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Events:
-    """Every curve of one run: losses and weights over steps, RSUM on val over epochs."""
+    """Every curve of one run: losses and weights over steps, RSUM on val over epochs.
+
+    Attributes:
+        cosines: mean cosines of the student's rows on val over epochs, by side; empty of a run
+            that kept none.
+    """
 
     losses: dict[str, Curve]
     weights: dict[str, Curve]
     rsum: Curve
+    cosines: dict[str, Curve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ def read(folder: Path) -> Events:
 def _add(events: Events, event: dict[str, Any]) -> None:
     if event["kind"] == "epoch":
         events.rsum.add(event["epoch"], event["val"]["rsum"])
+        kept = event.get("mean_cosine", {})  # not in older runs
+        for side in NAMES.keys() & kept.keys():
+            events.cosines.setdefault(side, Curve()).add(event["epoch"], kept[side])
         return
     for curves, values in ((events.losses, event["losses"]), (events.weights, event["weights"])):
         for name, value in values.items():
@@ -169,6 +179,35 @@ def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
         f"best {curve.values[best]:.2f} at epoch {curve.at[best]}.{beside}"
     )
     return picture(draw, alt, height=2.8)
+
+
+def of_cosines(
+    curves: Mapping[str, Curve], teacher: Mapping[str, float], split: str
+) -> list[Picture]:
+    """Draw the student's mean cosine over epochs, a picture a side, the teacher's as a line.
+
+    Args:
+        curves: by side, "image" or "text".
+        teacher: its mean cosine, of the sides that it has.
+        split: on which they were measured.
+    """
+    sides = [side for side in NAMES if side in curves]
+    return [_cosine(side, curves[side], teacher.get(side), split) for side in sides]
+
+
+def _cosine(side: str, curve: Curve, teacher: float | None, split: str) -> Picture:
+    title = f"mean cosine of {NAMES[side]} on {split}"
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = _axes(figure, title, "epoch")
+        axes.plot(curve.at, curve.values, "o-", color=theme.line(0), markersize=4, label="student")
+        _teacher(axes, teacher, theme)
+        _whole(axes, curve)
+        axes.set_ylim(min(0.0, teacher or 0.0, *curve.values) - 0.05, 1.05)
+        _legend(figure)
+
+    beside = "" if teacher is None else f" The teacher's is {teacher:.2f}."
+    return picture(draw, f"{title.capitalize()}: {curve.values[-1]:.2f} at the end.{beside}", 2.8)
 
 
 def _whole(axes: Axes, curve: Curve) -> None:

@@ -17,6 +17,7 @@ from crosstill.ablate.tables import Row, Table, latex, legend, markdown
 from crosstill.errors import InputError
 from crosstill.evaluate import Evaluation, table
 from crosstill.evaluate.evaluation import HEADINGS, LATENCY
+from crosstill.evaluate.likeness import NAMES
 from crosstill.files import VERSION
 from crosstill.report import curves, pictures, run_results
 from crosstill.report.pictures import Picture
@@ -180,8 +181,19 @@ def _recall(results: run_results.RunResults) -> Section:
             " Milliseconds are medians of single items on one thread of this machine, "
             "measured in turn."
         )
-    notes = [Text(note) for note in results.notes]
+    notes = [Text(note) for note in [*_likeness(results.cosines), *results.notes]]
     return Section("Recall", [Sheet(heads, body), Text(legend), *notes])
+
+
+def _likeness(cosines: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Say how alike the rows of the models are, in a sentence; nothing of models without rows."""
+    parts = [
+        f"{side}: " + ", ".join(f"{role} {cosines[role][name]:.2f}" for role in roles)
+        for name, side in NAMES.items()
+        if (roles := [role for role in ORDER if name in cosines.get(role, {})])
+    ]
+    listed = "; ".join(parts)
+    return [f"Mean cosine between different ones, {listed}. Near 1 all are alike."] if parts else []
 
 
 def _curves(results: run_results.RunResults) -> list[Section]:
@@ -191,6 +203,9 @@ def _curves(results: run_results.RunResults) -> list[Section]:
     sections = []
     if log.rsum.at:
         shown = [curves.of_val(log.rsum, line, results.split.name)]
+        shown += curves.of_cosines(
+            log.cosines, results.cosines.get("teacher", {}), results.split.name
+        )
         sections.append(Section("Learning curve", [Pictures(shown)]))
     if not log.losses:
         return [*sections, Section("Losses", [Text(f"No step was logged (log_every = {every}).")])]
@@ -269,6 +284,7 @@ def _figures(results: run_results.RunResults, shown: pictures.Space | None) -> d
         "summary": results.summary,
         "split": results.split.name,
         **{role: row.to_json() for role, row in results.rows.items()},
+        "mean_cosine": results.cosines,
         "variance_shown": shown.explained if shown else {},
         "notes": results.notes,
     }

@@ -20,6 +20,7 @@ from crosstill import images
 from crosstill.cache import CacheBase, Split
 from crosstill.errors import CrosstillError, InputError, MismatchError
 from crosstill.evaluate import CachedSplit, Evaluation, evaluation, teacher_recall
+from crosstill.evaluate.likeness import describe_alike
 from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
 from crosstill.fusion.matcher import Matcher
 from crosstill.models import open as open_model
@@ -47,6 +48,7 @@ class RunResults:
         listed: where a fusion model's recall was measured, in words; "" for embeddings.
         rows: "teacher" (if there was one), "student" and "untrained", on `split`.
         features: of "teacher" and "student"; none of a fusion model.
+        cosines: mean cosines of "teacher" and "student", by side.
         notes: what could not be shown, and why.
     """
 
@@ -59,6 +61,7 @@ class RunResults:
     listed: str = ""
     rows: dict[str, Evaluation] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -116,9 +119,20 @@ def _embed(results: RunResults, best: Student) -> None:
     """Add rows and features of dual encoders, in the whole split."""
     _teacher(results)
     frozen = results.record["settings"]["freeze"]
-    results.features["student"], row = _measure(best, results.cache, results.split, frozen)
+    encoded = CachedSplit(results.cache, results.split, best, frozen)
+    results.features["student"], row = _measure(best, encoded)
     results.rows["student"] = row.renamed(f"student ({best.name})")
-    before = _measure(results.run.untrained, results.cache, results.split, frozen)[1]
+    results.cosines = {
+        "teacher": encoded.teacher_cosines(),
+        "student": encoded.cosines(results.features["student"]),
+    }
+    if alike := describe_alike(results.cosines["student"], results.cosines["teacher"]):
+        results.notes.append(
+            f"The best student's rows are alike: {alike}. The run's log said what to set; see "
+            "docs/training.md."
+        )
+    untrained = results.run.untrained
+    before = _measure(untrained, CachedSplit(results.cache, results.split, untrained, frozen))[1]
     results.rows["untrained"] = before.renamed("student, untrained")
     results.licences = {f"student's {side} tower": of for side, of in best.licences.items()}
 
@@ -179,11 +193,8 @@ def _contents(cache: CacheBase) -> str:
     return "the cache holds a fusion teacher's scores of chosen pairs, and no features"
 
 
-def _measure(
-    student: Student, cache: CacheBase, split: Split, frozen: str
-) -> tuple[Features, Evaluation]:
+def _measure(student: Student, encoded: CachedSplit) -> tuple[Features, Evaluation]:
     """Measure a student's features of the plain photos of a split, and its recall."""
-    encoded = CachedSplit(cache, split, student, frozen)
     features = encoded.features(student)
     recall = retrieval(*features, encoded.truth)
     return features, Evaluation(student.name, recall, student.parameter_count())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -15,16 +16,19 @@ from torch import nn
 from crosstill import artefacts, files, progress
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
-from crosstill.evaluate.recall import Retrieval
+from crosstill.evaluate.embedding import Measured
+from crosstill.evaluate.likeness import describe_alike
 from crosstill.teachers.base import truncation_note
 from crosstill.train import checkpoint, distributed, folder
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Learner, Run
 from crosstill.train.step import Outcome, build_optimizer, lr_at, parameter_names
-from crosstill.train.task import Task, open_task
+from crosstill.train.task import Task, named_losses, open_task
 
 log = logging.getLogger(__name__)
+
+FIRST_STEPS = 100  # in which rows may be alike before anything is said
 
 
 def train(
@@ -123,7 +127,7 @@ def learn(session: Session) -> None:
             session.position = {**session.position, "epoch": epoch + 1, "step": 0}
             if session.group.leads:
                 seconds = clock.seconds
-                session.keep_best(task.validate(), seconds, clock.waiting)
+                session.keep_best(task.validate(), outcome, seconds, clock.waiting)
             session.save()
             session.group.wait()
             stop.obey()
@@ -198,6 +202,8 @@ class Session:
         self.optimizer = build_optimizer((student, task.losses), task.balance, config)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
+        self._cosines: dict[str, float] = {}  # of the validation before
+        self._warned = False
         self._origin = _origin(path, task)
         self._load()
         self.events = folder.Events(path, self.position["total"]) if group.leads else None
@@ -259,26 +265,83 @@ class Session:
             lr=self.lr(before=1),
         )
 
-    def keep_best(self, recall: Retrieval, seconds: float, waiting: float) -> None:
-        """Save the student if it is the best so far, and report the epoch."""
+    def keep_best(
+        self, measured: Measured, outcome: Outcome, seconds: float, waiting: float
+    ) -> None:
+        """Save the student if it is the best so far, report the epoch, warn of alike rows.
+
+        Args:
+            measured: on the validation split.
+            outcome: of the epoch's last step.
+            seconds: that the epoch took.
+            waiting: share of them in which it waited for batches.
+        """
         assert self.events is not None
-        epoch = self.position["epoch"]
+        epoch, recall = self.position["epoch"], measured.recall
         better = recall.rsum > self.best["rsum"]
         if better:
             self.best = {"epoch": epoch, "rsum": recall.rsum, "val": recall.to_json()}
+            self.best["mean_cosine"] = measured.cosines
             folder.save_best(self.path, self.student, self.best)
-        self.events.write(self.position["total"], "epoch", epoch=epoch, val=recall.to_json())
+        self.events.write(
+            self.position["total"],
+            "epoch",
+            epoch=epoch,
+            val=recall.to_json(),
+            mean_cosine=measured.cosines,
+            teacher_mean_cosine=self.teacher_cosines,
+        )
+        alike = self._alike(measured.cosines)
         log.info(
-            "epoch %d/%d  val RSUM %.2f%s  %.0f s, %.0f%% waiting for data",
+            "epoch %d/%d  val RSUM %.2f%s  %.0f s, %.0f%% waiting for data%s",
             epoch,
             self.config.epochs,
             recall.rsum,
             " (best)" if better else "",
             seconds,
             100 * waiting,
+            "  rows alike" if alike else "",
         )
+        if alike and not self._warned:
+            log.warning("the student's rows are alike: %s; %s", alike, self._remedy(outcome))
+        self._warned = alike is not None
         if waiting > 0.3:
             log.warning("the student waits for data; a faster disk would help more than a GPU")
+
+    @functools.cached_property
+    def teacher_cosines(self) -> dict[str, float]:
+        """The teacher's mean cosines on the validation split."""
+        return self.task.teacher_cosines()
+
+    def _alike(self, cosines: dict[str, float]) -> str | None:
+        """Describe the sides whose rows are alike and do not come apart, or at the end still are.
+
+        Rows of towers that begin at random are alike for the first steps. They come apart where
+        what they have above the teacher's mean cosine falls by a tenth or more between validations.
+        """
+        before, self._cosines = self._cosines, cosines
+        ended = self.position["epoch"] == self.config.epochs
+
+        def stays(side: str) -> bool:
+            if side not in before:
+                return self.position["total"] >= FIRST_STEPS
+            own = self.teacher_cosines.get(side, 0.0)
+            return cosines[side] - own > 0.9 * (before[side] - own)
+
+        staying = {side: mean for side, mean in cosines.items() if ended or stays(side)}
+        return describe_alike(staying, self.teacher_cosines)
+
+    def _remedy(self, outcome: Outcome) -> str:
+        """Name the loss that is likely to pull rows into one point, and what to set."""
+        losses = named_losses(self.task.losses)
+        for name, loss in losses.items():
+            if loss.apart:
+                return f"likely {name}: set losses.{name}.{loss.apart}"
+        parts = {name: float(outcome.weights[name] * outcome.losses[name]) for name in losses}
+        largest = max(parts, key=parts.__getitem__)
+        named = f"likely {largest}, the largest part of the total: " if len(parts) > 1 else ""
+        another = "" if "info_nce" in losses else ", add losses.info_nce=true"
+        return f"{named}set lr below {self.config.lr:g}{another}, or train longer"
 
     def finish(self) -> None:
         """Write the summary of a run that is over."""
@@ -287,6 +350,7 @@ class Session:
             summary = {
                 "best": self.best,
                 "teacher": teacher.to_json() if teacher else None,
+                "teacher_mean_cosine": self.teacher_cosines,
                 "parameters": self.student.parameters_by_part(),
                 "steps": self.position["total"],
             }

@@ -21,6 +21,7 @@ from crosstill.cache import Cache, CacheBase, Split
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.bootstrap import Answers
+from crosstill.evaluate.embedding import Measured
 from crosstill.evaluate.recall import Retrieval
 from crosstill.objectives import Input, Objective
 from crosstill.objectives.wrappers import ROWS, PerWidth, principal_axes
@@ -54,11 +55,17 @@ class Validation(Protocol):
     def recall(self, student: Any) -> Retrieval:
         """Measure the student's recall."""
 
+    def measure(self, student: Any) -> Measured:
+        """Measure the student's recall, and how alike its rows are."""
+
     def answers(self, student: Any) -> Answers:
         """Compute the chance of each query to be answered, for a paired bootstrap."""
 
     def teacher_recall(self) -> Retrieval | None:
         """Measure the teacher's recall on the same rows; None where the cache cannot tell."""
+
+    def teacher_cosines(self) -> dict[str, float]:
+        """Compute the teacher's mean cosines on the same rows, of the sides that there are."""
 
 
 class Task(Protocol):
@@ -129,11 +136,14 @@ class Task(Protocol):
     def after(self, batch: Any) -> None:
         """Let the losses store what they keep of a batch, after its optimizer step."""
 
-    def validate(self) -> Retrieval:
-        """Measure the student's recall on the validation split."""
+    def validate(self) -> Measured:
+        """Measure the student's recall on the validation split, and how alike its rows are."""
 
     def teacher(self) -> Retrieval | None:
         """Measure the teacher's recall as `validate` does; None where the cache cannot tell."""
+
+    def teacher_cosines(self) -> dict[str, float]:
+        """Compute the teacher's mean cosines as `validate` does, of the sides that there are."""
 
     def rows_of(self, batch: Any) -> tuple[list[str], list[str]]:
         """List the image ids and the captions of a batch."""
@@ -284,11 +294,14 @@ class PairTask:
         for loss in named_losses(self.losses).values():
             loss.update(batch.teacher, batch.ids)
 
-    def validate(self) -> Retrieval:
-        return self._val.recall(self.student)
+    def validate(self) -> Measured:
+        return self._val.measure(self.student)
 
     def teacher(self) -> Retrieval | None:
         return self._val.teacher_recall()
+
+    def teacher_cosines(self) -> dict[str, float]:
+        return self._val.teacher_cosines()
 
     def rows_of(self, batch: Batch) -> tuple[list[str], list[str]]:
         return named_rows(self.cache, self.config, batch.picked)
