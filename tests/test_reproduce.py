@@ -38,7 +38,7 @@ def test_the_page_has_the_whole_way():
     }
     assert len(COMMANDS) > 25
     listed = {words[1] for words in COMMANDS if words[0] == "ablate"}
-    assert listed == set(TABLES), "every table that we can make is on the page"
+    assert listed == {*TABLES, "table3"}, "every table that we can make is on the page"
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:3]))

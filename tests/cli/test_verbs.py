@@ -297,7 +297,8 @@ ABLATE = [
 @pytest.mark.parametrize(
     ("table", "options", "message"),
     [
-        ("table3", ["--seeds", 1], "no table named 'table3'; did you mean"),
+        ("table3", ["--seeds", 1], "--seeds: table3 trains nothing; leave it out"),
+        ("table1", ["--seeds", 1], "no table named 'table1'; did you mean"),
         ("table10", ABLATE, "split 'val' has 6 images, and the bootstrap"),
         ("table10", ["--set", "balance=dwa"], "table10 varies that itself"),
         ("table2", ["--freeze", "both"], "freeze = 'both'"),

@@ -9,13 +9,15 @@ import typer
 
 from crosstill import files
 from crosstill.cli import common
+from crosstill.errors import ConfigError
 
 
 def command(
     table: Annotated[
         str,
         typer.Argument(
-            help="table2, table4 to table10 (of the DSMD paper), towers, or, of a score cache, dcd."
+            help="table2 to table10 (of the DSMD paper), towers, or, of a score cache, dcd; table3 "
+            "trains nothing and times teacher and student."
         ),
     ],
     cache: Annotated[Path, typer.Argument(help="The cache that every row learns from.")],
@@ -23,11 +25,14 @@ def command(
     student: Annotated[
         list[str] | None,
         typer.Option(
-            help="A preset or a TOML file; for towers once for each row. By default mobile, for "
-            "dcd half."
+            help="A preset or a TOML file; for towers and table3 once for each row. By default "
+            "mobile, for dcd half."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs a row, with the seeds 0, 1, …", min=1)] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Runs a row, with the seeds 0, 1, …", min=1, show_default="3"),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every run.", min=1)] = None,
     freeze: Annotated[
         str | None, typer.Option(help="image or text: keep that tower as it is, which is cheap.")
@@ -49,12 +54,27 @@ def command(
     common.hush()
     from crosstill import ablate
     from crosstill import cache as caches
-    from crosstill.ablate import plan
+    from crosstill.ablate import efficiency, plan
 
-    sugar = [f"epochs={epochs}"] if epochs else []
-    sugar += [f"freeze={freeze}"] if freeze else []
     typed = shlex.join(["crosstill", *sys.argv[1:]])
     source = caches.open(cache)
-    made = plan.make(table, source, student or [], [*sugar, *(changes or [])], range(seeds), typed)
+    if table == efficiency.NAME:
+        given = {
+            "--seeds": seeds,
+            "--epochs": epochs,
+            "--freeze": freeze,
+            "--set": changes,
+            "--workers": workers,
+        }
+        for option in (option for option, value in given.items() if value):
+            raise ConfigError(f"{option}: {table} trains nothing; leave it out")
+        costs = efficiency.measure(source, student or ["mobile"], typed)
+        costs.save(out)
+        common.say(costs.markdown())
+        return
+    sugar = [f"epochs={epochs}"] if epochs else []
+    sugar += [f"freeze={freeze}"] if freeze else []
+    every = [*sugar, *(changes or [])]
+    made = plan.make(table, source, student or [], every, range(seeds or 3), typed)
     finished = ablate.fill(made, source, out, workers)
     common.say(ablate.markdown(finished))
