@@ -75,6 +75,8 @@ def test_recipes_differ_in_what_the_method_is_and_in_nothing_else():
     for name, recipe in recipes.RECIPES.items():
         values = recipe().model_dump()
         assert values["recipe"] == name
+        if name.endswith("_released"):  # whole settings of the authors' code
+            continue
         own = {"recipe", "losses", "balance"}
         assert {k: v for k, v in values.items() if k not in own} == {
             k: v for k, v in base.items() if k not in own

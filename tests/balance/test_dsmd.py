@@ -62,9 +62,13 @@ def test_temperature_decides_in_dsmd_and_not_in_dsmd_scaled():
     assert cold == near(warm)
 
 
-@pytest.mark.parametrize("rows", [(FIRST,), (SECOND, FIRST), (FIRST, SECOND, FIRST)])
+def test_released_code_leaves_the_first_step_as_it_is():
+    assert run("dsmd_scaled", FIRST)[1] == [1.0] * 4
+
+
+@pytest.mark.parametrize("rows", [(SECOND, FIRST), (FIRST, FIRST), (FIRST, SECOND, FIRST)])
 def test_released_code_makes_all_weighted_losses_equal(rows):
-    # k / n max L = 10 / 4 * 2.5, at any step
+    # k / n max L = 10 / 4 * 2.5, at any step but the first
     assert run("dsmd_scaled", *rows, **EXACT)[0] == near([6.25] * 4)
 
 

@@ -324,11 +324,26 @@ def test_what_does_not_fit_is_refused_in_one_line(
     refused(ConfigError, half, scored, settings(**DCD, chunk_size=4), "chunk_size")
     refused(ConfigError, half, scored, settings(**DCD, balance={"name": "gradnorm"}), "gradnorm")
     refused(ConfigError, dual, cached, TrainConfig(negatives="random"), "negatives", "score cache")
+    refused(ConfigError, dual, cached, TrainConfig(fusion_lr=5), "fusion_lr", "score cache")
+    refused(ConfigError, dual, scored, settings(**DCD, fusion_lr=5), "fusion_lr", "leave")
     beside = settings(**DCD, teacher=str(teacher), negatives="random")
     refused(ConfigError, half, scored, beside, "negatives", "teacher")
     refused(ConfigError, half, scored, settings(**DCD, negatives="batch"), "negatives", "scores")
     few = settings(losses={"info_nce": {"hardest": 8}}, negatives="batch")
     refused(ConfigError, half, scored, few, "hardest = 8", "batch_size")
+
+
+def test_fusion_layers_learn_faster_than_the_head(scored, half, tmp_path):
+    """AdamW's first step moves each weight by its learning rate, up or down."""
+    before = copy.deepcopy(half.state_dict())
+    config = settings(**DCD, epochs=1, steps_per_epoch=1, weight_decay=0.0, fusion_lr=5.0)
+    after = train(half, scored, config, tmp_path / "run").matcher.state_dict()
+    moves = {name: (after[name] - before[name]).abs().max().item() for name in before}
+    assert moves["fusion.rank_output.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moves["fusion.cross_modal_text_layers.0.intermediate.dense.weight"] == pytest.approx(
+        5e-3, rel=1e-2
+    )
+    assert not any(move for name, move in moves.items() if "tower" in name)
 
 
 def test_a_judge_on_other_towers_is_refused(unscored, cached, teacher, half, tmp_path):

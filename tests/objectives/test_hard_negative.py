@@ -34,6 +34,15 @@ def test_rows_of_one_image_are_no_negatives():
     close(triplet(SCORES, torch.zeros(3), margin=0.2, negatives="all"), 0.0)
 
 
+@pytest.mark.parametrize(("masked", "once"), [(True, 0.5), (False, 1.0)])
+def test_rows_of_one_image_are_negatives_where_the_mask_is_off(masked, once):
+    # as above, with only the diagonal left out (eq. 10-12)
+    loss = objectives.build("hard_negative", margin=0.2, mask_same_image=masked)
+    eye = torch.eye(3, dtype=torch.float64)
+    ids = torch.tensor([0, 0, 1])
+    close(loss(Features(SCORES, SCORES), Features(eye, eye), ids), 4 * once)
+
+
 @pytest.mark.parametrize(("negatives", "once"), [("hardest", 1.0), ("all", 1.1)])
 def test_the_loss_sums_four_pairs(negatives, once):
     # S = a b^T with a = S, b = I; image and text alike on each side make four equal terms

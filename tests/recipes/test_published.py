@@ -36,16 +36,41 @@ def test_the_numbers_are_those_of_dsmd(name):
             "contrastive": {"temperature": 0.05, "queue_size": 8192, "mask_same_image": False},
             "feature": {},
             "similarity": {},
-            "hard_negative": {"margin": 0.0, "negatives": "hardest"},
+            "hard_negative": {"margin": 0.0, "negatives": "hardest", "mask_same_image": False},
         },
     }
     assert {key: found[key] for key in expected} == expected
 
 
-def test_they_differ_from_dsmd_in_the_queue_alone():
+def test_they_differ_from_dsmd_in_the_losses_alone():
     ours, theirs = recipes.dsmd().model_dump(), recipes.flickr30k().model_dump()
     assert {key for key in ours if ours[key] != theirs[key]} == {"recipe", "losses", "balance"}
     assert theirs | {"recipe": "coco"} == recipes.coco().model_dump()
+
+
+def test_the_released_code_of_dsmd():
+    """What scripts/train.sh of its repository runs; its balancer has no other options."""
+    released = recipes.config("dsmd_released").model_dump()
+    expected = {
+        "epochs": 30,
+        "batch_size": 128,
+        "shuffle": False,
+        "lr": 1e-4,
+        "weight_decay": 1e-4,
+        "schedule": "step",
+        "milestones": (20,),
+        "gamma": 0.1,
+        "balance": {"name": "dsmd_scaled"},
+        "losses": {
+            "contrastive": {"mask_same_image": False},
+            "feature": {},
+            "similarity": {},
+            "hard_negative": {"margin": 0.05, "negatives": "all", "mask_same_image": False},
+        },
+    }
+    assert {key: released[key] for key in expected} == expected
+    shorter = recipes.config("dsmd_released", ["epochs=2", "batch_size=64", "shuffle=true"])
+    assert (shorter.epochs, shorter.batch_size, shorter.shuffle) == (2, 64, True)
 
 
 def test_the_students_are_the_papers():

@@ -50,12 +50,20 @@ def test_values_are_toml_or_plain_words():
         ("epochs", "write it as key=value"),
         ("lr.x=1", "nothing inside"),
         ("losses={}", "at least one loss"),
+        ("warmup_share=1.5", "warmup_share = 1.5"),
+        ("betas=[0.9, 1.0]", "betas.1 = 1.0"),
+        ("fusion_lr=0", "fusion_lr = 0"),
     ],
 )
 def test_a_wrong_change_is_one_line_that_names_it(change, message):
     with pytest.raises(ConfigError, match=message) as error:
         TrainConfig().changed([change])
     assert "\n" not in str(error.value)
+
+
+def test_two_warm_ups_are_refused():
+    with pytest.raises(ConfigError, match=r"warmup_steps = 5 and warmup_share = 0.1: set one"):
+        TrainConfig().changed(["warmup_steps=5", "warmup_share=0.1"])
 
 
 def test_an_unknown_recipe_names_the_nearest():

@@ -28,6 +28,13 @@ def test_rows_are_a_function_of_seed_epoch_and_step_alone(split):
     assert epoch(first, 0) != epoch(Sampler(split, 16, 1, seed=4), 0)
 
 
+def test_without_shuffling_captions_come_in_the_order_of_the_data(split):
+    whole = Sampler(split, 50, 1, seed=0, shuffle=False)
+    assert epoch(whole, 0) == epoch(whole, 1) == list(range(200))  # 40 do not fill a batch
+    short = Sampler(split, 50, 1, seed=0, steps=3, shuffle=False)
+    assert epoch(short, 0) + epoch(short, 1) == [*range(200), *range(100)]
+
+
 def test_captions_of_one_image_come_together_when_asked(split):
     sampler = Sampler(split, batch_size=20, captions_per_image=5, seed=0)
     assert sorted(epoch(sampler, 0)) == list(range(240))

@@ -169,6 +169,7 @@ class Blip(Pretrained):
     """
 
     family = "blip"
+    head = "itm_head"
     architecture = transformers.BlipForImageTextRetrieval
 
     def __init__(self, folder: Path, name: str, device: torch.device | None = None) -> None:
@@ -225,6 +226,7 @@ class BridgeTower(Pretrained):
     """
 
     family = "bridgetower"
+    head = "itm_score"
     architecture = transformers.BridgeTowerForImageAndTextRetrieval
 
     def encode_images(self, pixels: Tensor) -> States:

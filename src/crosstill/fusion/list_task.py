@@ -214,6 +214,8 @@ class ListTask:
                 f"towers = {config.towers}: {name} is a dual encoder; use freeze": (
                     config.towers != "frozen"
                 ),
+                f"fusion_lr = {config.fusion_lr}: {name} is a dual encoder, which has no fusion "
+                "layers; leave fusion_lr out": config.fusion_lr != 1,
                 f"teacher = {config.teacher}: only a fusion student has a teacher score beside it; "
                 "a dual encoder learns the cache's scores": config.teacher is not None,
             }

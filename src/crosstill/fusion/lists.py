@@ -119,6 +119,7 @@ class ListStream:
             config.captions_per_image,
             config.seed,
             steps=config.steps_per_epoch,
+            shuffle=config.shuffle,
         )
         self._ways, self._config = ways, config
 

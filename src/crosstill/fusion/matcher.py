@@ -47,6 +47,7 @@ class Matcher(nn.Module, ABC):
 
     Attributes:
         family: "vilt", "blip", "bridgetower" or "meter".
+        head: what the names of the scoring head's parameters contain.
         name: what to call it in tables.
         source: the folder that it was read from, or None for a model made in memory.
         licence: as its model card says, or None where it says nothing.
@@ -56,6 +57,7 @@ class Matcher(nn.Module, ABC):
     """
 
     kind: ClassVar[Kind] = "matcher"
+    head: ClassVar[str] = "rank_output"
     family: str
     name: str
     source: str | None
@@ -219,6 +221,12 @@ class Matcher(nn.Module, ABC):
         towers = sum(p.numel() for tower in self.towers() for p in tower.parameters())
         total = self.parameter_count()
         return {"towers": towers, "fusion": total - towers, "total": total}
+
+    def fusion_layers(self) -> list[nn.Parameter]:
+        """List the parameters of all but towers and scoring head."""
+        towers = {id(p) for tower in self.towers() for p in tower.parameters()}
+        named = self.named_parameters()
+        return [p for name, p in named if id(p) not in towers and self.head not in name]
 
     def freeze_towers(self) -> Self:
         """Stop the towers from learning."""

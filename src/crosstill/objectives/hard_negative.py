@@ -9,12 +9,13 @@ embeddings of student and teacher, within a modality and across. With v image ro
     T(a, b) = sum_i row_i + sum_j col_j
     L = T(v^s, v^t) + T(t^s, t^t) + T(v^s, t^t) + T(t^s, v^t)
 
-Entries whose row and column show the same image are no negatives. Across modalities only the
-pairs of a batch count, within one all its rows.
+The paper's negatives are all j != i; entries that show the image of row i are left out here, see
+`mask_same_image`. Across modalities only the pairs of a batch count, within one all its rows.
 """
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from crosstill.errors import ConfigError
@@ -33,11 +34,19 @@ class HardNegative(Objective):
             costs nothing where all rows of the student are alike, and training may end there.
         negatives: "hardest" counts each row's and column's worst violation, as the paper's
             text; "all" sums every violation, as the authors' code does unless told otherwise.
+        mask_same_image: leave out entries whose row and column show the same image. The paper
+            leaves out the diagonal alone.
     """
 
     pairs = False
 
-    def __init__(self, *, margin: float = 0.2, negatives: Negatives = "hardest") -> None:
+    def __init__(
+        self,
+        *,
+        margin: float = 0.2,
+        negatives: Negatives = "hardest",
+        mask_same_image: bool = True,
+    ) -> None:
         super().__init__()
         if negatives not in ("hardest", "all"):
             raise ConfigError(f'negatives must be "hardest" or "all", not {negatives!r}')
@@ -45,11 +54,16 @@ class HardNegative(Objective):
             raise ConfigError(f"margin must be 0 or above, not {margin}")
         self.margin = margin
         self.negatives: Negatives = negatives
+        self.mask_same_image = mask_same_image
         # without a margin rows that are all the same violate nothing
         self.apart = "" if margin else "margin=0.2"
 
     def forward(self, student: Features, teacher: Features, ids: Tensor | Ids) -> Tensor:
         image_ids, text_ids, paired = both_ids(ids)
+        if not self.mask_same_image:
+            image_ids, text_ids = (
+                torch.arange(len(x), device=x.device) for x in (image_ids, text_ids)
+            )
         (image, text), (image_target, text_target) = student, teacher
         pairs, pair_targets = (first_rows(x, paired) for x in (student, teacher))
         compared = (

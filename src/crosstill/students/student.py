@@ -288,6 +288,10 @@ class Student(nn.Module):
                 tower_parts.TextPart(text, plain(tokenizer), licences["text"]),
             )
 
+    def fusion_layers(self) -> list[nn.Parameter]:
+        """Return nothing: a dual encoder has no layers that read image and text together."""
+        return []
+
     def parameters_by_part(self) -> dict[str, int]:
         """Count the parameters of each part; "text tower" includes "text embeddings"."""
         counts = {

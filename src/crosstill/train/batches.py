@@ -39,7 +39,8 @@ class Sampler:
     """Every caption once an epoch, in groups of `captions_per_image` captions of one image.
 
     Photos without captions and loose texts are not drawn. With `steps`, an epoch ends after so many
-    of its steps; the next one draws anew.
+    of its steps; the next one draws anew. Without `shuffle` it goes on from there, in the order of
+    the data.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Sampler:
         seed: int,
         views: int = 1,
         steps: int | None = None,
+        shuffle: bool = True,
     ) -> None:
         pairs = split.pairs
         if batch_size > pairs:
@@ -61,7 +63,7 @@ class Sampler:
         self.steps_per_epoch = min(steps or whole, whole)
         self._split, self._size, self._group = split, batch_size, captions_per_image
         self._owner = split.owner[:pairs]
-        self._seed, self._views = seed, views
+        self._seed, self._views, self._shuffle = seed, views, shuffle
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def pick(self, epoch: int, step: int) -> Picked:
@@ -84,6 +86,9 @@ class Sampler:
         group = np.cumsum(opens) - 1
         key = random.permutation(int(opens.sum()))[group]
         views = random.integers(self._views, size=len(self._split.images))
+        if not self._shuffle:
+            whole = len(by_image) // self._size * self._size
+            return np.roll(np.arange(whole), -epoch * self.steps_per_epoch * self._size), views
         return by_image[np.argsort(key, kind="stable")], views
 
 
@@ -114,6 +119,7 @@ class Stream:
             config.seed,
             cache.views,
             config.steps_per_epoch,
+            config.shuffle,
         )
         self._student, self._raw = student, reads_raw(cache, config)
         self._share = group.slice_of(config.batch_size)

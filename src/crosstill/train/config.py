@@ -6,11 +6,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from crosstill.errors import ConfigError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(BaseModel):
@@ -31,14 +32,19 @@ class TrainConfig(BaseModel):
     steps_per_epoch: Positive | None = None  # None: every caption once
     batch_size: Positive = 64  # pairs per step, over all processes
     captions_per_image: Positive = 1  # captions of one image in a batch; its pixels pass once
+    shuffle: bool = True  # False: captions in the order of the data, as DSMD's released code
     chunk_size: Positive | None = None  # pairs per forward pass; the gradient stays the batch's
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    decay: Literal["all", "matrices"] = "all"  # "matrices": biases and norms do not decay
+    betas: tuple[Share, Share] = (0.9, 0.999)  # of AdamW
+    fusion_lr: Annotated[float, Field(gt=0)] = 1.0  # times lr: a fusion student's fusion layers
+    schedule: Literal["step", "cosine", "linear", "constant"] = "step"
     milestones: tuple[int, ...] = (10,)  # epochs after which "step" multiplies lr by gamma
     gamma: Annotated[float, Field(gt=0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0 to lr
+    warmup_share: Share = 0.0  # of all steps, in place of warmup_steps
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
 
     targets: Literal["joined", "each"] = "joined"  # "each" only in older runs, which are read
@@ -77,6 +83,15 @@ class TrainConfig(BaseModel):
     @classmethod
     def _balance(cls, value: object) -> object:
         return _spelt_out("balance", value)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainConfig:
+        if self.warmup_steps and self.warmup_share:
+            raise ConfigError(
+                f"warmup_steps = {self.warmup_steps} and warmup_share = {self.warmup_share}: set "
+                "one of them to 0"
+            )
+        return self
 
     def changed(self, changes: Sequence[str]) -> TrainConfig:
         """A copy with `key=value` changes applied; dots reach inside, values are TOML.

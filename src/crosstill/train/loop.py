@@ -106,7 +106,7 @@ def learn(session: Session) -> None:
                 if config.clip_norm:
                     nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 for options in optimizer.param_groups:
-                    options["lr"] = session.lr()
+                    options["lr"] = session.lr() * options.get("factor", 1.0)
                 optimizer.step()
                 task.after(batch)  # queues and banks
 
@@ -199,7 +199,8 @@ class Session:
         task.losses.to(group.device)
         task.balance.to(group.device)
         task.start(self.student)
-        self.optimizer = build_optimizer((student, task.losses), task.balance, config)
+        modules, fast = (student, task.losses), student.fusion_layers()
+        self.optimizer = build_optimizer(modules, task.balance, config, fast)
         self.position = {"epoch": 0, "step": 0, "total": 0}
         self.best: dict[str, Any] = {"rsum": -1.0, "epoch": None}
         self._cosines: dict[str, float] = {}  # of the validation before

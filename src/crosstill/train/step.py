@@ -3,6 +3,7 @@
 Weights, chunks, precision, and the optimizer with its learning rate, a pure function of the step.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -116,25 +117,38 @@ class Parametrised(Protocol):
 
 
 def build_optimizer(
-    modules: Iterable[Parametrised], balance: nn.Module, config: TrainConfig
+    modules: Iterable[Parametrised],
+    balance: nn.Module,
+    config: TrainConfig,
+    fusion_layers: Iterable[nn.Parameter] = (),
 ) -> AdamW:
     """Build AdamW over everything that learns, in a fixed order.
+
+    A group's key "factor", where it has one, multiplies the learning rate of every step.
 
     Args:
         modules: the student and the losses.
         balance: the balancer; its parameters are no weights of a layer and do not decay.
-        config: learning rate and weight decay.
+        config: learning rates, weight decay and betas.
+        fusion_layers: the student's parameters that learn `fusion_lr` times as fast.
     """
     learnt = [p for module in modules for _, p in _learning(module)]
-    groups = [
-        {"params": learnt, "weight_decay": config.weight_decay},
-        {"params": list(balance.parameters()), "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=config.lr)
+    fast = {id(p) for p in fusion_layers} if config.fusion_lr != 1 else set()
+    groups: list[dict[str, Any]] = []
+    for faster, decays in itertools.product((False, True), (True, False)):
+        part = [
+            p
+            for p in learnt
+            if (id(p) in fast) == faster and (config.decay == "all" or p.ndim > 1) == decays
+        ]
+        rate = {"factor": config.fusion_lr} if faster else {}
+        groups.append({"params": part, "weight_decay": config.weight_decay * decays, **rate})
+    groups.append({"params": list(balance.parameters()), "weight_decay": 0.0})
+    return AdamW([group for group in groups if group["params"]], config.lr, config.betas)
 
 
 def parameter_names(**modules: Parametrised) -> list[str]:
-    """Name every parameter that learns, in the order in which `build_optimizer` takes them."""
+    """Name every parameter that learns; with the settings they decide the optimizer's order."""
     return [f"{key}.{name}" for key, module in modules.items() for name, _ in _learning(module)]
 
 
@@ -144,15 +158,18 @@ def _learning(module: Parametrised) -> list[tuple[str, nn.Parameter]]:
 
 def lr_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     """Return the learning rate of a step, counted from 0 over the whole run."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    total = steps_per_epoch * config.epochs
+    warmup = config.warmup_steps or round(config.warmup_share * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "step":
         passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
         return config.lr * config.gamma**passed
-    total = max(1, steps_per_epoch * config.epochs - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / total)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -39,7 +39,7 @@ from crosstill.types import Features
 log = logging.getLogger(__name__)
 
 # settings that only a score cache gives a meaning, with their defaults
-ONLY_LISTS = {"negatives": "hardest", "drawn": None, "towers": "frozen"}
+ONLY_LISTS = {"negatives": "hardest", "drawn": None, "towers": "frozen", "fusion_lr": 1.0}
 
 
 class Validation(Protocol):
