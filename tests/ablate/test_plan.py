@@ -83,7 +83,10 @@ def test_a_run_is_named_by_all_that_decides_it(many, toml, tmp_path):
         ),
         ({"changes": ["losses.contrastiv.queue_size=9"]}, "did you mean 'contrastive'"),
         ({"changes": [*FAST, "losses.crd.negatives=9"]}, "no row of table10 has that loss"),
-        ({"changes": ["freeze=text"]}, "queue of 8,192 slots"),
+        (
+            {"changes": ["losses.contrastive.queue_size=8192"]},
+            "queue of 8,192 slots is longer than the 1,280 captions of split 'train'",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_run(many, toml, options, message):
@@ -99,13 +102,20 @@ class Second(Contrastive):
 """
 
 
-def test_the_queue_of_any_loss_has_to_fit(many, toml, tmp_path, monkeypatch):
+def test_the_queue_of_any_loss_shrinks_unless_its_length_is_set(
+    many, toml, tmp_path, monkeypatch, caplog
+):
     (tmp_path / "second.py").write_text(SECOND)
     monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path)])
     changes = ["losses=similarity+contrastive+second", *FAST]
-    message = refusal(many, toml, changes=changes)
-    assert "8,192 slots" in message and "set losses.second.queue_size lower" in message
-    assert make(many, toml, changes=[*changes, "losses.second.queue_size=64"])
+    with caplog.at_level("INFO", "crosstill"):
+        job = next(make(many, toml, changes=changes).jobs())
+    assert job.settings.losses["contrastive"] == {"queue_size": 64}
+    assert job.settings.losses["second"] == {"queue_size": 1280}
+    said = [line for line in caplog.messages if "slots" in line]
+    assert len(said) == 1 and said[0].startswith("second: a queue of 1,280 slots in place of 8,192")
+    message = refusal(many, toml, changes=[*changes, "losses.second.queue_size=1281"])
+    assert "1,281 slots" in message and "--set losses.second.queue_size=1280" in message
 
 
 def test_too_few_images_for_the_bootstrap(cached, toml):

@@ -124,6 +124,7 @@ def test_names_in_checkpoints(new, tmp_path, recipe):
     """The names and shapes of student, losses, balancer and optimizer, in their order."""
     lists = recipe in ("dcd", "cprd")
     changes = [f"losses.{recipe}.hardest=3"] if lists else []
+    changes += make.QUEUE if recipe in ("flickr30k", "coco") else []
     sets = [*make.SETTINGS, "epochs=1", "steps_per_epoch=1", *changes]
     crosstill(
         *("train", new / ("scores" if lists else "features"), "--out", tmp_path / "run"),

@@ -12,11 +12,9 @@ from crosstill.ablate.tables import Design, Setting, design
 from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, unknown
 from crosstill.evaluate.bootstrap import FEWEST
-from crosstill.objectives.parts import Queue
-from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import TrainConfig
 from crosstill.train.config import parse
-from crosstill.train.task import build_losses, named_losses, open_task
+from crosstill.train.task import build_losses, fit_queues, named_losses, open_task
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +105,7 @@ def make(
     plain = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None])
     _check_images(cache, plain.val_split)
     what = _runnable(what, cache, plain.train_split)
-    configs = [_settings(setting, changes) for setting in what.rows]
+    configs = _fitted(cache, [_settings(setting, changes) for setting in what.rows])
     _check_used(table, configs, changes)
     _check_lists(table, what, configs, cache)
     named = _students(table, what, chosen)
@@ -141,7 +139,7 @@ def _row(
 ) -> dict[str, Any]:
     """Make a row of the record, after everything that a run would refuse has been tried."""
     description = students.load_config(student)
-    _check_row(setting.name, config, cache, description)
+    open_task(cache, config).check(description)
     identity = [description.model_dump(mode="json"), cache.digest]
     return {
         "name": setting.name,
@@ -159,6 +157,14 @@ def _settings(setting: Setting, changes: Sequence[str]) -> TrainConfig:
         if _loss_of(change) is None or _loss_of(change) in config.losses:
             config = config.changed([change])
     return config
+
+
+def _fitted(cache: CacheBase, configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """Fit the queues of all rows to the cache, and say once which are shorter than usual."""
+    rows = [fit_queues(cache, config) for config in configs]
+    for line in dict.fromkeys(line for _, lines in rows for line in lines):
+        log.info(line)
+    return [config for config, _ in rows]
 
 
 def _loss_of(change: str) -> str | None:
@@ -305,20 +311,3 @@ def _check_images(cache: CacheBase, split: str) -> None:
             f"{cache.folder}: split {split!r} has {count} images, and the bootstrap that compares "
             f"rows needs {FEWEST}"
         )
-
-
-def _check_row(
-    name: str, config: TrainConfig, cache: CacheBase, student: StudentConfig | FusionConfig
-) -> None:
-    """Refuse before the first run starts what a run would refuse at its start."""
-    task = open_task(cache, config)
-    task.check(student)
-    pairs = len(cache.split(config.train_split).captions)
-    for loss, module in task.losses.items():
-        slots = max((len(part) for part in module.modules() if isinstance(part, Queue)), default=0)
-        if slots > pairs:
-            raise ConfigError(
-                f"row {name!r}: a queue of {slots:,} slots is longer than the {pairs:,} captions "
-                f"of split {config.train_split!r} in {cache.folder}; set "
-                f"losses.{loss}.queue_size lower, or use a larger dataset"
-            )

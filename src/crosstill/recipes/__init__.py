@@ -19,6 +19,7 @@ from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import Learner, Run, TrainConfig, train
 from crosstill.train import folder as runs
 from crosstill.train.distributed import leads
+from crosstill.train.loop import fitted
 from crosstill.train.task import open_task
 
 __all__ = ["RECIPES", "choose", "config", "distill", "resumed"]
@@ -284,6 +285,7 @@ def distill(
         return train(described, source, settings, path, resume=resume, command=command)
     if resume:
         raise ConfigError(f"resume: a run keeps its student; give None in place of {student}")
+    settings = fitted(source, settings)  # before a student is fetched or built
     # the other processes of torchrun read the student that the first one saves
     built = open_task(source, settings).make_student(described) if leads() else None
     return train(built, source, settings, path, command=command)

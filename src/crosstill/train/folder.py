@@ -243,6 +243,7 @@ def check_resumable(folder: Path, config: TrainConfig, cache: CacheBase) -> Trai
             f"{record['cache']['folder']}), not {cache.folder}; resume with that one"
         )
     theirs = settings_of(record)
+    config = _with_queues(config, theirs)
     different = [
         name for name in TrainConfig.model_fields if getattr(theirs, name) != getattr(config, name)
     ]
@@ -253,6 +254,16 @@ def check_resumable(folder: Path, config: TrainConfig, cache: CacheBase) -> Trai
             "a resumed run keeps its settings: leave that --set out, or start another run"
         )
     return config if record["format"] == 1 else theirs
+
+
+def _with_queues(config: TrainConfig, run: TrainConfig) -> TrainConfig:
+    """Take over the lengths of a run's queues that the settings leave open."""
+    kept = {
+        name: {key: value for key, value in options.items() if key == "queue_size"}
+        for name, options in run.losses.items()
+    }
+    losses = {name: kept.get(name, {}) | options for name, options in config.losses.items()}
+    return config.model_copy(update={"losses": losses})
 
 
 def reopen(folder: Path) -> None:

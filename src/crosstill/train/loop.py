@@ -24,7 +24,7 @@ from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Learner, Run
 from crosstill.train.step import Outcome, build_optimizer, lr_at, parameter_names
-from crosstill.train.task import Task, named_losses, open_task
+from crosstill.train.task import Task, fit_queues, named_losses, open_task
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ def train(
         config = folder.check_resumable(path, config, cache)
     else:
         folder.check_new(path)
+        config = fitted(cache, config)
     with files.writing(path), distributed.group() as group, ExitStack() as stack:
         task = open_task(cache, config, group)
         if student is not None:  # before the folder is touched, because it may refuse
@@ -84,6 +85,18 @@ def train(
         if student is not None:
             student.load_state_dict(learner.state_dict())
     return Run(path)
+
+
+def fitted(cache: CacheBase, config: TrainConfig) -> TrainConfig:
+    """Fit the queues of a new run to its cache, and say which are shorter than usual.
+
+    Raises:
+        ConfigError: see `crosstill.train.task.fit_queues`.
+    """
+    config, lines = fit_queues(cache, config)
+    for line in lines if distributed.leads() else ():
+        log.info(line)
+    return config
 
 
 def learn(session: Session) -> None:

@@ -38,6 +38,7 @@ from crosstill.types import Features
 
 log = logging.getLogger(__name__)
 
+QUEUE = "queue_size"  # what losses with a queue call its length
 # settings that only a score cache gives a meaning, with their defaults
 ONLY_LISTS = {"negatives": "hardest", "drawn": None, "towers": "frozen", "fusion_lr": 1.0}
 
@@ -400,6 +401,37 @@ def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> None:
             f"init_heads = ridge needs the teacher's image features, and {cache.folder} has none; "
             "use init_heads=random"
         )
+
+
+def fit_queues(cache: CacheBase, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Shrink the queues of a new run to its training captions, where nobody set their length.
+
+    A longer queue would hold captions twice. The run keeps the lengths in its settings, so that it
+    resumes with them whatever the dataset has become; runs that did not keep them have 8,192 slots.
+
+    Returns:
+        The settings, and a line on each queue that is shorter than its loss makes it.
+
+    Raises:
+        ConfigError: a length that was set is too long, or there is no such loss.
+    """
+    split = cache.split(config.train_split)
+    most = max(len(split.images), len(split.captions))
+    changes, lines = [], []
+    for name, chosen in config.losses.items():
+        slots = objectives.spelt_out(name, chosen).get(QUEUE)
+        if not isinstance(slots, int) or slots <= most:  # building the loss refuses other types
+            continue
+        rows = f"the {most:,} captions of split {config.train_split!r} in {cache.folder}"
+        if QUEUE in chosen:
+            raise ConfigError(
+                f"losses.{name}.{QUEUE} = {slots} (recipe {config.recipe}): a queue of {slots:,} "
+                f"slots is longer than {rows}, and would hold captions twice; set it lower, as "
+                f"--set losses.{name}.{QUEUE}={most}, or use a larger dataset"
+            )
+        changes.append(f"losses.{name}.{QUEUE}={most}")
+        lines.append(f"{name}: a queue of {most:,} slots in place of {slots:,}, as long as {rows}")
+    return config.changed(changes), lines
 
 
 def build_losses(cache: CacheBase, config: TrainConfig) -> nn.ModuleDict:
