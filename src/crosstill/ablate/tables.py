@@ -87,7 +87,10 @@ def table2() -> Design:
 
 
 def table4() -> Design:
-    """All 15 combinations of the four losses, balanced as published."""
+    """All 15 combinations of the four losses, balanced as published.
+
+    Of the paper's figures we have nine: those of the six pairs are in no source that we could read.
+    """
     paper = {
         "CD": 503.2, "FD": 501.4, "SD": 506.4, "HND": 426.7, "FD + SD + HND": 524.2,
         "CD + SD + HND": 492.9, "CD + FD + HND": 523.3, "CD + FD + SD": 519.3,
