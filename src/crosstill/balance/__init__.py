@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from crosstill import plugins
 from crosstill.balance.base import Balancer
 
-__all__ = ["BALANCERS", "Balancer", "build", "known", "spelt_out"]
+__all__ = ["BALANCERS", "Balancer", "build", "known"]
 
 BALANCERS = plugins.Kind(__name__, "balancer")
 

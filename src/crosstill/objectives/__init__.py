@@ -11,7 +11,7 @@ from torch import Tensor
 from crosstill import plugins
 from crosstill.objectives.base import Input, ListInput, Objective
 
-__all__ = ["LOSSES", "Input", "ListInput", "Objective", "build", "known", "spelt_out"]
+__all__ = ["LOSSES", "Input", "ListInput", "Objective", "build", "known"]
 
 LOSSES = plugins.Kind(__name__, "loss", shared=frozenset({"base", "parts", "wrappers"}))
 
