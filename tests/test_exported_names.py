@@ -26,8 +26,9 @@ EXPORTED = {
     "balance": "BALANCERS Balancer build known",
     "cache": "Cache CacheBase PixelStore Split build build_features is_cache join memo open pixels",
     "data": "FORMATS SOURCES SPLITS Entry FileSet Folder Listing Pairs open reader",
-    "evaluate": "CachedSplit Embedded Evaluation Options embed evaluating frozen_images "
-    "frozen_texts measure open_model pool_images pool_texts retrieval table teacher_recall",
+    "evaluate": "CachedSplit Embedded Evaluation Options TokenRows embed evaluating frozen_images "
+    "frozen_texts measure open_model pool_images pool_texts retrieval settled_images "
+    "settled_texts table teacher_recall",
     "export": "FORMS MAX_LOSS Exported Form Options onnx run sentence_transformers transformers",
     "fusion": "Matcher Reranked ScoreCache Scored build build_scores rerank score_matrix",
     "objectives": "LOSSES Input ListInput Objective build known",

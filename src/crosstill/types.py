@@ -101,3 +101,8 @@ def image_id(data: bytes) -> str:
 def id_key(image: str) -> int:
     """Return the first 63 bits of an id, which losses compare in place of 64 characters."""
     return int(image[:16], 16) >> 1
+
+
+def text_key(text: str) -> int:
+    """Return the key of a text without an image, which no image has: below -1."""
+    return -2 - (int(sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16) >> 2)

@@ -6,10 +6,12 @@ import pytest
 
 from crosstill import export
 from crosstill.data.pairs import read_licence
+from crosstill.evaluate.recall import Retrieval
 from crosstill.export.card import Facts, Origin, Rounding, Score, standing
 from crosstill.export.card import card as card_of
 from crosstill.pixels import Preprocess
 
+HEADS = Retrieval.heads
 FORMS = export.FORMS.names()
 FREE = Facts(
     name="small",
@@ -21,8 +23,8 @@ FREE = Facts(
     teacher=Origin("big", "apache-2.0", "owner/big"),
     towers={"image": Origin("mobilenet", "apache-2.0", "google/mobilenet_v2_1.0_224")},
     scores=(
-        Score("teacher", "test", 1000, 5000, (50.0, 60.0, 70.0), (40.0, 50.0, 60.0)),
-        Score("student", "test", 1000, 5000, (45.5, 55.25, 65.0), (35.0, 45.0, 55.0)),
+        Score("teacher", "test", 1000, 5000, (50.0, 60.0, 70.0, 40.0, 50.0, 60.0, 330.0), HEADS),
+        Score("student", "test", 1000, 5000, (45.5, 55.25, 65.0, 35.0, 45.0, 55.0, 300.75), HEADS),
     ),
     command="crosstill export runs/mine --to onnx",
     version="0.1.0",

@@ -75,8 +75,7 @@ def command(
         command=shlex.join(["crosstill", *sys.argv[1:]]),
     )
     if leads():
-        best = run.metrics["best"]
-        common.say(f"{out}: best val RSUM {best['rsum']:.2f} at epoch {best['epoch']}")
+        common.say(f"{out}: {run.summary()}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def _report(out: Path, held_out: Pairs, teacher: Student, run: Run) -> list[str]
         table(named),
         "",
         f"The student has {small.parameters / big.parameters:.0%} of the teacher's parameters "
-        f"and {small.recall.rsum / big.recall.rsum:.0%} of its RSUM.",
+        f"and {small.recall.value / big.recall.value:.0%} of its RSUM.",
         f"What it finds for five captions: {out / 'found.png'}",
     ]
 

@@ -4,11 +4,14 @@ from crosstill.evaluate.compare import Options, measure
 from crosstill.evaluate.embedding import (
     CachedSplit,
     Embedded,
+    TokenRows,
     embed,
     frozen_images,
     frozen_texts,
     pool_images,
     pool_texts,
+    settled_images,
+    settled_texts,
     teacher_recall,
 )
 from crosstill.evaluate.evaluation import Evaluation, retrieval, table
@@ -20,6 +23,7 @@ __all__ = [
     "Embedded",
     "Evaluation",
     "Options",
+    "TokenRows",
     "embed",
     "evaluating",
     "frozen_images",
@@ -29,6 +33,8 @@ __all__ = [
     "pool_images",
     "pool_texts",
     "retrieval",
+    "settled_images",
+    "settled_texts",
     "table",
     "teacher_recall",
 ]

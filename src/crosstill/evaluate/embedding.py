@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from crosstill.errors import DataError, ImageError, ModelError
 from crosstill.evaluate import truth as truths
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.likeness import mean_cosines
-from crosstill.evaluate.recall import Retrieval, chances, retrieval
+from crosstill.evaluate.recall import Ranking, Retrieval, chances, retrieval
 from crosstill.images import Preprocess, Quarantine
 from crosstill.students.student import Student
 from crosstill.teachers import base
 from crosstill.types import Example, Features
 
 BATCH = 128  # rows per pass; no gradient is kept, so memory is small
+TOKENIZED = 10_000  # texts tokenized together
 
 Loaded = Tensor | images.Unreadable  # pixels uint8 (3, H, W), or what is wrong
 
@@ -53,7 +55,7 @@ class Measured:
             a model without rows.
     """
 
-    recall: Retrieval
+    recall: Ranking
     cosines: dict[str, float]
 
 
@@ -151,6 +153,7 @@ class CachedSplit:
         frozen: the tower that will not change, if any: "image" or "text".
 
     Attributes:
+        split: as it is looked at.
         truth: which captioned images and captions of the split belong together.
         owner: (T,) position of each text's image in the split, -1 of a loose text.
         caveat: see `crosstill.train.task.Validation`.
@@ -161,24 +164,28 @@ class CachedSplit:
     def __init__(
         self, cache: CacheBase, split: Split, student: Student, frozen: str = "none"
     ) -> None:
-        self._cache, self._split = cache, split
+        self._cache, self.split = cache, split
         self.truth = cached_truth(cache, split)
         self.owner = torch.from_numpy(split.owner)
-        self._images = frozen_images(student, cache, split) if frozen == "image" else None
-        self._texts = frozen_texts(student, cache, split) if frozen == "text" else None
+        self._images = settled_images(student, cache, split, frozen)
+        self._texts = settled_texts(student, cache, split, frozen)
         if self._images is None:
             self._photos = pixels(cache, split, student.preprocess)
         if self._texts is None:
-            self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
+            self._tokens = TokenRows(student, cache, split)
 
-    def recall(self, student: Student) -> Retrieval:
-        """Measure the student's recall on the plain photos of the split that have captions."""
-        return self.measure(student).recall
+    def recall(self, student: Student) -> Ranking:
+        """Measure the student on the plain photos of the split."""
+        return self.rank(self.features(student))
 
     def measure(self, student: Student) -> Measured:
-        """Measure the student's recall, and how alike all its rows are."""
+        """Measure how the student ranks, and how alike all its rows are."""
         features = self.features(student)
-        return Measured(retrieval(*self.paired(features), self.truth), self.cosines(features))
+        return Measured(self.rank(features), self.cosines(features))
+
+    def rank(self, features: Features) -> Ranking:
+        """Measure the recall of a model's rows of the split, among photos that have captions."""
+        return retrieval(*self.paired(features), self.truth)
 
     def cosines(self, features: Features) -> dict[str, float]:
         """Compute the mean cosines of rows of the whole split."""
@@ -191,7 +198,7 @@ class CachedSplit:
 
     def paired(self, features: Features) -> Features:
         """Take the rows of captioned photos and of captions from those of the whole split."""
-        split = self._split
+        split = self.split
         return Features(
             features.image[torch.from_numpy(split.captioned)], features.text[: split.pairs]
         )
@@ -208,11 +215,11 @@ class CachedSplit:
 
     def teacher_recall(self) -> Retrieval | None:
         """Measure the teacher's recall on the same rows; None if the cache has only one side."""
-        return teacher_recall(self._cache, self._split)
+        return teacher_recall(self._cache, self.split)
 
     def teacher_cosines(self) -> dict[str, float]:
         """Compute the teacher's mean cosines on the same rows; no sides that the cache lacks."""
-        return mean_cosines(teacher_rows(self._cache, self._split), self.owner)
+        return mean_cosines(teacher_rows(self._cache, self.split), self.owner)
 
 
 def teacher_rows(cache: CacheBase, split: Split) -> dict[str, Tensor]:
@@ -233,6 +240,25 @@ def cached_truth(cache: CacheBase, split: Split) -> truths.Truth:
     return truths.of_texts(torch.from_numpy(split.owner), texts)
 
 
+def settled_images(
+    student: Student, cache: CacheBase, split: Split, frozen: str, views: int = 1
+) -> Tensor | None:
+    """Return what the image tower makes of a split, if that never changes: (I * views, W).
+
+    It does not where the tower is the `frozen` one, or where there are no photos.
+    """
+    if not len(split.images):
+        return torch.empty(0, student.image_head.in_features)
+    return frozen_images(student, cache, split, views) if frozen == "image" else None
+
+
+def settled_texts(student: Student, cache: CacheBase, split: Split, frozen: str) -> Tensor | None:
+    """As `settled_images`, of the texts: (T, W)."""
+    if not len(split.captions):
+        return torch.empty(0, student.text_head.in_features)
+    return frozen_texts(student, cache, split) if frozen == "text" else None
+
+
 def frozen_images(student: Student, cache: CacheBase, split: Split, views: int = 1) -> Tensor:
     """Compute `pool_images` of a frozen tower, once for all runs with it."""
     name = f"pooled-{student.tower_digest('image')[:16]}-{views}-{split.name}"
@@ -245,9 +271,29 @@ def frozen_images(student: Student, cache: CacheBase, split: Split, views: int =
 
 def frozen_texts(student: Student, cache: CacheBase, split: Split) -> Tensor:
     """Compute `pool_texts` of a frozen tower, once for all runs with it."""
-    texts = [cache.texts[row] for row in split.captions]
     name = f"pooled-{student.tower_digest('text')[:16]}-{split.name}"
-    return memo.memoised_tensor(cache, name, lambda: pool_texts(student, student.tokenize(texts)))
+    return memo.memoised_tensor(
+        cache, name, lambda: pool_texts(student, TokenRows(student, cache, split))
+    )
+
+
+class TokenRows(Sequence[list[int]]):
+    """The token ids of each text of a split, in one array: a million lists would take gigabytes."""
+
+    def __init__(self, student: Student, cache: CacheBase, split: Split) -> None:
+        parts, lengths = [np.empty(0, np.int32)], [0]
+        for start in range(0, len(split.captions), TOKENIZED):
+            some = split.captions[start : start + TOKENIZED]
+            rows = student.tokenize([cache.texts[row] for row in some])
+            parts.append(np.array([token for row in rows for token in row], np.int32))
+            lengths += map(len, rows)
+        self._ids, self._ends = np.concatenate(parts), np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._ids[self._ends[row] : self._ends[row + 1]].tolist()
 
 
 def pool_images(student: Student, store: PixelStore, views: int = 1) -> Tensor:

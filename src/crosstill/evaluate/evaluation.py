@@ -15,22 +15,13 @@ import torch
 from crosstill.data import Pairs
 from crosstill.evaluate.embedding import Embedded, Stopwatch, embed
 from crosstill.evaluate.extended import Judged, Placed
-from crosstill.evaluate.recall import DEPTHS, Retrieval, by_protocol
+from crosstill.evaluate.recall import DEPTHS, Ranking, Retrieval, by_protocol
 from crosstill.formats import aligned
 from crosstill.images import Quarantine
 from crosstill.teachers.base import Teacher
 
-HEADINGS = (
-    "model",
-    "parameters",
-    "image→text R@1",
-    "R@5",
-    "R@10",
-    "text→image R@1",
-    "R@5",
-    "R@10",
-    "RSUM",
-)
+MODEL = ("model", "parameters")
+HEADINGS = (*MODEL, *Retrieval.heads)
 LATENCY = ("ms/image", "ms/caption")
 WHOLE = ("passes", "seconds", "times faster")
 CAPTION = "a brown dog runs after a red ball on the wet grass"
@@ -86,7 +77,7 @@ class Evaluation:
     """A row of the table."""
 
     name: str
-    recall: Retrieval
+    recall: Ranking
     parameters: int | None = None
     efficiency: Efficiency | None = None
     cost: Cost | None = None
@@ -103,8 +94,12 @@ class Evaluation:
 
     def cells(self, latency: bool) -> list[str]:
         """Return the row's text, column by column, up to RSUM or to the latency."""
-        numbers = [f"{number:.2f}" for number in six(self.recall)]
-        return _cells(self, [*numbers, f"{self.recall.rsum:.2f}"], latency)
+        return _cells(self, [f"{number:.2f}" for number in self.recall.figures], latency)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Headings of the row's cells, without latency."""
+        return *MODEL, *self.recall.heads
 
     def __str__(self) -> str:
         return table([self])
@@ -122,6 +117,11 @@ class Timed:
     def to_json(self) -> dict[str, Any]:
         """Return name, parameters and cost."""
         return _costs(self)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """As `Evaluation.heads`."""
+        return HEADINGS
 
     def cells(self, latency: bool) -> list[str]:
         """As `Evaluation.cells`."""
@@ -250,7 +250,7 @@ def remarks(quarantine: Quarantine, images: int, shared: int = 0) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """Format a Markdown table, one row a model, with times if any model has them."""
     latency, whole = any(row.efficiency for row in rows), any(row.cost for row in rows)
-    heads = [*HEADINGS, *(LATENCY if latency else ()), *(WHOLE if whole else ())]
+    heads = [*rows[0].heads, *(LATENCY if latency else ()), *(WHOLE if whole else ())]
     body = [row.cells(latency) for row in rows]
     if whole:
         for row, cells in zip(rows, body, strict=True):

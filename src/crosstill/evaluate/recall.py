@@ -12,7 +12,7 @@ candidates would give a collapsed model, whose scores are all the same, 100 %.)
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,49 @@ class Recall:
         return self.fair.r10
 
 
+class Ranking(Protocol):
+    """How well a model ranks: by the captions (`Retrieval`) or by its teacher (`Agreement`).
+
+    Attributes:
+        name: of the figure that a student is chosen by, for people.
+        key: its name in JSON.
+    """
+
+    name: ClassVar[str]
+    key: ClassVar[str]
+
+    @property
+    def images(self) -> int:
+        """Number of photos."""
+
+    @property
+    def captions(self) -> int:
+        """Number of texts."""
+
+    @property
+    def shared(self) -> int:
+        """Captions that count as true of several images."""
+
+    @property
+    def value(self) -> float:
+        """The figure that a student is chosen by; higher is better."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Headings of `figures`."""
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """All figures, `value` last."""
+
+    @property
+    def warning(self) -> str | None:
+        """One line when the figures are doubtful."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+
+
 @dataclass(frozen=True)
 class Retrieval:
     """Recall of both directions: images finding captions (i2t), captions finding images (t2i).
@@ -68,6 +111,28 @@ class Retrieval:
     images: int
     captions: int
     shared: int = 0
+
+    name: ClassVar[str] = "RSUM"
+    key: ClassVar[str] = "rsum"
+    heads: ClassVar[tuple[str, ...]] = (
+        "image→text R@1",
+        "R@5",
+        "R@10",
+        "text→image R@1",
+        "R@5",
+        "R@10",
+        "RSUM",
+    )
+
+    @property
+    def value(self) -> float:
+        """As `rsum`."""
+        return self.rsum
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """The six recalls, and their sum."""
+        return *self.i2t.fair, *self.t2i.fair, self.rsum
 
     @property
     def rsum(self) -> float:

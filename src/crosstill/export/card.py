@@ -50,40 +50,36 @@ class Origin:
 
 @dataclass(frozen=True)
 class Score:
-    """One model's recall on one split, in percent.
+    """One model's figures on one split, in percent: recall, or agreement with its teacher.
 
     Attributes:
         model: such as "student" or "teacher".
         split: such as "test".
         images, captions: how many there are in it.
-        i2t: R@1, R@5 and R@10 of images that find captions.
-        t2i: the same of captions that find images.
+        figures: as `crosstill.evaluate.recall.Ranking` has them, the chosen one last.
+        heads: their headings.
     """
 
     model: str
     split: str
     images: int
     captions: int
-    i2t: tuple[float, float, float]
-    t2i: tuple[float, float, float]
-
-    @property
-    def rsum(self) -> float:
-        """Return the sum of all six, 0 to 600."""
-        return sum(self.i2t) + sum(self.t2i)
+    figures: tuple[float, ...]
+    heads: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """The cost of 8 bits: RSUM on a split, before and after."""
+    """The cost of 8 bits: a figure on a split, before and after, and its name."""
 
     split: str
     before: float
     after: float
+    name: str = "RSUM"
 
     @property
     def loss(self) -> float:
-        """Return the loss in percent of the RSUM before; below zero where it grew."""
+        """Return the loss in percent of the figure before; below zero where it grew."""
         return 100 * (self.before - self.after) / self.before if self.before else 0.0
 
 
@@ -97,7 +93,7 @@ class Facts:
         dim: D, the width of the joint space.
         max_length: tokens of a text, special ones included.
         preprocess: how it wants its images.
-        scores: recall, a row each.
+        scores: recall or agreement, a row each.
         teacher: None for a student that learnt from captions alone.
         data: what it was trained on.
         towers: its pretrained towers, by "image" and "text"; none that began at random.
@@ -137,7 +133,7 @@ def card(facts: Facts, form: Form) -> str:
         f"A dual encoder for image-text retrieval{taught}: photos and texts become unit rows of "
         f"one space of {facts.dim} dimensions, where a photo and its caption lie close.",
         *_warnings(facts),
-        "## Recall",
+        "## Recall" if _is_recall(facts) else "## Agreement with the teacher",
         _recall(facts),
         "## How to load it",
         form.loading,
@@ -199,11 +195,21 @@ def _warnings(facts: Facts) -> list[str]:
     ]
 
 
+def _is_recall(facts: Facts) -> bool:
+    return not facts.scores or facts.scores[0].heads[-1] == "RSUM"
+
+
 def _recall(facts: Facts) -> str:
     parts = []
     if facts.scores:
-        heads = ["model", "split", "image→text R@1", "R@5", "R@10", "text→image R@1", "R@5"]
-        parts.append(markdown([*heads, "R@10", "RSUM"], [_cells(s) for s in facts.scores]))
+        heads = ["model", "split", *facts.scores[0].heads]
+        parts.append(markdown(heads, [_cells(score) for score in facts.scores]))
+        if not _is_recall(facts):
+            parts.append(
+                "No photo of the split has captions of its own, so this is no recall. Overlap: how "
+                "many of the teacher's ten best results are among the student's ten, in percent; "
+                "own: how often the student's row finds the teacher's of the same photo or text."
+            )
         sizes = dict.fromkeys((s.split, s.images, s.captions) for s in facts.scores)
         parts += [f"Split {_line(s)}: {i:,} images, {c:,} captions." for s, i, c in sizes]
     else:
@@ -211,15 +217,15 @@ def _recall(facts: Facts) -> str:
     if facts.rounding:
         lost = facts.rounding
         parts.append(
-            f"This export is int8. Its RSUM on {_line(lost.split)} is {lost.after:.2f}, and was "
-            f"{lost.before:.2f} in float32: a {'loss' if lost.loss >= 0 else 'gain'} of "
+            f"This export is int8. Its {lost.name} on {_line(lost.split)} is {lost.after:.2f}, and "
+            f"was {lost.before:.2f} in float32: a {'loss' if lost.loss >= 0 else 'gain'} of "
             f"{abs(lost.loss):.2f} %."
         )
     return "\n\n".join(parts)
 
 
 def _cells(score: Score) -> list[str]:
-    numbers = [f"{value:.2f}" for value in (*score.i2t, *score.t2i, score.rsum)]
+    numbers = [f"{value:.2f}" for value in score.figures]
     return [_line(score.model), _line(score.split), *numbers]
 
 

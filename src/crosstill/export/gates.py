@@ -3,7 +3,7 @@
 A folder for another library is compared in two ways (`measure_parity`). On equal pixels the rows
 must agree to the fifth decimal. The other library also resizes photos itself, through Pillow; there
 a level of 255 may differ here and there, which is measured and bounded. A bundle takes our own
-pixels; its rows are compared by cosine (`compare`), and in 8 bits its recall is (`measure_recall`).
+pixels; its rows are compared by cosine (`compare`), and in 8 bits its recall is (`Recalls`).
 """
 
 import io
@@ -20,9 +20,7 @@ from torch import Tensor
 from crosstill import images
 from crosstill.data import Pairs
 from crosstill.errors import ExportError
-from crosstill.evaluate import embed
-from crosstill.evaluate.embedding import Embedded
-from crosstill.evaluate.evaluation import Evaluation, judge
+from crosstill.evaluate.recall import Ranking
 from crosstill.students.student import Student
 from crosstill.teachers.base import Teacher
 
@@ -177,41 +175,40 @@ def compare(student: Student, other: Teacher, pairs: Pairs | None) -> Agreement:
 
 @dataclass(frozen=True)
 class Recalls:
-    """Recall of a student and of its export on the same photos.
+    """Recall of a student and of its export on the same photos; without pairs their agreement.
 
     Attributes:
-        before, after: recall in torch, and of the bundle.
-        embedded: the bundle's rows.
+        before, after: the figures in torch, and those of the bundle.
     """
 
-    before: Evaluation
-    after: Evaluation
-    embedded: Embedded
+    before: Ranking
+    after: Ranking
 
     @property
     def loss(self) -> float:
-        """Return the share of the RSUM that is lost; negative where it grew."""
-        before, after = self.before.recall.rsum, self.after.recall.rsum
+        """Return the share of the figure that is lost; negative where it grew."""
+        before, after = self.before.value, self.after.value
         return (before - after) / before if before else 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.before.name} {self.before.value:.2f} in torch, {self.after.value:.2f} exported "
+            f"({-self.loss:+.2%})"
+        )
+
     def require(self, most: float) -> None:
-        """Refuse 8 bits that cost more than this share of the RSUM.
+        """Refuse 8 bits that cost more than this share of the figure.
 
         Raises:
             ExportError: with the figures.
         """
         if self.loss > most:
-            before, after = self.before.recall.rsum, self.after.recall.rsum
+            before, after = self.before.value, self.after.value
             raise ExportError(
-                f"int8 loses {self.loss:.2%} of the RSUM ({before:.2f} → {after:.2f}), "
-                f"and --max-loss allows {most:.2%}; raise it, or export without --int8"
+                f"int8 loses {self.loss:.2%} of the {self.before.name} ({before:.2f} → "
+                f"{after:.2f}), and --max-loss allows {most:.2%}; raise it, or export without "
+                "--int8"
             )
-
-
-def measure_recall(student: Student, other: Teacher, pairs: Pairs) -> Recalls:
-    """Measure the recall of both on photos that the student was not trained on."""
-    before, embedded = judge(student, embed(student, pairs)), embed(other, pairs)
-    return Recalls(before, judge(other, embedded), embedded)
 
 
 def _png(seed: int, size: tuple[int, int]) -> bytes:

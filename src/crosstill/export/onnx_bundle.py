@@ -18,10 +18,10 @@ from crosstill import artefacts, files
 from crosstill import bundle as bundles
 from crosstill.bundle import runtime
 from crosstill.errors import ConfigError, ExportError
-from crosstill.evaluate.embedding import Embedded
 from crosstill.export import gates
 from crosstill.export.base import Form, Options
 from crosstill.export.card import Facts, Rounding
+from crosstill.export.held_out import Measured
 from crosstill.export.provenance import Provenance
 from crosstill.progress import quiet
 from crosstill.students.student import Student
@@ -61,7 +61,7 @@ print(encoder.encode_images(pixels[None]) @ encoder.encode_texts(["two dogs on s
 Rows are of unit length."""
 
     def require(self, source: Provenance, options: Options) -> None:
-        if options.int8 and source.pairs is None:
+        if options.int8 and source.held_out is None:
             why = "; ".join(source.notes) or "no validation photos are known"
             raise ConfigError(
                 f"--int8: is judged by its recall, but {why}; give --data and --images"
@@ -85,20 +85,21 @@ Rows are of unit length."""
             model = BundleModel(folder, student.name)
             lines.append(f"int8: {gates.compare(student, model, pairs)}")
         facts = replace(facts, fingerprint=model.bundle.fingerprint)
-        if pairs is not None:
-            recalls = gates.measure_recall(student, model, pairs)
+        if source.held_out is not None:
+            bundled = source.held_out.measure(model)
+            after = bundled.evaluation.recall
+            recalls = gates.Recalls(source.held_out.measure(student).evaluation.recall, after)
             if options.int8:
                 recalls.require(options.max_loss)
-            before, after = recalls.before.recall.rsum, recalls.after.recall.rsum
-            change = -recalls.loss
-            lines.append(f"RSUM {before:.2f} in torch, {after:.2f} exported ({change:+.2%})")
-            rows = recalls.embedded
+            lines.append(str(recalls))
+            rounding = Rounding(source.split, recalls.before.value, after.value, after.name)
             facts = replace(
                 facts,
-                scores=source.scores(recalls.after.recall, len(rows.image), len(rows.text)),
-                rounding=Rounding(source.split, before, after) if options.int8 else None,
+                scores=source.scores(after),
+                rounding=rounding if options.int8 else None,
             )
-            write_calibration(rows, folder / bundles.CALIBRATION)
+            if len(bundled.texts):
+                write_calibration(bundled, folder / bundles.CALIBRATION)
         _record(student, folder, facts, precision)
         return facts, lines
 
@@ -221,12 +222,12 @@ def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Pat
         program.save(path)
 
 
-def write_calibration(embedded: Embedded, path: Path) -> None:
+def write_calibration(measured: Measured, path: Path) -> None:
     """Write rows of captions, evenly drawn, with the ids of their photos: `searcher.calibrate`."""
-    count = min(CAPTIONS, len(embedded.text))
-    chosen = torch.linspace(0, len(embedded.text) - 1, count).round().long()
-    owners = [embedded.image_ids[row] for row in embedded.owner[chosen].tolist()]
-    rows = embedded.text[chosen].numpy().astype(np.float16)
+    count = min(CAPTIONS, len(measured.texts))
+    chosen = torch.linspace(0, len(measured.texts) - 1, count).round().long()
+    owners = [measured.owners[row] for row in chosen.tolist()]
+    rows = measured.texts[chosen].numpy().astype(np.float16)
     np.savez(path, rows=rows, images=np.array(owners, "S64"))
 
 

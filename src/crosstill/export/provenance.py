@@ -8,11 +8,10 @@ from crosstill import files, models, students
 from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.errors import CrosstillError, InputError, ModelError
-from crosstill.evaluate import embed
 from crosstill.evaluate.embedding import teacher_recall
-from crosstill.evaluate.evaluation import judge, six
-from crosstill.evaluate.recall import Retrieval
+from crosstill.evaluate.recall import Ranking, Retrieval
 from crosstill.export.card import Facts, Origin, Score
+from crosstill.export.held_out import HeldOut, HeldOutPairs, HeldOutRows
 from crosstill.students.student import Student
 from crosstill.train import Run
 from crosstill.train import folder as runs
@@ -25,7 +24,9 @@ class Provenance:
     Attributes:
         student: in eval mode, on the CPU.
         name: of the student.
-        pairs: photos and captions that it was not trained on; None where none are at hand.
+        pairs: photos that it was not trained on, and their captions if they have any; None where
+            none are at hand.
+        held_out: the same with what is measured on them.
         split: name of these pairs.
         teacher: name, source, licence, parameters, as the run recorded them; {} without one.
         data: name and perhaps licence of the training data; {} where unknown.
@@ -36,28 +37,28 @@ class Provenance:
     student: Student
     name: str
     pairs: Pairs | None = None
+    held_out: HeldOut | None = None
     split: str = ""
     teacher: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     teacher_recall: Retrieval | None = None
     notes: tuple[str, ...] = ()
 
-    def scores(self, recall: Retrieval, images: int, captions: int) -> tuple[Score, ...]:
+    def scores(self, ranking: Ranking) -> tuple[Score, ...]:
         """Return the rows of a card's table: the teacher's, where known, and the student's."""
-        rows = {"teacher": self.teacher_recall, "student": recall}
+        rows = {"teacher": self.teacher_recall, "student": ranking}
         return tuple(
-            Score(name, self.split, images, captions, *_threes(row))
+            Score(name, self.split, row.images, row.captions, row.figures, row.heads)
             for name, row in rows.items()
             if row is not None
         )
 
     def measured(self, facts: Facts) -> Facts:
-        """Add the student's recall to the facts, where there are pairs to measure it on."""
-        if self.pairs is None:
+        """Add the student's figures to the facts, where there is something to measure them on."""
+        if self.held_out is None:
             return facts
-        rows = embed(self.student, self.pairs)
-        recall = judge(self.student, rows).recall
-        return replace(facts, scores=self.scores(recall, len(rows.image), len(rows.text)))
+        measured = self.held_out.measure(self.student)
+        return replace(facts, scores=self.scores(measured.evaluation.recall))
 
     def facts(self, command: str, teacher_licence: str | None, data_licence: str | None) -> Facts:
         """Return what a card states before anything is measured; given licences win."""
@@ -91,11 +92,6 @@ def _public(source: str | None) -> str | None:
     return Path(source).name if source and Path(source).exists() else source
 
 
-def _threes(recall: Retrieval) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    numbers = six(recall)
-    return (numbers[0], numbers[1], numbers[2]), (numbers[3], numbers[4], numbers[5])
-
-
 def find(
     source: str | Path | Run | Student, pairs: Pairs | None = None, split: str = ""
 ) -> Provenance:
@@ -121,7 +117,8 @@ def find(
     student = student.to("cpu").eval()
     if student.config.widths:  # turned, so that whoever opens it may cut its rows
         student = students.shorten(student, student.dim)
-    origin = Provenance(student, student.name, pairs, split)
+    held_out = HeldOutPairs(pairs) if pairs is not None else None
+    origin = Provenance(student, student.name, pairs, held_out, split)
     return origin if run is None else _of_run(origin, run)
 
 
@@ -156,6 +153,8 @@ def _of_run(origin: Provenance, folder: Path) -> Provenance:
         pairs = cache.pairs(split)
         if pairs.examples:
             pairs.read(pairs.examples[0])
+        held_out: HeldOut = HeldOutPairs(pairs) if rows.pairs else HeldOutRows(cache, split)
     except CrosstillError as error:
         return replace(origin, notes=(f"no validation photos: {error}",))
-    return replace(origin, pairs=pairs, split=split, teacher_recall=teacher_recall(cache, rows))
+    teacher = teacher_recall(cache, rows) if rows.pairs else None
+    return replace(origin, pairs=pairs, held_out=held_out, split=split, teacher_recall=teacher)

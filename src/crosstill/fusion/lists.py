@@ -20,7 +20,7 @@ from crosstill.cache import Split, pixels
 from crosstill.evaluate import frozen_images, frozen_texts
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.embedding import Measured, cached_truth
-from crosstill.evaluate.recall import Retrieval, chances_of_scores, from_scores
+from crosstill.evaluate.recall import Ranking, Retrieval, chances_of_scores, from_scores
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
@@ -271,7 +271,7 @@ class MatchedSplit:
         self._sides, self._listed = sides, ListedPairs(cache, split)
         self.caveat = cache.caveat(split)
 
-    def recall(self, model: Matcher) -> Retrieval:
+    def recall(self, model: Matcher) -> Ranking:
         """Compute the model's recall among the listed candidates."""
         return from_scores(self._matrix(model), self._listed.truth)
 

@@ -29,10 +29,9 @@ from crosstill.evaluate.evaluation import (
     figure,
     one_thread,
     remarks,
-    six,
 )
 from crosstill.evaluate.extended import Placed
-from crosstill.evaluate.recall import Retrieval, from_scores, protocol_truth
+from crosstill.evaluate.recall import Ranking, Retrieval, from_scores, protocol_truth
 from crosstill.evaluate.truth import Truth, of_texts
 from crosstill.formats import aligned, by_length
 from crosstill.fusion.matcher import GPU_PAIRS, PAIRS, Matcher, Reader, joined
@@ -454,5 +453,5 @@ def _by_query(job: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     return torch.cat([job(*parts) for parts in blocks])
 
 
-def _recalls(recall: Retrieval) -> list[str]:
-    return [f"{number:.2f}" for number in (*six(recall), recall.rsum)]
+def _recalls(recall: Ranking) -> list[str]:
+    return [f"{number:.2f}" for number in recall.figures]

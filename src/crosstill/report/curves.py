@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from crosstill import artefacts
 from crosstill.errors import CorruptError, InputError
+from crosstill.evaluate import agreement
 from crosstill.evaluate.likeness import NAMES
 from crosstill.report.pictures import Picture, Theme, picture, scale
 
@@ -34,9 +35,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Events:
-    """Every curve of one run: losses and weights over steps, RSUM on val over epochs.
+    """Every curve of one run: losses and weights over steps, a figure on val over epochs.
 
     Attributes:
+        rsum: the figure by which the best epoch was chosen: RSUM, or without pairs the agreement.
         cosines: mean cosines of the student's rows on val over epochs, by side; empty of a run
             that kept none.
     """
@@ -80,7 +82,8 @@ def read(folder: Path) -> Events:
 
 def _add(events: Events, event: dict[str, Any]) -> None:
     if event["kind"] == "epoch":
-        events.rsum.add(event["epoch"], event["val"]["rsum"])
+        (key,) = agreement.NAMES.keys() & event["val"].keys()
+        events.rsum.add(event["epoch"], event["val"][key])
         kept = event.get("mean_cosine", {})  # not in older runs
         for side in NAMES.keys() & kept.keys():
             events.cosines.setdefault(side, Curve()).add(event["epoch"], kept[side])
@@ -160,13 +163,13 @@ def _line(axes: Axes, bins: Bins, color: str, dash: str = "-", label: str | None
     axes.plot(bins.at, bins.mean, color=color, linestyle=dash, marker=dot, label=label)
 
 
-def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
-    """Draw RSUM over epochs, with the teacher's as a line across."""
+def of_val(curve: Curve, teacher: float | None, what: str) -> Picture:
+    """Draw the figure on val, `what`, over epochs, with the teacher's as a line across."""
     best = max(range(len(curve.at)), key=curve.values.__getitem__)
     values = [*curve.values, *([teacher] if teacher is not None else [])]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, f"RSUM on {split}", "epoch")
+        axes = _axes(figure, what, "epoch")
         axes.plot(curve.at, curve.values, "o-", color=theme.line(0), markersize=4, label="student")
         _teacher(axes, teacher, theme)
         _whole(axes, curve)
@@ -175,7 +178,7 @@ def of_val(curve: Curve, teacher: float | None, split: str) -> Picture:
 
     beside = "" if teacher is None else f" The teacher's is {teacher:.2f}."
     alt = (
-        f"RSUM on {split} after {len(curve.at)} epochs: {curve.values[-1]:.2f}, "
+        f"{what} after {len(curve.at)} epochs: {curve.values[-1]:.2f}, "
         f"best {curve.values[best]:.2f} at epoch {curve.at[best]}.{beside}"
     )
     return picture(draw, alt, height=2.8)

@@ -16,7 +16,7 @@ from crosstill import ablate, files, formats
 from crosstill.ablate.tables import Row, Table, latex, legend, markdown
 from crosstill.errors import InputError
 from crosstill.evaluate import Evaluation, table
-from crosstill.evaluate.evaluation import HEADINGS, LATENCY
+from crosstill.evaluate.evaluation import LATENCY
 from crosstill.evaluate.likeness import NAMES
 from crosstill.files import VERSION
 from crosstill.report import curves, pictures, run_results
@@ -137,8 +137,11 @@ def is_run(folder: Path) -> bool:
 def write_run(folder: Path, out: Path, latency: bool) -> Path:
     """Write the report of a run: see `crosstill.report.write`."""
     results = run_results.read(folder, latency)
-    shown = pictures.fit_space(_as_wide(results.features)) if results.features else None
-    finds = [_finds(results)] if results.features else []  # first, since it may refuse
+    wide = _as_wide(results.features) if results.features else {}
+    both = wide and all(len(side) for rows in wide.values() for side in rows)
+    shown = pictures.fit_space(wide) if both else None
+    # first, since it may refuse
+    finds = [_finds(results)] if results.features and results.split.pairs else []
     sections = [
         _recall(results),
         *_curves(results),
@@ -164,25 +167,33 @@ def _rows(results: run_results.RunResults) -> list[Evaluation]:
 def _cells(results: run_results.RunResults) -> tuple[list[str], list[list[str]]]:
     rows = _rows(results)
     timed = any(row.efficiency for row in rows)
-    return [*HEADINGS, *(LATENCY if timed else ())], [row.cells(timed) for row in rows]
+    return [*rows[0].heads, *(LATENCY if timed else ())], [row.cells(timed) for row in rows]
 
 
 def _recall(results: run_results.RunResults) -> Section:
     heads, body = _cells(results)
     images, captions = len(results.split.images), len(results.split.captions)
-    legend = (
-        f"Recall in percent on {images:,} images and {captions:,} captions of the split "
-        f"{results.split.name!r}, on which the best epoch was chosen; RSUM is the sum of the six."
+    where = (
+        f"on {images:,} images and {captions:,} captions of the split {results.split.name!r}, on "
+        "which the best epoch was chosen"
     )
+    legend = f"Recall in percent {where}; RSUM is the sum of the six."
+    if not results.split.pairs:
+        legend = (
+            f"Agreement with the teacher in percent {where}: no photo there has captions. Overlap: "
+            "how many of the teacher's ten best the student has among its ten. Own rows: how often "
+            "the student's row finds the teacher's of the same photo or text."
+        )
     if "teacher" in results.rows:
         legend += " The teacher's row is from the cache."
-    if len(heads) > len(HEADINGS):
+    if heads[-1] in LATENCY:
         legend += (
             " Milliseconds are medians of single items on one thread of this machine, "
             "measured in turn."
         )
     notes = [Text(note) for note in [*_likeness(results.cosines), *results.notes]]
-    return Section("Recall", [Sheet(heads, body), Text(legend), *notes])
+    title = "Recall" if results.split.pairs else "Agreement with the teacher"
+    return Section(title, [Sheet(heads, body), Text(legend), *notes])
 
 
 def _likeness(cosines: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -198,11 +209,12 @@ def _likeness(cosines: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _curves(results: run_results.RunResults) -> list[Section]:
     log, teacher = results.log, results.rows.get("teacher")
-    line = teacher.recall.rsum if teacher else None
+    line = teacher.recall.value if teacher else None
     every = results.record["settings"]["log_every"]
     sections = []
     if log.rsum.at:
-        shown = [curves.of_val(log.rsum, line, results.split.name)]
+        figure = results.rows["student"].recall.name
+        shown = [curves.of_val(log.rsum, line, f"{figure} on {results.split.name}")]
         shown += curves.of_cosines(
             log.cosines, results.cosines.get("teacher", {}), results.split.name
         )

@@ -19,9 +19,10 @@ from PIL import Image
 from crosstill import images
 from crosstill.cache import CacheBase, Split
 from crosstill.errors import CrosstillError, InputError, MismatchError
-from crosstill.evaluate import CachedSplit, Evaluation, evaluation, teacher_recall
+from crosstill.evaluate import CachedSplit, Evaluation, evaluation
+from crosstill.evaluate.agreement import open_split
 from crosstill.evaluate.likeness import describe_alike
-from crosstill.evaluate.recall import DEPTHS, Retrieval, retrieval
+from crosstill.evaluate.recall import DEPTHS, Retrieval
 from crosstill.fusion.matcher import Matcher
 from crosstill.models import open as open_model
 from crosstill.report import curves
@@ -69,15 +70,20 @@ class RunResults:
         """The run in one sentence."""
         student, teacher = self.rows["student"], self.rows.get("teacher")
         where = f"on the {len(self.split.images):,} images of the split {self.split.name!r}"
+        if not self.split.pairs:
+            return (
+                f"The student has {student.parameters:,} parameters, and of the teacher's ten best "
+                f"{student.recall.value:.1f} % are among its own ten {where}."
+            )
         where = f"among the listed candidates {where}" if self.listed else where
         if teacher is None:
             lacking = "teacher's row" if self.cache.teacher["name"] else "teacher"
             return (
                 f"The student has {student.parameters:,} parameters and an RSUM of "
-                f"{student.recall.rsum:.2f} {where}; there is no {lacking} to compare it with."
+                f"{student.recall.value:.2f} {where}; there is no {lacking} to compare it with."
             )
-        share = student.recall.rsum / teacher.recall.rsum if teacher.recall.rsum else 0.0
-        figures = f"{where}: {student.recall.rsum:.2f} against {teacher.recall.rsum:.2f}"
+        share = student.recall.value / teacher.recall.value if teacher.recall.value else 0.0
+        figures = f"{where}: {student.recall.value:.2f} against {teacher.recall.value:.2f}"
         if not teacher.parameters:
             return f"The student has {share:.0%} of the teacher's RSUM {figures}."
         size = (student.parameters or 0) / teacher.parameters
@@ -103,7 +109,8 @@ def read(folder: Path, latency: bool) -> RunResults:
         )
     cache = runs.open_cache(folder, record)
     best = runs.learner(folder / "best")
-    split = cache.split(record["settings"]["val_split"]).paired()
+    split = cache.split(record["settings"]["val_split"])
+    split = split.paired() if split.pairs else split
     results = RunResults(opened, record, cache, split, curves.read(folder))
     if best.kind == "matcher":
         _match(results, best)
@@ -117,14 +124,14 @@ def read(folder: Path, latency: bool) -> RunResults:
 
 def _embed(results: RunResults, best: Student) -> None:
     """Add rows and features of dual encoders, in the whole split."""
-    _teacher(results)
     frozen = results.record["settings"]["freeze"]
-    encoded = CachedSplit(results.cache, results.split, best, frozen)
-    results.features["student"], row = _measure(best, encoded)
+    held_out = open_split(results.cache, results.split, best, frozen)
+    _teacher(results, held_out)
+    results.features["student"], row = _measure(best, held_out)
     results.rows["student"] = row.renamed(f"student ({best.name})")
     results.cosines = {
-        "teacher": encoded.teacher_cosines(),
-        "student": encoded.cosines(results.features["student"]),
+        "teacher": held_out.teacher_cosines(),
+        "student": held_out.cosines(results.features["student"]),
     }
     if alike := describe_alike(results.cosines["student"], results.cosines["teacher"]):
         results.notes.append(
@@ -132,7 +139,7 @@ def _embed(results: RunResults, best: Student) -> None:
             "docs/training.md."
         )
     untrained = results.run.untrained
-    before = _measure(untrained, CachedSplit(results.cache, results.split, untrained, frozen))[1]
+    before = _measure(untrained, open_split(results.cache, results.split, untrained, frozen))[1]
     results.rows["untrained"] = before.renamed("student, untrained")
     results.licences = {f"student's {side} tower": of for side, of in best.licences.items()}
 
@@ -166,11 +173,14 @@ def _match(results: RunResults, best: Matcher) -> None:
     ]
 
 
-def _teacher(results: RunResults) -> None:
+def _teacher(results: RunResults, held_out: CachedSplit) -> None:
     """Add the teacher's row and features, from the cache."""
-    cache, split = results.cache, results.split
-    recall = teacher_recall(cache, split)
-    features = cache.split_features(split)
+    cache, recall = results.cache, held_out.teacher_recall()
+    features = cache.split_features(held_out.split)
+    if not results.split.pairs:
+        if features is not None:
+            results.features["teacher"] = features
+        return
     if recall is None or features is None:
         results.notes.append(f"No teacher's row, space or finds: {_contents(cache)}.")
         return
@@ -193,11 +203,11 @@ def _contents(cache: CacheBase) -> str:
     return "the cache holds a fusion teacher's scores of chosen pairs, and no features"
 
 
-def _measure(student: Student, encoded: CachedSplit) -> tuple[Features, Evaluation]:
-    """Measure a student's features of the plain photos of a split, and its recall."""
-    features = encoded.features(student)
-    recall = retrieval(*features, encoded.truth)
-    return features, Evaluation(student.name, recall, student.parameter_count())
+def _measure(student: Student, held_out: CachedSplit) -> tuple[Features, Evaluation]:
+    """Measure a student's features of the plain photos of a split, and how they rank."""
+    features = held_out.features(student)
+    ranking = held_out.rank(features)
+    return features, Evaluation(student.name, ranking, student.parameter_count())
 
 
 def _warn(results: RunResults) -> None:

@@ -1,6 +1,6 @@
-"""Draw the pairs of each step, and make them tensors one step ahead.
+"""Draw the photos and texts of each step, and make them tensors one step ahead.
 
-Which pairs a step sees is a pure function of (seed, epoch, step): nothing is skipped to resume and
+Which rows a step sees is a pure function of (seed, epoch, step): nothing is skipped to resume and
 nothing depends on workers or processes.
 """
 
@@ -17,30 +17,76 @@ from torch import Tensor
 
 from crosstill.cache import Cache, PixelStore, Split, pixels
 from crosstill.errors import ConfigError
-from crosstill.evaluate import frozen_images, frozen_texts
+from crosstill.evaluate import TokenRows, settled_images, settled_texts
 from crosstill.students.student import Student, Tokens
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
-from crosstill.types import Features
+from crosstill.types import Features, Ids, text_key
 
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Picked:
-    """The rows of one batch, as positions in the split."""
+    """The rows of one batch, as positions in the split; the first `paired` of both are pairs."""
 
-    captions: np.ndarray  # (B,)
-    images: np.ndarray  # (B,) the image of each caption
-    views: np.ndarray  # (B,) which view of that image
+    captions: np.ndarray  # (Bt,)
+    images: np.ndarray  # (Bv,) the image of each caption, then photos that belong to no text here
+    views: np.ndarray  # (Bv,) which view of that image
+    paired: int
+
+
+class Passes:
+    """Rows of a table in a new order at every pass, a number of them at each step.
+
+    Args:
+        draw: (epoch, pass) → all rows in an order of their own (N, ...).
+        count: N.
+        each: rows of a step.
+    """
+
+    def __init__(self, draw: Callable[[int, int], np.ndarray], count: int, each: int) -> None:
+        self._order = lru_cache(maxsize=2)(draw)
+        self._count, self._each = count, each
+        self.steps = count // each  # of one pass; the odd rest waits for another order
+
+    def take(self, epoch: int, step: int) -> np.ndarray:
+        """Return the rows of one step; after the last row the next pass begins."""
+        first, stop = step * self._each, (step + 1) * self._each
+        parts = []
+        while first < stop:
+            number, start = divmod(first, self._count)
+            parts.append(self._order(epoch, number)[start : start + stop - first])
+            first += len(parts[-1])
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 class Sampler:
-    """Every caption once an epoch, in groups of `captions_per_image` captions of one image.
+    """Rows of every step: pairs, then photos and texts that belong to none.
 
-    Photos without captions and loose texts are not drawn. With `steps`, an epoch ends after so many
-    of its steps; the next one draws anew. Without `shuffle` it goes on from there, in the order of
-    the data.
+    Where every photo has captions and every text a photo, a batch is pairs alone: every caption
+    once an epoch, in groups of `captions_per_image` captions of one image. Else a share of the
+    batch is pairs, and the rest as many photos without captions and as many texts without photos;
+    where the split has fewer of these than that, they are drawn from all photos or texts. An epoch
+    passes once over whichever of the three takes longest, and the others start over in a new
+    order. With `steps`, it ends after so many of its steps; the next one draws anew. Without
+    `shuffle` the captions go on from there, in the order of the data.
+
+    Args:
+        split: the rows to draw from.
+        batch_size: photos of a batch, and texts.
+        captions_per_image: captions of one image in a batch, among its pairs.
+        seed: of all orders.
+        views: of an image.
+        steps: of an epoch, at most.
+        shuffle: whether captions of photos come in a random order.
+        share: of pairs in a batch; None is half, or more where more of the rows are pairs.
+
+    Attributes:
+        paired: pairs in a batch.
+
+    Raises:
+        ConfigError: a batch has more rows than there are, or a share of pairs and no pairs.
     """
 
     def __init__(
@@ -52,33 +98,55 @@ class Sampler:
         views: int = 1,
         steps: int | None = None,
         shuffle: bool = True,
+        share: float | None = None,
     ) -> None:
-        pairs = split.pairs
-        if batch_size > pairs:
-            raise ConfigError(
-                f"batch_size = {batch_size} is more than the {pairs} pairs of split "
-                f"{split.name!r}; use --set batch_size={pairs}"
-            )
-        whole = pairs // batch_size  # the odd rest waits for another epoch's order
-        self.steps_per_epoch = min(steps or whole, whole)
-        self._split, self._size, self._group = split, batch_size, captions_per_image
-        self._owner = split.owner[:pairs]
+        self._split, self._group = split, captions_per_image
         self._seed, self._views, self._shuffle = seed, views, shuffle
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._pairs = split.pairs
+        self.paired = _paired(split, batch_size, share)
+        each = batch_size - self.paired
+        photos, texts = np.arange(len(split.images)), np.arange(len(split.captions))
+        _check_size(split, batch_size, self.paired)
+        bare, loose = np.delete(photos, split.captioned), texts[self._pairs :]
+        self._photos = photos if len(bare) < each else bare
+        self._texts = texts if len(loose) < each else loose
+        # in the data's order the odd rest is left out
+        pairs = self._pairs if shuffle else self._pairs - self._pairs % (self.paired or 1)
+        self._streams = {
+            name: Passes(draw, count, rows)
+            for name, draw, count, rows in (
+                ("pairs", self._draw_pairs, pairs, self.paired),
+                ("photos", self._draw_photos, len(self._photos), each),
+                ("texts", self._draw_texts, len(self._texts), each),
+            )
+            if count and rows
+        }
+        whole = max(stream.steps for stream in self._streams.values())
+        self.steps_per_epoch = min(steps or whole, whole)
 
     def pick(self, epoch: int, step: int) -> Picked:
         """Return the rows of one step of one epoch."""
-        order, views = self._epoch(epoch)
-        captions = order[step * self._size : (step + 1) * self._size]
-        images = self._owner[captions]
-        return Picked(captions, images, views[images])
+        rows = {name: stream.take(epoch, step) for name, stream in self._streams.items()}
+        pairs, photos = (rows.get(name, np.empty((0, 2), int)) for name in ("pairs", "photos"))
+        captions, texts = pairs[:, 0], rows.get("texts", np.empty(0, int))
+        return Picked(
+            captions=np.append(captions, texts),
+            images=np.append(self._split.owner[captions], photos[:, 0]),
+            views=np.append(pairs[:, 1], photos[:, 1]),
+            paired=self.paired,
+        )
 
-    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw all captions in this epoch's order, and this epoch's view of each image."""
-        random = np.random.default_rng([self._seed, epoch])
-        shuffled = random.permutation(len(self._owner))
-        by_image = shuffled[np.argsort(self._owner[shuffled], kind="stable")]
-        owner = self._owner[by_image]
+    def _draw_pairs(self, epoch: int, number: int) -> np.ndarray:
+        """Draw all captions with a photo in the order of a pass: each, and the view of its image.
+
+        An image has one view in a pass.
+        """
+        # a list of seeds that ends in 0 is the same as without it
+        random = np.random.default_rng([self._seed, epoch, number])
+        owners = self._split.owner[: self._pairs]
+        shuffled = random.permutation(self._pairs)
+        by_image = shuffled[np.argsort(owners[shuffled], kind="stable")]
+        owner = owners[by_image]
         starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
         within = np.arange(len(owner)) - np.repeat(starts, np.diff(np.r_[starts, len(owner)]))
         # captions of one group share one random key and so stay together
@@ -86,10 +154,53 @@ class Sampler:
         group = np.cumsum(opens) - 1
         key = random.permutation(int(opens.sum()))[group]
         views = random.integers(self._views, size=len(self._split.images))
+        order = by_image[np.argsort(key, kind="stable")]
         if not self._shuffle:
-            whole = len(by_image) // self._size * self._size
-            return np.roll(np.arange(whole), -epoch * self.steps_per_epoch * self._size), views
-        return by_image[np.argsort(key, kind="stable")], views
+            whole = self._pairs - self._pairs % self.paired
+            order = np.roll(np.arange(whole), -epoch * self.steps_per_epoch * self.paired)
+        return np.stack([order, views[owners[order]]], axis=1)
+
+    def _draw_photos(self, epoch: int, number: int) -> np.ndarray:
+        """Draw the photos that stand beside the pairs in the order of a pass, with their views."""
+        random = np.random.default_rng([self._seed, epoch, number, 1])
+        order = random.permutation(self._photos)
+        return np.stack([order, random.integers(self._views, size=len(order))], axis=1)
+
+    def _draw_texts(self, epoch: int, number: int) -> np.ndarray:
+        """Draw the texts that stand beside the pairs in the order of a pass."""
+        return np.random.default_rng([self._seed, epoch, number, 2]).permutation(self._texts)
+
+
+def _paired(split: Split, batch_size: int, share: float | None) -> int:
+    """Compute how many pairs a batch has."""
+    pairs = split.pairs
+    bare, loose = len(split.images) - len(split.captioned), len(split.captions) - pairs
+    if share and not pairs:
+        raise ConfigError(
+            f"paired_share = {share}: split {split.name!r} has no photo with a caption; "
+            "leave it out"
+        )
+    if share is None:
+        others = max(bare, loose)
+        share = max(0.5, pairs / (pairs + others)) if pairs else 0.0
+    if share == 1:
+        return batch_size
+    return min(round(share * batch_size), pairs, batch_size - 1)
+
+
+def _check_size(split: Split, batch_size: int, paired: int) -> None:
+    """Refuse a batch that is larger than what it is drawn from."""
+    there = {"pairs": (split.pairs, paired)}
+    if paired < batch_size:
+        each = batch_size - paired
+        there |= {"photos": (len(split.images), each), "texts": (len(split.captions), each)}
+    for what, (count, taken) in there.items():
+        if count and taken > count:
+            beside = "" if taken == batch_size else f" takes {taken} beside its pairs, which"
+            raise ConfigError(
+                f"batch_size = {batch_size}{beside} is more than the {count} {what} of split "
+                f"{split.name!r}; use --set batch_size={count}"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,10 +208,10 @@ class Batch:
     """One step's input. Student input is this process's share, teacher rows are the whole batch."""
 
     images: Tensor  # distinct images: uint8 (I, 3, H, W), or pooled (I, W) of a frozen tower
-    image_of: Tensor  # (b,) row of `images` for each pair of the share
+    image_of: Tensor  # (b,) row of `images` for each photo of the share
     texts: Tokens | Tensor  # of the share; pooled (b, W) for a frozen tower
     teacher: Features  # (B, D) each; a side that the teacher lacks is empty
-    ids: Tensor  # (B,) int64 keys of the images
+    ids: Ids  # keys of the images, and of texts without one
     picked: Picked
     views: int = 1  # of an image in the cache
 
@@ -120,19 +231,18 @@ class Stream:
             cache.views,
             config.steps_per_epoch,
             config.shuffle,
+            config.paired_share,
         )
         self._student, self._raw = student, reads_raw(cache, config)
         self._share = group.slice_of(config.batch_size)
-        self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
         self._photos: PixelStore | None = None
-        self._pooled_images: Tensor | None = None
-        self._pooled_texts: Tensor | None = None
-        if config.freeze == "image":
-            self._pooled_images = frozen_images(student, cache, split, cache.views)
-        else:
+        self._tokens: TokenRows | None = None
+        self._pooled_images = settled_images(student, cache, split, config.freeze, cache.views)
+        self._pooled_texts = settled_texts(student, cache, split, config.freeze)
+        if self._pooled_images is None:
             self._photos = pixels(cache, split, student.preprocess)
-        if config.freeze == "text":
-            self._pooled_texts = frozen_texts(student, cache, split)
+        if self._pooled_texts is None:
+            self._tokens = TokenRows(student, cache, split)
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Make the batch of one step: a pure function of its arguments."""
@@ -147,7 +257,7 @@ class Stream:
             image_of=torch.from_numpy(image_of),
             texts=self._text_input(picked.captions[share]),
             teacher=self._teacher(images, rows, picked.views),
-            ids=self.cache.keys[torch.from_numpy(images)],
+            ids=Ids(self.cache.keys[torch.from_numpy(images)], self._text_ids(rows), picked.paired),
             picked=picked,
             views=self.cache.views,
         )
@@ -166,7 +276,18 @@ class Stream:
     def _text_input(self, captions: np.ndarray) -> Tokens | Tensor:
         if self._pooled_texts is not None:
             return self._pooled_texts[torch.from_numpy(captions)]
+        assert self._tokens is not None
         return self._student.pad([self._tokens[row] for row in captions])
+
+    def _text_ids(self, rows: np.ndarray) -> Tensor:
+        """Return the key of each text's image, and of a text without one its own."""
+        owners = self.cache.owner[rows].astype(np.int64)
+        keys = torch.empty(len(rows), dtype=torch.int64)
+        described = torch.from_numpy(owners >= 0)
+        keys[described] = self.cache.keys[torch.from_numpy(owners[owners >= 0])]
+        for place in np.flatnonzero(owners < 0):
+            keys[place] = text_key(self.cache.texts[rows[place]])
+        return keys
 
     def _teacher(self, images: np.ndarray, captions: np.ndarray, views: np.ndarray) -> Features:
         has = self.cache.modalities
@@ -211,7 +332,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         batch.image_of.to(device),
         texts,
         teacher,
-        batch.ids.to(device),
+        Ids(batch.ids.image.to(device), batch.ids.text.to(device), batch.ids.paired),
         batch.picked,
         batch.views,
     )

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -61,16 +61,25 @@ class _Position(artefacts.Record):
     total: Count
 
 
-class _Best(artefacts.Record):
+class Best(artefacts.Record):
+    """A run's best epoch and its figure, RSUM or agreement with the teacher."""
+
     epoch: int | None
-    rsum: float
+    rsum: float | None = None
+    agreement: float | None = None
+
+    @model_validator(mode="after")
+    def _some_figure(self) -> Self:
+        if self.rsum is None and self.agreement is None:
+            raise ValueError("neither rsum nor agreement")
+        return self
 
 
 class _Numbers(artefacts.Record):
     """The pieces that the loop itself counts with."""
 
     position: _Position
-    best: _Best
+    best: Best
 
 
 State = dict[str, Any]  # piece → nested dicts and lists of tensors and JSON values

@@ -30,10 +30,12 @@ class TrainConfig(BaseModel):
 
     epochs: Positive = 20
     steps_per_epoch: Positive | None = None  # None: every caption once
-    batch_size: Positive = 64  # pairs per step, over all processes
+    batch_size: Positive = 64  # photos and texts per step, over all processes
+    # of pairs in a batch where some photos have no captions or texts no photo, see `Sampler`
+    paired_share: Annotated[float, Field(ge=0, le=1)] | None = None
     captions_per_image: Positive = 1  # captions of one image in a batch; its pixels pass once
     shuffle: bool = True  # False: captions in the order of the data, as DSMD's released code
-    chunk_size: Positive | None = None  # pairs per forward pass; the gradient stays the batch's
+    chunk_size: Positive | None = None  # rows per forward pass; the gradient stays the batch's
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4

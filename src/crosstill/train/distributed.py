@@ -32,8 +32,12 @@ class Group:
 
     def slice_of(self, size: int) -> slice:
         """This process's equal share of a batch."""
-        share = size // self.world
+        share = self.share_of(size)
         return slice(self.rank * share, (self.rank + 1) * share)
+
+    def share_of(self, size: int) -> int:
+        """Number of rows in this process's share of a batch."""
+        return size // self.world
 
     def check(self, batch_size: int) -> None:
         if batch_size % self.world:
@@ -49,7 +53,12 @@ class Group:
         """The whole batch's features on every process; gradients reach the own slice only."""
         if self.world == 1:
             return features
-        return Features(*(_Gather.apply(side, self.rank, self.world) for side in features))
+        return Features(
+            *(
+                _Gather.apply(side, self.rank, self.world) if len(side) else side
+                for side in features
+            )
+        )
 
     def wait(self) -> None:
         if self.world > 1:

@@ -3,8 +3,8 @@
 config.json      sealed: settings, cache, command, versions
 student/         the student before training
 checkpoints/     the newest states of the run
-best/            the student with the best validation RSUM
-best.json        its epoch and recall
+best/            the student with the best validation RSUM, or agreement where there are no pairs
+best.json        its epoch and figures
 events.jsonl     one line a logged step or epoch
 metrics.json     the finished run's summary
 quarantine.jsonl images that the cache left out, with the reason
@@ -29,8 +29,10 @@ from crosstill import cache as caches
 from crosstill.cache import CacheBase, is_cache
 from crosstill.cache.format import QUARANTINE
 from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError
+from crosstill.evaluate.agreement import NAMES
 from crosstill.models import CONFIG, FORMAT
 from crosstill.students.student import RECORD, Student
+from crosstill.train.checkpoint import Best
 from crosstill.train.config import TrainConfig, as_started, parse
 
 STARTING = ".starting"  # there while a run is being laid out
@@ -41,13 +43,8 @@ _WRITTEN = (
 )
 
 
-class _Best(artefacts.Record):
-    epoch: int | None
-    rsum: float
-
-
 class _Metrics(artefacts.Record):
-    best: _Best
+    best: Best
     teacher: dict[str, Any] | None
 
 
@@ -87,7 +84,7 @@ class Run:
 
     @property
     def best(self) -> Student:
-        """The student with the best validation RSUM.
+        """The student that was best on the validation split.
 
         Raises:
             ModelError: the run trained a fusion model; see `matcher`.
@@ -113,6 +110,12 @@ class Run:
         """Settings, cache and command of the run."""
         return read_record(self.folder)
 
+    def summary(self) -> str:
+        """Describe the best epoch of the finished run in a few words."""
+        best = self.metrics["best"]
+        key = next(key for key in NAMES if key in best)
+        return f"best val {NAMES[key]} {best[key]:.2f} at epoch {best['epoch']}"
+
     @property
     def metrics(self) -> dict[str, Any]:
         """The finished run's summary.
@@ -124,7 +127,8 @@ class Run:
         path = artefacts.member(self.folder, "metrics.json")
         if not path.is_file():
             raise InputError(f"{path}: missing; finish the run with `crosstill train … --resume`")
-        return artefacts.checked(path, _Metrics, files.read_json(path)).model_dump()
+        metrics = artefacts.checked(path, _Metrics, files.read_json(path))
+        return metrics.model_dump(exclude_unset=True)
 
 
 def learner(folder: Path) -> Any:

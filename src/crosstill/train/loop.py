@@ -291,26 +291,30 @@ class Session:
             waiting: share of them in which it waited for batches.
         """
         assert self.events is not None
-        epoch, recall = self.position["epoch"], measured.recall
-        better = recall.rsum > self.best["rsum"]
+        epoch, ranking = self.position["epoch"], measured.recall
+        val, key = ranking.to_json(), ranking.key
+        better = ranking.value > self.best.get(key, -1.0)
         if better:
-            self.best = {"epoch": epoch, "rsum": recall.rsum, "val": recall.to_json()}
+            self.best = {"epoch": epoch, key: ranking.value, "val": val}
             self.best["mean_cosine"] = measured.cosines
             folder.save_best(self.path, self.student, self.best)
         self.events.write(
             self.position["total"],
             "epoch",
             epoch=epoch,
-            val=recall.to_json(),
+            val=val,
             mean_cosine=measured.cosines,
             teacher_mean_cosine=self.teacher_cosines,
         )
+        if ranking.warning and epoch == 1:
+            log.warning("validation: %s", ranking.warning)
         alike = self._alike(measured.cosines)
         log.info(
-            "epoch %d/%d  val RSUM %.2f%s  %.0f s, %.0f%% waiting for data%s",
+            "epoch %d/%d  val %s %.2f%s  %.0f s, %.0f%% waiting for data%s",
             epoch,
             self.config.epochs,
-            recall.rsum,
+            ranking.name,
+            ranking.value,
             " (best)" if better else "",
             seconds,
             100 * waiting,

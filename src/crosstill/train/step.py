@@ -93,7 +93,11 @@ def backward_in_chunks(
         with wrapped.no_sync() if waits else nullcontext():  # type: ignore[operator]
             again = embed(chunk)
             sides = [(side, like.grad) for side, like in zip(again, leaf, strict=True)]
-            reached = [(side, grad[chunk]) for side, grad in sides if grad is not None]
+            reached = [
+                (side, grad[chunk])
+                for side, grad in sides
+                if grad is not None and side.requires_grad
+            ]
             torch.autograd.backward([side for side, _ in reached], [grad for _, grad in reached])
     return outcome
 

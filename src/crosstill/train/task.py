@@ -20,10 +20,12 @@ from crosstill.balance import Balancer
 from crosstill.cache import Cache, CacheBase, Split
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate import CachedSplit
+from crosstill.evaluate.agreement import open_split
 from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.embedding import Measured
-from crosstill.evaluate.recall import Retrieval
+from crosstill.evaluate.recall import Ranking, Retrieval
 from crosstill.objectives import Input, Objective
+from crosstill.objectives.parts import first_rows
 from crosstill.objectives.wrappers import ROWS, PerWidth, principal_axes
 from crosstill.students.student import Student, Tokens
 from crosstill.students.student_config import FusionConfig, StudentConfig
@@ -34,7 +36,7 @@ from crosstill.train.distributed import Group
 from crosstill.train.layers import PairedLayers
 from crosstill.train.ridge_heads import ridge_heads
 from crosstill.train.step import Outcome, autocast, backward_in_chunks, check_precision, weigh
-from crosstill.types import Features
+from crosstill.types import Features, Ids
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +55,8 @@ class Validation(Protocol):
 
     caveat: str
 
-    def recall(self, student: Any) -> Retrieval:
-        """Measure the student's recall."""
+    def recall(self, student: Any) -> Ranking:
+        """Measure the student's recall, or without pairs its agreement with the teacher."""
 
     def measure(self, student: Any) -> Measured:
         """Measure the student's recall, and how alike its rows are."""
@@ -138,7 +140,7 @@ class Task(Protocol):
         """Let the losses store what they keep of a batch, after its optimizer step."""
 
     def validate(self) -> Measured:
-        """Measure the student's recall on the validation split, and how alike its rows are."""
+        """Measure the student on the validation split, and how alike its rows are."""
 
     def teacher(self) -> Retrieval | None:
         """Measure the teacher's recall as `validate` does; None where the cache cannot tell."""
@@ -201,9 +203,11 @@ class PairTask:
     student: Student
 
     def __init__(self, cache: Cache, config: TrainConfig, group: Group) -> None:
-        check_settings(cache, config, group)
+        sampler = check_settings(cache, config, group)
         self.cache, self.config, self.group = cache, config, group
         self.losses = build_losses(cache, config)
+        self._sides = _sides(cache.split(config.train_split))
+        self._check_pairs(sampler.paired)
         self._check_needs()
         for name, default in ONLY_LISTS.items():
             if getattr(config, name) != default:
@@ -259,6 +263,9 @@ class PairTask:
             )
         if config.freeze != "none":
             getattr(student, f"{config.freeze}_tower").requires_grad_(False)
+        for side in {"image", "text"} - self._sides:  # of which there is nothing to learn
+            getattr(student, f"{side}_tower").requires_grad_(False)
+            getattr(student, f"{side}_head").requires_grad_(False)
         if self._layers is not None:
             self._layers.follow(student)
         train, val = (self.cache.split(name) for name in (config.train_split, config.val_split))
@@ -275,7 +282,7 @@ class PairTask:
         return self._stream.ahead(epoch, first)
 
     def backward(self, batch: Batch) -> Outcome:
-        size, count = self.config.chunk_size, len(batch.image_of)
+        size, count = self.config.chunk_size, self.group.share_of(self.config.batch_size)
         if size is not None and size < count:
             chunks = [slice(start, start + size) for start in range(0, count, size)]
             return backward_in_chunks(
@@ -293,7 +300,8 @@ class PairTask:
 
     def after(self, batch: Batch) -> None:
         for loss in named_losses(self.losses).values():
-            loss.update(batch.teacher, batch.ids)
+            teacher, _, ids = loss_rows(loss, batch.teacher, batch.teacher, batch.ids)
+            loss.update(teacher, ids)
 
     def validate(self) -> Measured:
         return self._val.measure(self.student)
@@ -311,7 +319,7 @@ class PairTask:
     def open_validation(
         cache: CacheBase, split: Split, student: Student, config: TrainConfig
     ) -> CachedSplit:
-        return CachedSplit(cache, split, student, config.freeze)
+        return open_split(cache, split, student, config.freeze)
 
     def _features(self, batch: Batch, rows: slice) -> Features:
         """Encode some rows of this process's share; each distinct image passes once."""
@@ -327,7 +335,7 @@ class PairTask:
         features = self.group.gather(share)
         inputs = self._inputs(batch, features)
         losses = {
-            name: loss(*inputs[loss.reads], batch.ids)
+            name: loss(*loss_rows(loss, *inputs[loss.reads], batch.ids))
             for name, loss in named_losses(self.losses).items()
         }
         return weigh(losses, self.balance, features)
@@ -354,10 +362,47 @@ class PairTask:
         with autocast(self.config, self.group.device):
             return student.encode_image(photos).float()[batch.image_of]
 
+    def _check_pairs(self, paired: int) -> None:
+        """Refuse losses that need pairs, or both sides, where there are none.
+
+        Args:
+            paired: pairs in a batch.
+        """
+        losses, alone = named_losses(self.losses), len(self._sides) == 1
+        unfit = {
+            name: loss
+            for name, loss in losses.items()
+            if (loss.pairs and not paired)
+            or (alone and (loss.across or (loss.needs and not loss.needs & self._sides)))
+            or (loss.reads.kind == "hidden" and "image" not in self._sides)
+        }
+        if not unfit:
+            return
+        split = f"{self.cache.folder}, split {self.config.train_split!r}"
+        lacking = "pairs of photo and caption"
+        if alone:
+            lacking = "texts" if "image" in self._sides else "photos"
+        elif self.cache.split(self.config.train_split).pairs:
+            split = f"paired_share = {self.config.paired_share}"
+        fitting = [
+            name
+            for name in objectives.known()
+            if not (loss := objectives.LOSSES.find_class(name, Objective)).pairs
+            and not (alone and loss.across)
+        ]
+        raise MismatchError(
+            f"{split}: has no {lacking}, which {', '.join(unfit)} "
+            f"{'need' if len(unfit) > 1 else 'needs'}; leave it out (--set losses.NAME=false) or "
+            f"choose among {', '.join(fitting)}"
+        )
+
     def _check_needs(self) -> None:
         """Refuse losses that need features which the teacher did not leave."""
         has = self.cache.modalities
-        needs = {name: loss.needs - has for name, loss in named_losses(self.losses).items()}
+        needs = {
+            name: (loss.needs & self._sides) - has
+            for name, loss in named_losses(self.losses).items()
+        }
         starved = [name for name, lacking in needs.items() if lacking]
         if not starved:
             return
@@ -379,8 +424,11 @@ class PairTask:
         )
 
 
-def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> None:
+def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> Sampler:
     """Refuse settings that cannot work with any kind of student.
+
+    Returns:
+        What would draw the batches.
 
     Raises:
         ConfigError: a setting that was removed, a precision that the device would emulate, or a
@@ -395,12 +443,39 @@ def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> None:
     group.check(config.batch_size)
     # asked for their refusals: a split without rows, a batch that is larger than the split
     cache.split(config.val_split)
-    Sampler(cache.split(config.train_split), config.batch_size, config.captions_per_image, 0)
+    sampler = Sampler(
+        cache.split(config.train_split),
+        config.batch_size,
+        config.captions_per_image,
+        seed=0,
+        share=config.paired_share,
+    )
     if config.init_heads == "ridge" and "image" not in cache.modalities:
         raise MismatchError(
             f"init_heads = ridge needs the teacher's image features, and {cache.folder} has none; "
             "use init_heads=random"
         )
+    return sampler
+
+
+def loss_rows(loss: Objective, student: Any, teacher: Any, ids: Ids) -> tuple[Any, Any, Any]:
+    """Return the rows of a batch that a loss is given, of student and teacher, with their ids.
+
+    The ids are a tensor where all rows that it is given are pairs. Layers are of photos, whatever
+    belongs to these.
+    """
+    if ids.paired == len(ids.image) == len(ids.text):
+        return student, teacher, ids.image
+    if not loss.pairs or loss.reads.kind == "hidden":
+        return student, teacher, ids
+    mine, theirs = (first_rows(features, ids.paired) for features in (student, teacher))
+    return mine, theirs, ids.image[: ids.paired]
+
+
+def _sides(split: Split) -> frozenset[str]:
+    """Return which of "image" and "text" a split has rows of."""
+    rows = {"image": split.images, "text": split.captions}
+    return frozenset(side for side, places in rows.items() if len(places))
 
 
 def fit_queues(cache: CacheBase, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
@@ -436,7 +511,7 @@ def fit_queues(cache: CacheBase, config: TrainConfig) -> tuple[TrainConfig, list
 
 def build_losses(cache: CacheBase, config: TrainConfig) -> nn.ModuleDict:
     """Build the losses of a run, in the order of the settings."""
-    keys = cache.keys[cache.split(config.train_split).images]
+    keys = _keys(cache, config)
     width = cache.dim or 1  # that of a cache without features is refused by what the losses need
     return nn.ModuleDict(
         {
@@ -444,6 +519,12 @@ def build_losses(cache: CacheBase, config: TrainConfig) -> nn.ModuleDict:
             for name, options in config.losses.items()
         }
     )
+
+
+def _keys(cache: CacheBase, config: TrainConfig) -> Tensor:
+    """Return the keys of the training photos that losses with pairs see."""
+    split = cache.split(config.train_split)
+    return cache.keys[split.images[split.captioned] if split.pairs else split.images]
 
 
 def build_balance(config: TrainConfig, losses: nn.ModuleDict) -> Balancer:
@@ -491,7 +572,7 @@ def _wrap_widths(
         return  # the check of the widths refuses it next
     if cache.modalities and torch.equal(student.axes.cpu(), torch.eye(student.dim)):
         student.axes.copy_(_principal_axes(cache, config.train_split))
-    keys = cache.keys[cache.split(config.train_split).images]
+    keys = _keys(cache, config)
     for name, options in config.losses.items():
         loss: Any = losses[name]
         if loss.reads.kind == "hidden":
@@ -508,9 +589,10 @@ def _wrap_widths(
 def _principal_axes(cache: Cache, split: str) -> Tensor:
     """Compute the principal axes of a split's teacher features, from evenly spread rows."""
     rows, sides = cache.split(split), []
-    if "image" in cache.modalities:
+    has = cache.modalities & _sides(rows)
+    if "image" in has:
         sides.append(cache.image_features(rows.images[_evenly(len(rows.images))]))
-    if "text" in cache.modalities:
+    if "text" in has:
         sides.append(cache.text_features(rows.captions[_evenly(len(rows.captions))]))
     return principal_axes(sides)
 
