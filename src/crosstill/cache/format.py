@@ -158,7 +158,9 @@ class ShardedRows:
     def take(self, rows: np.ndarray) -> Tensor:
         """Read rows, in the order in which they are given, as float32 (len(rows), D)."""
         rows = np.asarray(rows)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+        if not len(rows):
+            return torch.empty(0, self.dim or 0)
+        if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"rows outside 0..{len(self) - 1}")
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         out = np.empty((len(rows), self._shards[0].shape[1]), dtype=np.float32)

@@ -263,6 +263,8 @@ class Queue(nn.Module):
         for side, (rows, row_ids) in enumerate(
             zip(features, (every.image, every.text), strict=True)
         ):
+            if not len(rows):
+                continue  # it may have no width either
             count = min(len(rows), length)
             slots = self.pointer[side] + torch.arange(count, device=self.ids.device)
             slots %= length
