@@ -89,7 +89,7 @@ class Sampler:
         ConfigError: a batch has more rows than there are, or a share of pairs and no pairs.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         split: Split,
         batch_size: int,
