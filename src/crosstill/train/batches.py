@@ -89,7 +89,7 @@ class Sampler:
         ConfigError: a batch has more rows than there are, or a share of pairs and no pairs.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(  # noqa: PLR0913  (every setting of a batch is an argument)
         self,
         split: Split,
         batch_size: int,
