@@ -231,6 +231,21 @@ def test_only_what_serves_pairs_is_measured(photos, teacher, tmp_path, caplog):
     assert "no captions in it, and they are needed here" in line
 
 
+def test_a_cache_of_before_goes_on_without_photos_that_have_no_captions(photos, tmp_path, caplog):
+    """They were set apart when its dataset was read, so that they are not in its key."""
+    pairs = data.open(photos)
+    old = cache.build(SmallTeacher(), pairs.captioned(), tmp_path / "old")
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(SmallTeacher(limit=0), pairs.captioned(), tmp_path / "cut")
+    caplog.set_level("INFO")
+    for name in ("old", "cut"):
+        caplog.clear()
+        again = cache.build(SmallTeacher(), pairs, tmp_path / name)
+        assert again.digest == old.digest and len(again.image_ids) == 20
+        assert "40 photos without captions left out" in caplog.text
+    assert cache.build(SmallTeacher(), pairs, tmp_path / "new").digest != old.digest
+
+
 def test_texts_as_python_has_them(photos, lines, tmp_path):
     pairs = data.open(photos)
     made = [

@@ -18,6 +18,21 @@ def folder(cached, tmp_path) -> Path:
     return Path(shutil.copytree(cached.folder, tmp_path / "theirs/cache"))
 
 
+@pytest.fixture
+def loose(scenes, teacher, tmp_path) -> Path:
+    """A cache with texts that have no photo."""
+    texts = (f"a red circle number {number}" for number in range(200))
+    return cache.build(teacher, scenes, tmp_path / "theirs/loose", texts=texts).folder
+
+
+def replaced(folder: Path, table: pa.Table) -> Path:
+    """Put another table of loose texts there, with a checksum that is right."""
+    pq.write_table(table, folder / "texts.parquet")
+    digest = files.digest_file(folder / "texts.parquet")
+    sealed(folder, lambda record: record["files"].update({"texts.parquet": digest}))
+    return folder
+
+
 def sealed(folder: Path, edit) -> None:
     record = json.loads((folder / "cache.json").read_text())
     edit(record)
@@ -118,3 +133,43 @@ def test_a_source_of_wrong_types_is_refused(folder, source):
     sealed(folder, lambda record: record["data"].update(source=source))
     with pytest.raises(CorruptError, match=r"cache\.json: not readable"):
         cache.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"text": pa.array([b"\xff\xfe"] * 200).view(pa.string()), "split": ["train"] * 200},
+            "UTF8",
+        ),
+        ({"text": [None] * 200, "split": ["train"] * 200}, "no column text of string"),
+        ({"text": ["a"] * 200, "split": [*["train"] * 199, None]}, "an empty cell"),
+        ({"text": ["a"] * 200, "split": [0] * 200}, "no column split of string"),
+        ({"text": ["a"] * 200}, "no column split of string"),
+        ({"text": ["a"] * 199, "split": ["train"] * 199}, "its text rows do not add up"),
+        ({"text": ["a"] * 201, "split": ["train"] * 201}, "its text rows do not add up"),
+        ({"text": ["a"] * 200, "split": ["trian"] * 200}, "unknown split 'trian'"),
+        (
+            {"text": pa.array(["a"]).take(pa.array([0] * 3_000_000)), "split": ["val"] * 3_000_000},
+            r"3000000 rows in",
+        ),
+    ],
+)
+def test_a_damaged_table_of_loose_texts_is_refused(loose, columns, message):
+    with pytest.raises(CorruptError, match=message):
+        cache.open(replaced(loose, pa.table(columns)))
+
+
+def test_a_cache_without_its_table_of_loose_texts_is_refused(loose):
+    path = loose / "texts.parquet"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:100], b""):
+        path.write_bytes(content)
+        with pytest.raises(CorruptError, match=r"texts\.parquet: its checksum is wrong"):
+            cache.open(loose)
+    path.unlink()
+    with pytest.raises(CorruptError, match=r"texts\.parquet: the file is missing"):
+        cache.open(loose)
+    sealed(loose, lambda record: record["files"].pop("texts.parquet"))
+    with pytest.raises(CorruptError, match="its text rows do not add up"):
+        cache.open(loose)

@@ -153,3 +153,17 @@ def test_features_of_several_views_and_joined_ones(many, tmp_path):
     parts = [tmp_path / "16/whole", tmp_path / "24/whole"]
     (tmp_path / "joined").mkdir()
     check(["join", *parts], tmp_path / "joined", *moments[1:])
+
+
+def test_photos_without_captions_and_texts_without_photos(photos, tmp_path):
+    """Captions and loose texts share shards: a kill between two, and before their table."""
+    told = json.loads(photos.read_text())
+    for image in told["images"][:100]:
+        image["sentences"] = []
+    mixed, lines = photos.parent / "mixed.json", tmp_path / "lines.txt"
+    mixed.write_text(json.dumps(told))
+    lines.write_text("\n".join(f"a red circle number {number}" for number in range(4200)))
+    teacher = dual(tmp_path / "teacher", mixed, 16)
+    moments = [("text-00001.npy", 1), ("texts.parquet", 1)]
+    made = check(["cache", teacher, mixed, "--texts", lines], tmp_path, *moments)
+    assert len([name for name in made if name.startswith("text-")]) == 3

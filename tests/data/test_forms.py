@@ -462,6 +462,56 @@ def test_only_two_forms_are_not_slices_or_files(opened):
     assert in_slices == {"parquet_plain", "tar", "tar_json", "saved", "hub_parquet", "hub_id"}
 
 
+def bare(written: Path, name: str) -> Form:
+    """The same photos in a form of theirs, of which each third has its captions and no other."""
+    home = written / f"bare-{name}"
+    shutil.copytree(written / "karpathy", home, ignore=shutil.ignore_patterns("*.json"))
+    told = [(i["filename"], texts(i) if n % 3 == 0 else []) for n, i in enumerate(items(written))]
+    if name == "karpathy":
+        images = [{"filename": f, "sentences": [{"raw": t} for t in c]} for f, c in told]
+        del images[1]["sentences"]
+        (home / "list.json").write_text(json.dumps({"images": images}))
+    elif name == "coco":
+        images = [{"id": n, "file_name": f} for n, (f, _) in enumerate(told)]
+        notes = [{"image_id": n, "caption": t} for n, (_, c) in enumerate(told) for t in c]
+        (home / "list.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    elif name == "csv":
+        lines = [[file, text] for file, captions in told for text in captions or [" "]]
+        table(home / "list.csv", lines, ["filepath", "caption"])
+    elif name == "jsonl":
+        lines = [
+            {"file": f, "captions": c or (None if n % 2 else [])} for n, (f, c) in enumerate(told)
+        ]
+        (home / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    elif name == "folder":
+        for file, captions in told:
+            if captions:
+                (home / file).with_suffix(".txt").write_text("\n".join(captions))
+        return form(home)
+    elif name == "parquet":
+        lines = [{"image": (home / f).read_bytes(), "captions": c} for f, c in told]
+        pq.write_table(pa.Table.from_pylist(lines), home / "list.parquet")
+    else:
+        with tarfile.open(home / "list.tar", "w") as archive:
+            for file, captions in told:
+                member(archive, file, (home / file).read_bytes())
+                if captions:
+                    member(archive, file.replace(".png", ".txt"), "\n".join(captions).encode())
+    return form(next(home.glob("list.*")))
+
+
+@pytest.mark.parametrize("name", ["karpathy", "coco", "csv", "jsonl", "folder", "parquet", "tar"])
+def test_photos_without_captions_are_the_same_dataset_in_every_form(name, written):
+    source, _ = bare(written, name)
+    pairs = data.open(source)
+    assert {e.image_id: e.captions for e in pairs.examples} == {
+        image_id(photo(written, item)): tuple(texts(item)) if number % 3 == 0 else ()
+        for number, item in enumerate(items(written))
+    }
+    assert "photos without captions: 13" in pairs.notes and not pairs.quarantine.rows
+    assert len(pairs.captioned()) == 7
+
+
 @pytest.mark.parametrize("form", ["karpathy", "folder", "tar", "parquet"])
 def test_a_split_is_a_dataset(form, opened):
     val = opened(form).split("val")

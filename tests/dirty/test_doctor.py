@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crosstill import doctor
+from crosstill import cache, doctor, students
 from crosstill.data import scenes as scenery
 from crosstill.doctor import missing
 from crosstill.pixels import CLASSES
+from support import small_config
 from verbs import crosstill
 
 
@@ -49,6 +50,40 @@ def test_a_clean_dataset_has_no_findings(home):
     report = examined(home / "all.json", "--images", home / "photos")
     assert report["data"]["findings"] == []
     assert report["data"]["classes"] == {}
+
+
+def test_photos_without_captions_are_counted_with_the_commands_that_use_them(home, tmp_path):
+    def strip(images):
+        for item in images[5:]:
+            item["sentences"] = []
+
+    words = [edited(home, strip), "--images", home / "photos"]
+    report = examined(*words)
+    assert (report["data"]["captioned"], report["data"]["bare"]) == (5, 15)
+    (finding,) = report["data"]["findings"]
+    assert (finding["finding"], finding["count"]) == ("bare photos", 15)
+    text = crosstill("doctor", *words).stdout
+    assert re.search(r"^captioned +5 of them$", text, re.MULTILINE)
+    # the first of the two commands, with a teacher that is here
+    line = next(line for line in text.splitlines() if "crosstill cache" in line)
+    command = shlex.split(line.partition("→ crosstill ")[2].partition(";")[0])
+    (tmp_path / "lines.txt").write_text("a red heart\na green star\n")
+    students.build(small_config(), dim=16, captions=["a red heart"]).save(tmp_path / "teacher")
+    given = {
+        "openai/clip-vit-base-patch32": tmp_path / "teacher",
+        "LINES.txt": tmp_path / "lines.txt",
+        "caches/mine": tmp_path / "cache",
+    }
+    crosstill(*(given.get(word, word) for word in command))
+    made = cache.open(tmp_path / "cache")
+    assert (len(made.image_ids), made.loose) == (20, 2)
+
+
+def test_a_folder_of_photos_and_nothing_else(home):
+    (home / "all.json").unlink()
+    text = crosstill("doctor", home / "photos").stdout
+    assert re.search(r"^captioned +0 of them$", text, re.MULTILINE)
+    assert f"→ crosstill cache openai/clip-vit-base-patch32 {home / 'photos'} --texts LIN" in text
 
 
 def test_leaks_name_both_files(home):

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosstill import artefacts, images, progress
+from crosstill import artefacts, files, images, progress
 from crosstill.cache import cache_builder, format
 from crosstill.data import Pairs
 from crosstill.data.texts import LooseTexts, read_texts
-from crosstill.errors import ConfigError, ImageError, ModelError, unknown
+from crosstill.errors import ConfigError, CorruptError, ImageError, ModelError, unknown
 from crosstill.teachers.base import RawTeacher, Teacher, embed_by_length, kind_of
 from crosstill.teachers.features import FeaturesTeacher
 from crosstill.types import Example
@@ -99,7 +100,7 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
     if teacher is None and raw:
         raise ConfigError("--raw: without a teacher there are no rows to keep; leave it out")
     rows = _Rows() if teacher is None else _rows_of(teacher, raw)
-    if teacher is None:
+    if teacher is None or _begun_without_bare(pairs, Path(folder)):
         pairs = pairs.captioned()
     rows.check(pairs)
     loose = read_texts(texts or (), (text for e in pairs.examples for text in e.captions))
@@ -107,6 +108,18 @@ def build_features(  # noqa: PLR0913  (every option of a cache is an argument)
         log.info(loose.note)
         rows.check_loose(loose)
     return _FeatureBuilder(rows, pairs, folder, options, loose).make()
+
+
+def _begun_without_bare(pairs: Pairs, folder: Path) -> bool:
+    """Tell whether a folder's cache is of the captioned photos alone, as all were at first."""
+    captioned = tuple(example for example in pairs.examples if example.captions)
+    for name in (format.HEADER, cache_builder.JOURNAL):
+        if len(captioned) in (0, len(pairs)) or not (folder / name).is_file():
+            continue
+        with suppress(CorruptError):  # the builder has more to say
+            held = files.read_sealed(folder / name, {format.FORMAT})["key"]
+            return bool(held["data"] == replace(pairs, examples=captioned).digest())
+    return False
 
 
 class _FeatureBuilder(cache_builder.CacheBuilder[format.Cache]):

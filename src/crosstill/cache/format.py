@@ -214,6 +214,10 @@ class CacheBase:
         if TEXTS in self.header["files"]:
             loose = read_table(self.folder / TEXTS, _TEXTS)
             self._loose_splits = loose["split"].to_numpy()
+            if odd := set(self._loose_splits) - {*data.SPLITS}:
+                raise CorruptError(
+                    f"{self.folder / TEXTS}: unknown split {min(odd)!r}; build it anew"
+                )
             self.texts += loose["text"].to_pylist()
             self.owner = np.append(self.owner, np.full(len(loose), -1, self.owner.dtype))
         with artefacts.readable(self.folder / IMAGES):  # an id need not be hexadecimal

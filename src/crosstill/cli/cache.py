@@ -147,12 +147,10 @@ def _describe(cache: CacheBase) -> None:
     splits = ", ".join(
         f"{name} {len(cache.split(name).images):,}" for name in sorted(set(cache.splits))
     )
-    captions = len(cache.texts) - cache.loose
-    bare = len(cache.image_ids) - len(set(cache.owner[:captions].tolist()))
+    bare = len(cache.image_ids) - len(set(cache.owner[cache.owner >= 0].tolist()))
     photos = f", {bare:,} of them without captions" if bare else ""
-    loose = f" and {cache.loose:,} loose texts" if cache.loose else ""
     teacher = cache.teacher["name"] or "none"
     common.say(
         f"{cache.folder}: whole; {len(cache.image_ids):,} images ({splits}){photos}, "
-        f"{captions:,} captions{loose}, {cache.summary()}, teacher {teacher}"
+        f"{common.texts(cache)}, {cache.summary()}, teacher {teacher}"
     )

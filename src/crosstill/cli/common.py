@@ -1,16 +1,21 @@
 """Options that several verbs share, and how verbs speak."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crosstill import files
 from crosstill.errors import DataError, DiskFullError, InputError, printable
+
+if TYPE_CHECKING:
+    from crosstill.cache import CacheBase
 
 # control codes but for tabs and new lines, marks that turn the writing round, stray bytes
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -94,6 +99,12 @@ def check_cache(folder: Path) -> None:
 
     if not is_cache(folder):
         raise InputError(f"{folder}: no finished cache there; make one with `crosstill cache`")
+
+
+def texts(cache: CacheBase) -> str:
+    """Count the texts of a cache, in words."""
+    loose = f" and {cache.loose:,} loose texts" if cache.loose else ""
+    return f"{len(cache.texts) - cache.loose:,} captions{loose}"
 
 
 def quarantine_note(count: int, where: str) -> None:

@@ -34,7 +34,7 @@ def command(
     parts = ", ".join(f"{p['name']} ({p['dim']} × {p['weight']:g})" for p in made.teacher["parts"])
     common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
     common.say(
-        f"{out}: {len(made.image_ids):,} images, {len(made.texts):,} captions, "
+        f"{out}: {len(made.image_ids):,} images, {common.texts(made)}, "
         f"{' and '.join(sorted(made.modalities))} features, {made.dim} wide, of {parts}"
     )
 

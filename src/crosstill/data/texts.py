@@ -88,7 +88,10 @@ def read_texts(sources: Iterable[str | Path], captions: Iterable[str] = ()) -> L
     of_lines = np.frombuffer(hashes, _HASH)
     distinct, rows = np.unique(of_lines, return_index=True)
     known = np.array([sha256(text.encode()).digest() for text in captions], _HASH)
-    loose = ~np.isin(distinct, known)
+    loose = np.ones(len(distinct), dtype=bool)
+    if len(distinct):
+        places = np.searchsorted(distinct, known).clip(max=len(distinct) - 1)
+        loose[places[distinct[places] == known]] = False
     distinct, rows = distinct[loose], rows[loose]
     splits = _draw_splits(distinct)
     counts["repeated"] = len(lines) - len(loose)

@@ -7,6 +7,7 @@ images; `missing` looks for listed files that are not where the listing says.
 import importlib.util
 import platform
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ FIXES = {
 # what to do about notes of `data.open`, by their beginning
 _NOTES = {
     "copies of an image": "",  # findings of their own say more
+    "photos without captions": "",
     "empty captions": "nothing, if they mean nothing; they are not used",
     "captions with broken Unicode": "save the listing as UTF-8 again, from its source",
     "images without a split": "nothing: the same images always get the same split",
@@ -176,7 +178,9 @@ def examine(
         return report
     bad = [*pairs.quarantine.rows, *_undecodable(pairs)]
     report.data = _described(pairs, bad, model)
-    report.findings = find(pairs, bad)
+    words = [source, *(["--images", str(folder)] if folder is not None else [])]
+    words += ["--splits", str(splits)] if splits is not None else []
+    report.findings = find(pairs, bad, printable(shlex.join(words)))
     return report
 
 
@@ -210,6 +214,7 @@ def _summary(dataset: dict[str, Any]) -> list[str]:
     return [
         f"{'dataset':16} {dataset['name']}",
         f"{'images':16} {_counts(dataset['splits'])}",
+        *([f"{'captioned':16} {dataset['captioned']:,} of them"] if dataset["bare"] else []),
         *([f"{'usable':16} {dataset['usable']:,} of them"] if dataset["unreadable"] else []),
         f"{'captions':16} {dataset['captions']:,}, an image has {per['least']} to {per['most']}",
         f"{'truncated':16} {cut['count']:,} captions ({cut['rule']})",
@@ -245,6 +250,8 @@ def _described(pairs: Pairs, bad: list[dict[str, Any]], model: str | None) -> di
         "name": pairs.name,
         "splits": pairs.splits,
         "usable": len(pairs) - sum(row["path"] in listed for row in bad),
+        "captioned": sum(count > 0 for count in counts),
+        "bare": counts.count(0) if pairs.examples else 0,
         "captions": len(captions),
         "captions_per_image": {
             "least": min(counts),
@@ -283,16 +290,18 @@ def _undecodable(pairs: Pairs) -> list[dict[str, Any]]:
     return list(quarantine.rows)
 
 
-def find(pairs: Pairs, unreadable: Sequence[dict[str, Any]]) -> list[Finding]:
+def find(pairs: Pairs, unreadable: Sequence[dict[str, Any]], source: str = "DATA") -> list[Finding]:
     """Find leaks, captions and unreadable images to look at, the most harmful first.
 
     Args:
         pairs: the dataset, opened.
         unreadable: rows as in quarantine.jsonl.
+        source: the dataset as it is given to commands.
     """
     findings = [
         *_copies(pairs.copies),
         *_classes(unreadable),
+        *_bare(pairs, source),
         *_shared(pairs),
         *_repeated(pairs),
         *_unusual(pairs),
@@ -336,6 +345,18 @@ def _classes(unreadable: Sequence[dict[str, Any]]) -> Iterable[Finding]:
 
 def _unreadable(row: dict[str, Any]) -> str:
     return f"{printable(row['path'])}: {printable(row['reason'])} ({row['bytes']:,} bytes)"
+
+
+def _bare(pairs: Pairs, source: str) -> Iterable[Finding]:
+    """Yield the photos without captions, and the commands that learn from them all the same."""
+    yield Finding(
+        "bare photos",
+        sum(not example.captions for example in pairs.examples),
+        "photos without captions: a student learns from what a teacher makes of them, beside "
+        "sentences of any origin (LINES.txt, one a line)",
+        f"crosstill cache openai/clip-vit-base-patch32 {source} --texts LINES.txt --out caches/mine"
+        "; crosstill train caches/mine --out runs/mine",
+    )
 
 
 def _shared(pairs: Pairs) -> Iterable[Finding]:
@@ -418,7 +439,7 @@ def _note(note: str) -> Finding:
     text, _, number = note.rpartition(": ")
     count = int(number) if text and number.isdigit() else 1
     start = next((start for start in _NOTES if note.startswith(start)), None)
-    if start == "copies of an image":
+    if start in ("copies of an image", "photos without captions"):
         count = 0
     says = text if text and number.isdigit() else note
     return Finding("note", count, says, _NOTES.get(start or "", ""))
