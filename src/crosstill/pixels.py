@@ -12,7 +12,8 @@ floating point, so that a matrix product serves.
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
@@ -24,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from crosstill import decoding, files, jpeg
-from crosstill.errors import ConfigError, ImageError, unknown
+from crosstill.errors import ConfigError, CorruptError, ImageError, unknown
 from crosstill.rasters import FORMATS, MAX_PIXELS, MAX_SIDE, OVERSIZE, OVERTIME, check_size
 
 __all__ = [
@@ -35,10 +36,12 @@ __all__ = [
     "Preprocess",
     "Quarantine",
     "check_size",
+    "count_left_out",
     "decode",
     "failure_class",
     "load",
     "quarantine_row",
+    "read_classes",
     "resize",
     "upright",
 ]
@@ -218,6 +221,36 @@ def quarantine_row(path: str, reason: str, size_in_bytes: int) -> dict[str, Any]
     """Return one line of quarantine.jsonl."""
     kind = failure_class(reason)
     return {"path": path, "class": kind, "reason": reason, "bytes": size_in_bytes}
+
+
+# those of the classes whose images can be read; of all others "unreadable images left out"
+_SOUND = {"no-vector": "no vector for {:,} photos", "no-caption": "no caption for {:,} photos"}
+
+
+def count_left_out(classes: Iterable[str]) -> str:
+    """Say how many images were left out and why, in a few words; "" where there are none.
+
+    >>> count_left_out(["no-vector", "no-vector", "truncated"])
+    'unreadable images left out: 1; no vector for 2 photos'
+    """
+    counts = Counter(name if name in _SOUND else "unreadable" for name in classes)
+    words = {"unreadable": "unreadable images left out: {}"} | _SOUND
+    return "; ".join(text.format(counts[name]) for name, text in words.items() if counts[name])
+
+
+def read_classes(path: Path) -> list[str]:
+    """Read the class of each line of a quarantine.jsonl; nothing where there is no such file.
+
+    Raises:
+        CorruptError: a line is none of a quarantine.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [str(row.get("class") or failure_class(row["reason"])) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CorruptError(f"{path}: not the list of images that were left out") from None
 
 
 class Quarantine:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from crosstill import data, students
@@ -89,6 +90,27 @@ def test_doctor_describes_machine_and_data(home, tmp_path):
     assert report["captions_per_image"]["histogram"] == {"5": 20}
     text = crosstill("doctor", tmp_path / "dataset.json").stdout
     assert "000007.png: not an image" in text
+
+
+def test_photos_without_a_vector_are_not_called_unreadable(home, tmp_path, caplog):
+    scenery.write(tmp_path / "photos", 20)
+    (tmp_path / "photos/000007.png").write_bytes(b"rubbish")
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    known = [f"{row:06d}.png" for row in range(20) if row not in (3, 4)]
+    (folder / "filenames.txt").write_text("\n".join(known))
+    np.save(folder / "image.npy", np.random.default_rng(0).normal(size=(18, 16)))
+    listing = tmp_path / "photos/dataset.json"
+    made = crosstill("cache", folder, listing, "--out", tmp_path / "cache")
+    said = "unreadable images left out: 1; no vector for 2 photos, listed in"
+    assert said in made.stderr
+    instance = ("--recipe", "info_nce", "--set", "losses.instance.side=image")
+    with caplog.at_level("WARNING", "crosstill"):
+        crosstill(
+            *("train", tmp_path / "cache", *student(home), *instance, *TRAIN),
+            *("--set", "batch_size=4", "--out", tmp_path / "run"),
+        )
+    assert said in caplog.text
 
 
 def test_bad_images_are_counted_on_screen(home, tmp_path):

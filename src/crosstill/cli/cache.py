@@ -139,7 +139,7 @@ def command(
         teacher_licence=teacher_licence,
         texts=texts or None,
     )
-    common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
+    common.quarantine_note(out / "quarantine.jsonl")
     _describe(made)
 
 

@@ -107,7 +107,9 @@ def texts(cache: CacheBase) -> str:
     return f"{len(cache.texts) - cache.loose:,} captions{loose}"
 
 
-def quarantine_note(count: int, where: str) -> None:
-    """Say that images were left out; never silently."""
-    if count:
-        note(f"unreadable images left out: {count}, listed in {where}")
+def quarantine_note(path: Path) -> None:
+    """Say how many images a quarantine.jsonl lists; never leave any out silently."""
+    from crosstill import pixels  # which loads numpy, too slow for --help
+
+    if left_out := pixels.count_left_out(pixels.read_classes(path)):
+        note(f"{left_out}, listed in {path}")

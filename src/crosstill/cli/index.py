@@ -82,7 +82,7 @@ def command(
         strict=strict,
         rebuild=rebuild,
     )
-    common.quarantine_note(built.unreadable, str(out / QUARANTINE))
+    common.quarantine_note(out / QUARANTINE)
     if as_json:
         common.dump(built.to_json())
         return

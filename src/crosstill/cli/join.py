@@ -32,7 +32,7 @@ def command(
 
     made = cache.join(caches, out, None if weights is None else _numbers(weights))
     parts = ", ".join(f"{p['name']} ({p['dim']} × {p['weight']:g})" for p in made.teacher["parts"])
-    common.quarantine_note(made.header["quarantined"], str(out / "quarantine.jsonl"))
+    common.quarantine_note(out / "quarantine.jsonl")
     common.say(
         f"{out}: {len(made.image_ids):,} images, {common.texts(made)}, "
         f"{' and '.join(sorted(made.modalities))} features, {made.dim} wide, of {parts}"

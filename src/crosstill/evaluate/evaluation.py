@@ -18,6 +18,7 @@ from crosstill.evaluate.extended import Judged, Placed
 from crosstill.evaluate.recall import DEPTHS, Ranking, Retrieval, by_protocol
 from crosstill.formats import aligned
 from crosstill.images import Quarantine
+from crosstill.pixels import count_left_out
 from crosstill.teachers.base import Teacher
 
 MODEL = ("model", "parameters")
@@ -239,7 +240,7 @@ def remarks(quarantine: Quarantine, images: int, shared: int = 0) -> list[str]:
     """List what a person should know of the images measured, and of those left out."""
     notes = [f"left out: {bad['path']}: {bad['reason']}" for bad in quarantine.rows]
     if quarantine.rows:
-        notes.append(f"unreadable images left out: {len(quarantine)}")
+        notes.append(count_left_out(row["class"] for row in quarantine.rows))
     if images <= DEPTHS[-1]:
         notes.append(f"only {images} images: recall at {DEPTHS[-1]} is 100 for any model")
     if shared:

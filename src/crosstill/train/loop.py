@@ -18,6 +18,7 @@ from crosstill.cache import CacheBase
 from crosstill.errors import ConfigError, MismatchError, NonFiniteError
 from crosstill.evaluate.embedding import Measured
 from crosstill.evaluate.likeness import describe_alike
+from crosstill.pixels import count_left_out, read_classes
 from crosstill.teachers.base import truncation_note
 from crosstill.train import checkpoint, distributed, folder
 from crosstill.train.config import TrainConfig
@@ -164,9 +165,9 @@ def _prepare(
     if student is None:
         raise ConfigError("a new run needs a student")
     folder.create(path, config, student, cache, command)
-    bad = cache.header["quarantined"]
-    if bad:
-        log.warning("unreadable images left out: %d, listed in %s", bad, path / folder.QUARANTINE)
+    left_out = count_left_out(read_classes(path / folder.QUARANTINE))
+    if left_out:
+        log.warning("%s, listed in %s", left_out, path / folder.QUARANTINE)
     used = [text for s in (config.train_split, config.val_split) for text in cache.captions(s)]
     if note := truncation_note({student.name: student}, used):
         log.warning(note)
