@@ -31,7 +31,7 @@ from verbs import TOML, crosstill  # noqa: E402
 
 SETTINGS = ["epochs=2", "steps_per_epoch=10", "batch_size=8", "lr=1e-3", "log_every=1"]
 KEEP = ["save_every=4", "keep=2"]
-LISTS = ["losses.dcd.hardest=3"]
+LISTS = ["losses.dcd={hardest=3}"]  # not calibrated
 MARGIN = ["losses.hard_negative.margin=0"]
 QUEUE = ["losses.contrastive.queue_size=24"]
 # the words after `crosstill train`: cache, recipe, student, changes

@@ -122,13 +122,14 @@ def test_help(verb, monkeypatch):
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_names_in_checkpoints(new, tmp_path, recipe):
     """The names and shapes of student, losses, balancer and optimizer, in their order."""
-    lists = recipe in ("dcd", "cprd")
-    changes = [f"losses.{recipe}.hardest=3"] if lists else []
+    lists = recipe in ("dcd", "dcd_released", "cprd")
+    student = "meter.toml" if recipe == "dcd_released" else "small.toml"
+    changes = [f"losses.{recipe.removesuffix('_released')}.hardest=3"] if lists else []
     changes += make.QUEUE if recipe in ("flickr30k", "coco") else []
     sets = [*make.SETTINGS, "epochs=1", "steps_per_epoch=1", *changes]
     crosstill(
         *("train", new / ("scores" if lists else "features"), "--out", tmp_path / "run"),
-        *("--student", new / "small.toml", "--recipe", recipe),
+        *("--student", new / student, "--recipe", recipe),
         *(word for change in sets for word in ("--set", change)),
     )
     (path,) = (tmp_path / "run/checkpoints").glob("*.safetensors")

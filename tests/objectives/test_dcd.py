@@ -8,8 +8,10 @@ from torch.nn.functional import normalize
 from crosstill import objectives
 from crosstill.errors import ConfigError
 from crosstill.objectives.dcd import (
+    best_bias,
     binary_cross_entropy,
     confidence,
+    matching_loss,
     squared_error,
     uncertainty,
     variant_loss,
@@ -181,12 +183,28 @@ def test_invalid_entries_are_never_looked_at(loss, reduction, garbage):
     assert results[1][1][1, 2] == 0
 
 
-@pytest.mark.parametrize("loss", [uncertainty_loss, focal_loss])
+@pytest.mark.parametrize("variant", ["uncertainty", "plain"])
+@pytest.mark.parametrize("free_bias", [False, True])
 @pytest.mark.parametrize("valid", [None, MASK])
-def test_gradient_of_score_lists(loss, valid):
+def test_gradient_of_score_lists(variant, free_bias, valid):
     student = matrix([1, 2, 3], [1, 2, 0.5]).requires_grad_()
     teacher = matrix([2, 0, 1], [0.5, 0, 1])
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, valid), student)
+    options = {"variant": variant, "free_bias": free_bias}
+    assert torch.autograd.gradcheck(lambda s: variant_loss(s, teacher, valid, **options), student)
+
+
+@pytest.mark.parametrize("valid", [None, MASK])
+def test_the_focal_weight_is_a_constant_to_the_gradient(valid):
+    student = matrix([1, 2, 3], [1, 2, 0.5]).requires_grad_()
+    teacher = matrix([2, 0, 1], [0.5, 0, 1])
+    ratio = list_cross_entropy(student.detach(), valid) / list_cross_entropy(teacher, valid)
+    constant = 1 - torch.exp(-ratio)
+    expected = 0.2 * (constant * squared_error(student, teacher, valid)).mean()
+    expected = expected + list_cross_entropy(student, valid).mean()
+    value = focal_loss(student, teacher, valid)
+    close(value, expected.item())
+    (gradient,) = torch.autograd.grad(value, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0], **CLOSE)
 
 
 @pytest.mark.parametrize("gap", [20.0, 90.0, 1e4])
@@ -307,10 +325,12 @@ def test_finite_for_degenerate_batches(variant, reduction, size):
         assert all(x.grad.isfinite().all() for x in rows)
 
 
-@pytest.mark.parametrize("variant", ["uncertainty", "focal"])
+@pytest.mark.parametrize("variant", ["uncertainty", "plain"])
 @pytest.mark.parametrize("reduction", ["sample", "released"])
-def test_gradient_of_every_variant(variant, reduction):
-    loss = objectives.build("dcd", variant=variant, reduction=reduction, hardest=3)
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_gradient_of_every_variant(variant, reduction, calibrate):
+    options = {"variant": variant, "reduction": reduction, "calibrate": calibrate}
+    loss = objectives.build("dcd", hardest=3, **options)
     inputs = tuple(x.requires_grad_() for x in random(0))
     assert torch.autograd.gradcheck(lambda *s: loss(Features(*s), random(1), IDS), inputs)
 
@@ -323,6 +343,8 @@ def test_gradient_of_every_variant(variant, reduction):
         ({"hardest": 0}, "hardest must be above 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"threshold": 2.0}, "threshold is a cosine, between -1 and 1, not 2.0"),
+        ({"threshold": 0.3, "calibrate": True}, "threshold = 0.3: calibrate finds the border"),
+        ({"matching": -1.0}, "matching must be 0 or above, not -1.0"),
         ({"variant": "local"}, "variant = 'local' does not fit"),
         ({"directions": "none"}, "directions = 'none' does not fit"),
         ({"reduction": "mean"}, "reduction = 'mean' does not fit"),
@@ -351,3 +373,68 @@ def test_a_threshold_by_hand():
     loss = objectives.build("dcd", temperature=1.0, threshold=0.25, alpha=0.0)
     expected = (log1p(exp(-0.75)) + log1p(exp(-0.25))) / 2
     close(loss(Features(eye, eye), Features(eye, eye), torch.arange(2)), expected)
+
+
+# A dual encoder's scale and biases.
+
+
+@pytest.mark.parametrize("variant", ["uncertainty", "plain"])
+def test_calibrated_parts_are_least_at_their_biases(variant):
+    student, teacher = matrix([1, 2, 3], [1, 2, 0.5]), matrix([2, 0, 1], [0.5, 0, 1])
+    for alpha in (0.0, 1.0):
+        options = {"variant": variant, "alpha": alpha}
+        least = variant_loss(student, teacher, MASK, free_bias=True, **options)
+        shifted = [
+            variant_loss(student + b, teacher, MASK, **options)
+            for b in torch.linspace(-6, 6, 2401, dtype=torch.float64)
+        ]
+        torch.testing.assert_close(least, min(shifted), rtol=0, atol=1e-4)
+        assert all(least <= value + 1e-12 for value in shifted)
+
+
+def test_the_bias_of_one_true_and_one_false_partner_of_equal_score():
+    # sigmoid(s + b) = 1/2 for both; and of one true and three false ones 1/4
+    one = torch.ones(1, dtype=torch.float64)
+    close(best_bias(matrix([3, 3]), None, one), -3)
+    close(best_bias(matrix([3, 3, 3, 3]), None, one), -3 - log(3))
+
+
+@pytest.mark.parametrize("shift", [-0.4, 0.3])
+def test_a_calibrated_loss_does_not_move_all_cosines_at_once(shift):
+    rows = torch.eye(4, dtype=torch.float64)
+    cosines = (0.5 * rows + shift).requires_grad_()
+    loss = objectives.build("dcd", calibrate=True, hardest=3)
+    loss(Features(cosines, rows), Features(rows, rows), torch.arange(4)).backward()
+    close(cosines.grad.sum(), 0)
+    plain = objectives.build("dcd", hardest=3)
+    moved = cosines.detach().requires_grad_()
+    plain(Features(moved, rows), Features(rows, rows), torch.arange(4)).backward()
+    assert moved.grad.sum().abs() > 0.1
+
+
+def test_the_scale_is_learned_and_starts_at_the_temperature():
+    loss = objectives.build("dcd", calibrate=True, temperature=0.1, alpha=0.0, hardest=3)
+    student, teacher = random(0), random(1)
+    loss(student, teacher, IDS).backward()
+    assert [name for name, _ in loss.named_parameters()] == ["log_scale"]
+    assert loss.log_scale.grad.abs() > 0
+    with torch.no_grad():
+        loss.log_scale.fill_(log(2))
+    # plain, since the teacher's doubt depends on the temperature too
+    options = {"calibrate": True, "alpha": 0.0, "hardest": 3, "variant": "plain"}
+    doubled, half = (objectives.build("dcd", temperature=t, **options) for t in (0.1, 0.05))
+    doubled.load_state_dict(loss.state_dict())
+    close(doubled(student, teacher, IDS), half(student, teacher, IDS).item())
+
+
+def test_without_calibration_nothing_is_learned():
+    assert not list(objectives.build("dcd").parameters())
+
+
+def test_matching_by_hand():
+    # per list (softplus(-s_0) + the mean of softplus of the false) / 2; the second has one false
+    scores = matrix([1, 2, -1], [0, 3, 5])
+    first = (log1p(exp(-1)) + (log1p(exp(2)) + log1p(exp(-1))) / 2) / 2
+    second = (log(2) + log1p(exp(3))) / 2
+    close(matching_loss(scores, MASK), (first + second) / 2)
+    close(matching_loss(matrix([0])), log(2) / 2)

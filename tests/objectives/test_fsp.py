@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from crosstill import objectives
+from crosstill import objectives, recipes
 from crosstill.errors import MismatchError
 from crosstill.objectives.fsp import flow, gram
 from crosstill.types import Features
@@ -95,3 +96,20 @@ def test_orthonormal_against_collapsed():
     same = eye[:1].expand(4, 4)
     value = objectives.build("fsp")(Features(same, same), Features(eye, eye), torch.arange(4))
     close(value, 12 / 16)
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.0])
+def test_the_recipes_weight_makes_it_count_beside_the_task(noise):
+    """Sixty-four pairs whose cosines are those of a trained teacher, and a noisy student."""
+    random = torch.Generator().manual_seed(0)
+    draw = lambda: normalize(torch.randn(64, 256, generator=random), dim=1)  # noqa: E731
+    shared = draw()
+    teacher = Features(*(normalize(shared + draw(), dim=1) for _ in range(2)))
+    student = Features(*(normalize(x + noise * draw(), dim=1).requires_grad_() for x in teacher))
+    weights = recipes.fsp().balance["weights"]
+    sizes = {}
+    for name in ("fsp", "info_nce"):
+        loss = objectives.build(name)(student, teacher, torch.arange(64))
+        gradient = torch.autograd.grad(weights.get(name, 1.0) * loss, student)
+        sizes[name] = torch.cat([side.flatten() for side in gradient]).norm().item()
+    assert 0.1 < sizes["fsp"] / sizes["info_nce"] < 2.0

@@ -102,6 +102,20 @@ def test_dcd_over_lists_is_dcd_over_the_batch_that_they_came_from(variant):
     assert dense.rank(said).item() == pytest.approx(dense(student, teacher, ids).item(), rel=1e-12)
 
 
+def test_dcd_calibrates_cosines_and_leaves_logits():
+    said = lists()
+    plain, calibrated = (objectives.build("dcd", hardest=3, calibrate=c) for c in (False, True))
+    assert calibrated.rank(said).item() == plain.rank(said).item()
+    calibrated.rank(said).backward()
+    assert calibrated.log_scale.grad is None
+    dual = said._replace(features=rows(3))
+    shifted = {way: s + 0.3 for way, s in dual.student.items()}
+    value = calibrated.rank(dual)
+    assert calibrated.rank(dual._replace(student=shifted)).item() == pytest.approx(value.item())
+    value.backward()
+    assert calibrated.log_scale.grad.abs() > 0
+
+
 def test_dcd_of_one_direction_reads_one_list():
     said = lists()
     loss = objectives.build("dcd", hardest=3, directions="image")
