@@ -84,6 +84,13 @@ def test_a_wrong_file_is_one_line_that_names_it(content, message, tmp_path):
         read(tmp_path / "lines.txt", content)
 
 
+def test_a_name_of_a_file_is_no_sentence(tmp_path):
+    path = write(tmp_path / "lines.txt", "a dog\n")
+    for sources in ([str(path)], str(path), path):
+        with pytest.raises(DataError, match=r"lines\.txt.*; give (Path|a list)"):
+            read_texts(sources)
+
+
 def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="not a regular file"):
         read_texts([tmp_path])

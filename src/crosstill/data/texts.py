@@ -74,8 +74,10 @@ def read_texts(sources: Iterable[str | Path], captions: Iterable[str] = ()) -> L
 
     Raises:
         DataError: a file cannot be read or is not UTF-8 (the message names the line), or holds no
-            text.
+            text, or its name is given as a `str`.
     """
+    if isinstance(sources, str | Path):
+        raise DataError(f"texts = {str(sources)[-60:]!r}: one text or file; give a list of them")
     counts: Counter[str] = Counter()
     hashes = bytearray()
     blocks = []
@@ -122,6 +124,8 @@ def _clean(sources: Iterable[str | Path], counts: Counter[str]) -> Iterator[str]
 
 def _lines(source: str | Path) -> Iterator[_Line]:
     if isinstance(source, str):
+        if source.lower().endswith(".txt") and Path(source).is_file():
+            raise DataError(f"{source}: a file among texts; give Path({source!r}) to read it")
         yield _Line(source[:LONGEST], len(source) > LONGEST)
         return
     try:
