@@ -99,3 +99,10 @@ def test_order_of_things_is_what_captions_say():
 def test_the_file_is_a_png_of_96_pixels(pairs):
     image = Image.open(io.BytesIO(pairs.read(pairs.examples[0])))
     assert (image.format, image.size, image.mode) == ("PNG", (96, 96), "RGB")
+
+
+def test_things_are_named_as_the_captions_name_them():
+    for index in range(20):
+        captions = " ".join(scenes.scene(3, index)[1]).lower()
+        for thing in scenes.things(3, index):
+            assert scenes.name_thing(thing) in captions

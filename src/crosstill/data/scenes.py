@@ -174,6 +174,11 @@ def compose(draw: random.Random) -> Scene:
     return Scene(things, across, band, draw.choice(sorted(BACKGROUNDS)))
 
 
+def things(seed: int, index: int) -> tuple[Thing, ...]:
+    """Return the things of one scene."""
+    return compose(random.Random(f"scene:{seed}:{index}")).things
+
+
 def render(scene: Scene, draw: random.Random) -> bytes:
     """Draw a scene as a PNG file; the grain from `draw` makes every picture new."""
     tint = tuple(c + draw.randint(-4, 4) for c in BACKGROUNDS[scene.background])
@@ -231,10 +236,11 @@ def describe(scene: Scene, draw: random.Random) -> tuple[str, ...]:
 def _one(scene: Scene, draw: random.Random) -> Sequence[str]:
     thing = scene.things[0]
     spot = f"in the {_SPOTS[int(thing.y // 32)][int(thing.x // 32)]}"
+    rest = draw.choice(("all else", "the rest"))
     return (
         f"{_full(thing)} {spot} of a {scene.background} background",
         f"there is only {_full(thing)}, {spot}",
-        f"{_plain(thing)} {spot}, {draw.choice(('all else', 'the rest'))} is {scene.background}",
+        f"{name_thing(thing)} {spot}, {rest} is {scene.background}",
         f"{spot}, a {draw.choice(('single', 'lone'))} {thing.colour} {thing.shape}",
         f"one {thing.size} {thing.colour} shape {draw.choice(_GROUND)} {scene.background}",
     )
@@ -248,8 +254,8 @@ def _two(scene: Scene, draw: random.Random) -> Sequence[str]:
     return (
         f"{_full(first)} {before} {_full(second)} on a {scene.background} background",
         f"{_full(second)} {draw.choice(('is', 'sits', 'lies'))} {after} {_full(first)}",
-        f"on {scene.background}, {_plain(first)} with {_plain(second)} {here}",
-        f"{_band(scene)}, {_plain(first)} {joined} {_plain(second)}",
+        f"on {scene.background}, {name_thing(first)} with {name_thing(second)} {here}",
+        f"{_band(scene)}, {name_thing(first)} {joined} {name_thing(second)}",
         f"{_coloured(first, 'shape')} and {_coloured(second, 'one')} "
         f"{draw.choice(_GROUND)} {scene.background}",
     )
@@ -259,7 +265,7 @@ def _three(scene: Scene, draw: random.Random) -> Sequence[str]:
     first, second, third = scene.things
     order = "from left to right" if scene.across else "from top to bottom"
     line = "row" if scene.across else "column"
-    plain = f"{_plain(first)}, {_plain(second)} and {_plain(third)}"
+    plain = f"{name_thing(first)}, {name_thing(second)} and {name_thing(third)}"
     return (
         f"{order}: {_full(first)}, {_full(second)} and {_full(third)} "
         f"on a {scene.background} background",
@@ -284,7 +290,8 @@ def _coloured(thing: Thing, noun: str) -> str:
     return f"a {thing.size} {thing.colour} {noun}"
 
 
-def _plain(thing: Thing) -> str:
+def name_thing(thing: Thing) -> str:
+    """Name a thing as people type it: "a red heart"."""
     article = "an" if thing.colour == "orange" else "a"
     return f"{article} {thing.colour} {thing.shape}"
 
