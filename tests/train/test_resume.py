@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from crosstill import balance, fusion, recipes, teachers
 from crosstill.cache import Cache, build, join
+from crosstill.data import Pairs
 from crosstill.files import sealed
 from crosstill.fusion.scores import build_scores
 from crosstill.train import checkpoint
@@ -155,7 +157,10 @@ def test_every_balancer(home, runs, tmp_path, rule):
 
 
 HEADS = ["init_heads=ridge", "freeze=text", "chunk_size=5", "captions_per_image=2"]
+MIXED = ["losses.kd={}", "chunk_size=5", "paired_share=0.25", "losses.contrastive.queue_size=50"]
 KINDS = [
+    ("mixed", "dsmd", [*MIXED, "losses.info_nce={}"]),
+    ("unpaired", "dsmd", ["losses.kd={}", "losses.contrastive.queue_size=50"]),
     ("joined", "dsmd", ["balance=uncertainty"]),
     ("joined", "kd", ["init_heads=ridge"]),
     ("none", "info_nce", []),
@@ -168,10 +173,28 @@ KINDS = [
 KILLED = [(*kind, deaths) for kind in KINDS for deaths in (LATE, EARLY)]
 
 
-@pytest.mark.parametrize(("cache", "recipe", "changes", "deaths"), matrix(KILLED, KILLED[-1:]))
+def build_loose(home: Path, scenes: Pairs, name: str) -> None:
+    """A cache in which a third of the photos, or none, has captions, with loose texts."""
+    if (home / name).exists():
+        return
+    examples = [
+        example if name == "mixed" and row % 3 == 0 else replace(example, captions=())
+        for row, example in enumerate(scenes.examples)
+    ]
+    lines = [f"{text}, {row}" for row, text in enumerate([c for e in scenes.examples for c in e.captions][:90])]
+    (home / "lines.txt").write_text("\n".join(lines))
+    pairs = replace(scenes, examples=tuple(examples))
+    build(SmallTeacher(), pairs, home / name, texts=[home / "lines.txt"])
+
+
+@pytest.mark.parametrize(
+    ("cache", "recipe", "changes", "deaths"), matrix(KILLED, [KILLED[0], KILLED[2], KILLED[-1]])
+)
 def test_every_kind_of_cache(home, runs, scenes, tmp_path, cache, recipe, changes, deaths):
     if cache == "views":
         build(SmallTeacher(), scenes, home / "views", views=3)
+    if cache in ("mixed", "unpaired"):
+        build_loose(home, scenes, cache)
     runs.check(words(home, cache, recipe, *changes), [deaths], tmp_path)
 
 
