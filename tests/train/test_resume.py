@@ -181,7 +181,10 @@ def build_loose(home: Path, scenes: Pairs, name: str) -> None:
         example if name == "mixed" and row % 3 == 0 else replace(example, captions=())
         for row, example in enumerate(scenes.examples)
     ]
-    lines = [f"{text}, {row}" for row, text in enumerate([c for e in scenes.examples for c in e.captions][:90])]
+    lines = [
+        f"{text}, {row}"
+        for row, text in enumerate([c for e in scenes.examples for c in e.captions][:90])
+    ]
     (home / "lines.txt").write_text("\n".join(lines))
     pairs = replace(scenes, examples=tuple(examples))
     build(SmallTeacher(), pairs, home / name, texts=[home / "lines.txt"])
