@@ -207,3 +207,38 @@ def test_the_refusal_names_losses_that_work(home, tmp_path):
     fitting = error.split("choose among ")[1].split(", ")
     assert {"contrastive", "feature", "hard_negative", "instance", "rkd"} <= {*fitting}
     assert not {"crd", "info_nce", "clip_kd", "kd", "fsp"} & {*fitting}
+
+
+@pytest.fixture(scope="module")
+def followed(home, tmp_path_factory) -> Path:
+    """A run without any pair."""
+    out = tmp_path_factory.mktemp("followed") / "run"
+    crosstill("train", *typed(home, "unpaired", UNPAIRED, QUEUE), "--out", out)
+    return out
+
+
+def test_the_report_names_the_agreement(followed, tmp_path):
+    crosstill("report", followed, "--out", tmp_path / "report")
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())
+    best = Run(followed).metrics["best"]
+    assert figures["student"]["agreement"] == pytest.approx(best["agreement"], abs=1e-6)
+    assert "teacher" not in figures and "agreement" in figures["untrained"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Agreement with the teacher" in page and "top-10 agreement on val" in page
+    assert "RSUM" not in page and "Recall in percent" not in page
+    assert f"{best['agreement']:.2f}" in (tmp_path / "report" / "table.md").read_text()
+
+
+def test_the_export_is_gated_by_the_agreement(followed, tmp_path):
+    found = crosstill("export", followed, "--to", "onnx", "--int8", "--max-loss", "1", "--out",
+                      tmp_path / "bundle")  # fmt: skip
+    assert "top-10 agreement" in found.stderr + found.stdout and "RSUM" not in found.stdout
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "## Agreement with the teacher" in card and "text→image overlap" in card
+    assert "Its top-10 agreement on val is" in card and "RSUM" not in card
+
+
+def test_tables_of_recall_refuse_a_cache_without_pairs(home, tmp_path):
+    error = refusal("ablate", "table5", home / "unpaired", "--student", home / "unpaired.toml",
+                    "--out", tmp_path / "grid")  # fmt: skip
+    assert "no photo with captions" in error

@@ -306,6 +306,11 @@ def _obstacle(row: Setting, captions: int, cache: CacheBase) -> str:
 
 def _check_images(cache: CacheBase, split: str) -> None:
     count = len(cache.split(split).captioned)
+    if not count:
+        raise ConfigError(
+            f"{cache.folder}: split {split!r} has no photo with captions, and tables compare "
+            "recall; use a cache with captions, or `crosstill train`, which then measures agreement"
+        )
     if count < FEWEST:
         raise ConfigError(
             f"{cache.folder}: split {split!r} has {count} images, and the bootstrap that compares "
