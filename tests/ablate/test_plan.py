@@ -41,13 +41,19 @@ def test_equal_settings_share_a_run_across_tables(many, toml):
 
 
 SHARED = {
-    "table2": "DSMD",
     "table4": "CD + FD + SD + HND",
     "table5": "DSMD, as published",
     "table6": "both normalised",
     "table9": "m = 0.2",
     "table10": "T = 1",
 }
+
+
+def test_all_methods_of_table2_have_one_optimizer_and_one_start(many, toml):
+    jobs = [job.settings for job in make(many, toml, "table2", changes=[*FAST, "lr=2e-3"]).jobs()]
+    fields = ("lr", "schedule", "batch_size", "epochs", "shuffle", "init_heads", "warmup_share")
+    assert len({tuple(getattr(one, field) for field in fields) for one in jobs}) == 1
+    assert jobs[0].lr == 2e-3 and jobs[0].schedule == "cosine"
 
 
 def test_a_run_is_named_by_all_that_decides_it(many, toml, tmp_path):

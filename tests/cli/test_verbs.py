@@ -323,7 +323,7 @@ ABLATE = [
         ("table1", ["--seeds", 1], "no table named 'table1'; did you mean"),
         ("table10", ABLATE, "split 'val' has 6 images, and the bootstrap"),
         ("table10", ["--set", "balance=dwa"], "table10 varies that itself"),
-        ("table2", ["--freeze", "both"], "freeze = 'both'"),
+        ("table2", ["--freeze", "heads"], "freeze = 'heads'"),
     ],
 )
 def test_ablate_refuses_in_one_line(home, tmp_path, table, options, message):

@@ -30,6 +30,7 @@ from support import SmallTeacher, small_student  # noqa: E402
 from verbs import TOML, crosstill  # noqa: E402
 
 SETTINGS = ["epochs=2", "steps_per_epoch=10", "batch_size=8", "lr=1e-3", "log_every=1"]
+PLAIN = ["center=false"]
 KEEP = ["save_every=4", "keep=2"]
 LISTS = ["losses.dcd={hardest=3}"]  # not calibrated
 MARGIN = ["losses.hard_negative.margin=0"]
@@ -48,7 +49,7 @@ DEATH = 17  # the step before which a killed run died
 def words(home: Path, name: str) -> list[str]:
     """Return the words after `crosstill train` of one of the runs."""
     cache, recipe, student, changes = RUNS[name]
-    every = [*SETTINGS, *KEEP, *changes]
+    every = [*SETTINGS, *PLAIN, *KEEP, *changes]
     typed = [str(home / cache), "--student", str(home / student), "--recipe", recipe]
     return [*typed, *(word for change in every for word in ("--set", change))]
 

@@ -33,7 +33,7 @@ def test_a_student_named_by_its_file(cached, tmp_path):
     (tmp_path / "small.toml").write_text(TOML)
     run = crosstill.distill(tmp_path / "small.toml", cached, out=tmp_path / "run", changes=FAST)
     assert run.best.name == "small"
-    assert run.config["settings"]["recipe"] == "dsmd"
+    assert run.config["settings"]["recipe"] == "recommended"
 
 
 def test_a_resumed_run_keeps_recipe_and_settings_unless_others_are_named(run, cached):

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 from crosstill import data, evaluate, export, files, students
 from crosstill.bundle import Bundle
 from crosstill.cache import Cache, build
+from crosstill.cache.centring import centred
 from crosstill.errors import ConfigError
 from crosstill.objectives.wrappers import cut, principal_axes
 from crosstill.recipes import distill
@@ -89,8 +90,8 @@ def run(cached: Cache, tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_a_run_finds_the_axes_and_keeps_them(run, cached: Cache) -> None:
-    split = cached.split("train")
-    images, texts = cached.image_features(split.images), cached.text_features(split.captions)
+    split, rows = cached.split("train"), centred(cached, "train", "auto")
+    images, texts = rows.image_features(split.images), rows.text_features(split.captions)
     assert torch.equal(run.best.axes, principal_axes([images, texts]))
     assert torch.equal(run.untrained.axes, run.best.axes)
     assert run.best.widths == (4, 8, 16)

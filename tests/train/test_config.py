@@ -61,11 +61,6 @@ def test_a_wrong_change_is_one_line_that_names_it(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_two_warm_ups_are_refused():
-    with pytest.raises(ConfigError, match=r"warmup_steps = 5 and warmup_share = 0.1: set one"):
-        TrainConfig().changed(["warmup_steps=5", "warmup_share=0.1"])
-
-
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="no recipe named 'dsmb'; did you mean 'dsmd'"):
         recipes.config("dsmb")

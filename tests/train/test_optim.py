@@ -31,6 +31,7 @@ def test_linear_after_a_warm_up_of_a_tenth():
     assert lr_at(55, 50, config) == pytest.approx(5e-5)
     assert lr_at(99, 50, config) == pytest.approx(1e-4 / 90)
     assert lr_at(100, 50, config) == 0
+    assert lr_at(0, 50, config.changed(["warmup_steps=5"])) == pytest.approx(2e-5)
 
 
 def layer_and_norm() -> nn.Module:

@@ -105,7 +105,7 @@ def make(
     plain = recipes.config("dsmd", [c for c in changes if _loss_of(c) is None])
     _check_images(cache, plain.val_split)
     what = _runnable(what, cache, plain.train_split)
-    configs = _fitted(cache, [_settings(setting, changes) for setting in what.rows])
+    configs = _fitted(cache, [_settings(one, what.shared, changes) for one in what.rows])
     _check_used(table, configs, changes)
     _check_lists(table, what, configs, cache)
     named = _students(table, what, chosen)
@@ -150,9 +150,9 @@ def _row(
     }
 
 
-def _settings(setting: Setting, changes: Sequence[str]) -> TrainConfig:
+def _settings(setting: Setting, shared: Sequence[str], changes: Sequence[str]) -> TrainConfig:
     """Make a row's settings; options of losses that it does not have do not count for it."""
-    config = recipes.config(setting.recipe, setting.changes)
+    config = recipes.config(setting.recipe, (*shared, *setting.changes))
     for change in changes:  # in turn, because one may bring the loss that the next is of
         if _loss_of(change) is None or _loss_of(change) in config.losses:
             config = config.changed([change])

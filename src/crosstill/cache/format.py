@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from crosstill import artefacts, data, files
 from crosstill.data.texts import LooseTexts
@@ -181,6 +182,8 @@ class CacheBase:
         noun: what the kind is called, in messages.
         contents: what a cache of the kind holds, in messages.
         remedy: how to make one, in messages.
+        means: by modality, (D,), what is taken off each row: see `crosstill.cache.centring`.
+        plain: the same cache with the teacher's rows as it gave them.
 
     Raises:
         InputError: there is no finished cache of this kind in the folder.
@@ -194,9 +197,12 @@ class CacheBase:
     noun: ClassVar[str]
     contents: ClassVar[str]
     remedy: ClassVar[str]
+    plain: Any  # of the same kind
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.plain = self
+        self.means: dict[str, Tensor] = {}
         self._require_header()
         header = artefacts.read(self.folder / self.file, self.model, {self.version})
         self.header: dict[str, Any] = header.model_dump()
@@ -454,6 +460,8 @@ class Cache(CacheBase):
             raise InputError(f"{self.folder}: keeps unit rows alone; make it anew with --raw")
         stored = self._rows[kind].take(rows)
         unit = stored[:, : self.dim]
+        if kind in self.means:
+            return functional.normalize(unit - self.means[kind], dim=-1)
         return unit * stored[:, self.dim :] if raw else unit
 
     def _open(self, kind: str) -> ShardedRows:

@@ -35,7 +35,8 @@ def command(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every run.", min=1)] = None,
     freeze: Annotated[
-        str | None, typer.Option(help="image or text: keep that tower as it is, which is cheap.")
+        str | None,
+        typer.Option(help="image, text or both: keep that tower as it is, which is cheap."),
     ] = None,
     changes: Annotated[
         list[str] | None,

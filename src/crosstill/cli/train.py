@@ -28,8 +28,8 @@ def command(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A published setting: dsmd, clip_kd, kd, crd, … info_nce; a wrong name lists all. "
-            "[default: dsmd]"
+            help="recommended, or a published setting: dsmd, clip_kd, crd, … info_nce; a wrong "
+            "name lists all. [default: recommended]"
         ),
     ] = None,
     changes: Annotated[
@@ -58,7 +58,7 @@ def command(
     files.check_writable(out)
     from crosstill import recipes
 
-    settings = recipes.choose(recipe, changes or [], out if resume else None)
+    recipes.choose(recipe, changes or [], out if resume else None)  # for its refusals
     common.hush()
     from crosstill import students
     from crosstill.train.distributed import leads
@@ -69,7 +69,8 @@ def command(
     run = recipes.distill(
         None if resume else learner,
         cache,
-        settings,
+        recipe,
+        changes=changes or [],
         out=out,
         resume=resume,
         command=shlex.join(["crosstill", *sys.argv[1:]]),

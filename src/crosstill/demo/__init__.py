@@ -111,7 +111,7 @@ def _next() -> list[str]:
         "Now with your own photos (a Karpathy JSON, a CSV, or a folder with .txt captions):",
         "  crosstill doctor DATA --images DIR",
         "  crosstill cache openai/clip-vit-base-patch32 DATA --images DIR --out caches/mine",
-        "  crosstill train caches/mine --student mobile --recipe dsmd --out runs/mine",
+        "  crosstill train caches/mine --student mobile --out runs/mine",
         "  crosstill evaluate runs/mine DATA --images DIR --split test",
         "  crosstill export runs/mine --to onnx --out bundles/mine",
         "  crosstill index bundles/mine PHOTOS --out mine.index",

@@ -104,12 +104,11 @@ class AgreementSplit(CachedSplit):
         self, cache: CacheBase, split: Split, student: Student, frozen: str = "none"
     ) -> None:
         super().__init__(cache, without_pairs(cache, split), student, frozen)
-        rows = cache.split_sides(self.split)
-        self.teacher = Features(*(rows.get(side, torch.empty(0)) for side in Features._fields))
+        self.teacher, self.learnt = both_rows(cache, self.split)
 
     def rank(self, features: Features) -> Agreement:
         """Measure how far these rows of a student's agree with the teacher's."""
-        return agreement(features, self.teacher)
+        return agreement(features, self.teacher, self.learnt)
 
     def teacher_recall(self) -> None:
         """Return None: the teacher is what a student is measured by."""
@@ -138,22 +137,40 @@ def without_pairs(cache: CacheBase, split: Split) -> Split:
     return Split(name, images, texts, np.full(len(texts), -1))
 
 
+def both_rows(cache: CacheBase, split: Split) -> tuple[Features, Features]:
+    """Read the teacher's rows of a split as it gave them, and as the student learns them.
+
+    Args:
+        cache: centred, or as it is.
+        split: its rows; a side that the cache lacks is empty.
+    """
+    plain, learnt = (
+        Features(*(sides.get(side, torch.empty(0)) for side in Features._fields))
+        for sides in (cache.plain.split_sides(split), cache.split_sides(split))
+    )
+    return plain, learnt
+
+
 def _spread(rows: np.ndarray) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST)).astype(int)]
 
 
-def agreement(student: Features, teacher: Features) -> Agreement:
+def agreement(student: Features, teacher: Features, learnt: Features | None = None) -> Agreement:
     """Measure how far a student ranks as its teacher.
 
     Args:
         student: (I, D) rows of photos and (T, D) of texts, either perhaps none.
         teacher: the same photos' and texts' rows; the sides may be as wide as they like.
+        learnt: the teacher's rows in the student's own space, where that is another, as a centred
+            one: among these own rows are looked for.
 
     Returns:
         The overlap of what looks for what, and how well own rows are found where the student is
         as wide as its teacher.
     """
-    student, teacher = (Features(*(x.detach().float() for x in f)) for f in (student, teacher))
+    student, teacher, learnt = (
+        Features(*(x.detach().float() for x in f)) for f in (student, teacher, learnt or teacher)
+    )
     names = ("image", "text")
     there = [side for side, rows in enumerate(student) if len(rows)]
     ways = [(1, 0), (0, 1)] if len(there) == 2 else [(side, side) for side in there]
@@ -164,9 +181,9 @@ def agreement(student: Features, teacher: Features) -> Agreement:
         for query, target in ways
     }
     own = {
-        names[side]: retrieval(student[side], teacher[side], torch.arange(len(student[side]))).i2t
+        names[side]: retrieval(student[side], learnt[side], torch.arange(len(student[side]))).i2t
         for side in there
-        if student[side].shape == teacher[side].shape
+        if student[side].shape == learnt[side].shape
     }
     return Agreement(
         overlap, {side: recall.fair for side, recall in own.items()}, *map(len, student)

@@ -229,7 +229,7 @@ def teacher_rows(cache: CacheBase, split: Split) -> dict[str, Tensor]:
 
 def teacher_recall(cache: CacheBase, split: Split) -> Retrieval | None:
     """Measure the recall of a cache's features of a split; None if it has only one side."""
-    features = cache.split_features(split.paired())
+    features: Features | None = cache.plain.split_features(split.paired())
     return None if features is None else retrieval(*features, cached_truth(cache, split))
 
 
@@ -249,14 +249,14 @@ def settled_images(
     """
     if not len(split.images):
         return torch.empty(0, student.image_head.in_features)
-    return frozen_images(student, cache, split, views) if frozen == "image" else None
+    return frozen_images(student, cache, split, views) if frozen in ("image", "both") else None
 
 
 def settled_texts(student: Student, cache: CacheBase, split: Split, frozen: str) -> Tensor | None:
     """As `settled_images`, of the texts: (T, W)."""
     if not len(split.captions):
         return torch.empty(0, student.text_head.in_features)
-    return frozen_texts(student, cache, split) if frozen == "text" else None
+    return frozen_texts(student, cache, split) if frozen in ("text", "both") else None
 
 
 def frozen_images(student: Student, cache: CacheBase, split: Split, views: int = 1) -> Tensor:

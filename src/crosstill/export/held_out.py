@@ -14,7 +14,7 @@ from torch import Tensor
 from crosstill.cache import CacheBase
 from crosstill.data import Pairs
 from crosstill.evaluate import embed
-from crosstill.evaluate.agreement import agreement, without_pairs
+from crosstill.evaluate.agreement import agreement, both_rows, without_pairs
 from crosstill.evaluate.embedding import embed_texts, sound
 from crosstill.evaluate.evaluation import Evaluation, judge
 from crosstill.teachers.base import Teacher
@@ -69,8 +69,7 @@ class HeldOutRows:
         places = np.searchsorted(whole.images, rows.images)
         self._photos = replace(photos, examples=tuple(photos.examples[i] for i in places))
         self._texts = [cache.texts[row] for row in rows.captions]
-        sides = cache.split_sides(rows)
-        self._teacher = Features(*(sides.get(side, torch.empty(0)) for side in Features._fields))
+        self._teacher = both_rows(cache, rows)
 
     def measure(self, model: Teacher) -> Measured:
         """As `HeldOut.measure`: agreement with the teacher."""
@@ -78,6 +77,6 @@ class HeldOutRows:
         images = [model.embed_images(torch.stack(chunk)).cpu() for chunk in chunks]
         image = torch.cat(images) if images else torch.empty(0, model.dim)
         text = embed_texts(model, self._texts)
-        ranking = agreement(Features(image, text), self._teacher)
+        ranking = agreement(Features(image, text), *self._teacher)
         evaluation = Evaluation(model.name, ranking, model.parameter_count())
         return Measured(evaluation, text, [""] * len(text))

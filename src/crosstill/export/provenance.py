@@ -15,6 +15,8 @@ from crosstill.export.held_out import HeldOut, HeldOutPairs, HeldOutRows
 from crosstill.students.student import Student
 from crosstill.train import Run
 from crosstill.train import folder as runs
+from crosstill.train.config import parse
+from crosstill.train.task import learnt_rows
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _of_run(origin: Provenance, folder: Path) -> Provenance:
         pairs = cache.pairs(split)
         if pairs.examples:
             pairs.read(pairs.examples[0])
-        held_out: HeldOut = HeldOutPairs(pairs) if rows.pairs else HeldOutRows(cache, split)
+        learnt = learnt_rows(cache, parse(record["settings"]))
+        held_out: HeldOut = HeldOutPairs(pairs) if rows.pairs else HeldOutRows(learnt, split)
     except CrosstillError as error:
         return replace(origin, notes=(f"no validation photos: {error}",))
     teacher = teacher_recall(cache, rows) if rows.pairs else None

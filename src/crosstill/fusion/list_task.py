@@ -30,6 +30,7 @@ from crosstill.fusion.matcher import PAIRS, Matcher
 from crosstill.fusion.scores import ScoreCache
 from crosstill.fusion.states import Sides
 from crosstill.fusion.students import build
+from crosstill.objectives.base import SIDES
 from crosstill.students.student import Student
 from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import step, task
@@ -104,8 +105,8 @@ class ListTask:
             inputs: Any = Sides(student, self.cache, train)
         else:
             self._ranker = CosineRanker(student, config.normalise is True)
-            if config.freeze != "none":
-                getattr(student, f"{config.freeze}_tower").requires_grad_(False)
+            for side in SIDES.get(config.freeze, ()):
+                getattr(student, f"{side}_tower").requires_grad_(False)
             inputs = DualInputs(self.cache, train, student, config)
         self._val = self.open_validation(self.cache, val, student, config)
         self._stream = ListStream(self.cache, train, inputs, ways, config, self.group)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from crosstill.cache import Split, pixels
-from crosstill.evaluate import frozen_images, frozen_texts
 from crosstill.evaluate.bootstrap import Answers
-from crosstill.evaluate.embedding import Measured, cached_truth
+from crosstill.evaluate.embedding import Measured, cached_truth, settled_images, settled_texts
 from crosstill.evaluate.recall import Ranking, Retrieval, chances_of_scores, from_scores
 from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.scores import ScoreCache
@@ -81,9 +80,8 @@ class DualInputs:
     ) -> None:
         self._student = student
         self._tokens = student.tokenize([cache.texts[row] for row in split.captions])
-        frozen = config.freeze
-        self._pooled_images = frozen_images(student, cache, split) if frozen == "image" else None
-        self._pooled_texts = frozen_texts(student, cache, split) if frozen == "text" else None
+        self._pooled_images = settled_images(student, cache, split, config.freeze)
+        self._pooled_texts = settled_texts(student, cache, split, config.freeze)
         if self._pooled_images is None:
             self._photos = pixels(cache, split, student.preprocess)
 

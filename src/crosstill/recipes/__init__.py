@@ -1,11 +1,12 @@
-"""Published settings: one function each, derived from one base and named as the papers do.
+"""Recipes: `recommended`, and published settings, one function each, named as the papers do.
 
-Every recipe differs from `dsmd` only in its losses and their weighting. A method that was
+Every published one differs from `dsmd` only in its losses and their weighting. A method that was
 published as an addition to a task's own loss keeps that loss here: `info_nce` on the captions.
 `flickr30k` and `coco` are DSMD's whole setting on these datasets, see docs/reproduce.md.
 """
 
 import argparse
+import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,27 @@ from crosstill.errors import ConfigError, unknown
 from crosstill.students.student_config import FusionConfig, StudentConfig
 from crosstill.train import Learner, Run, TrainConfig, train
 from crosstill.train import folder as runs
+from crosstill.train.config import parse
 from crosstill.train.distributed import leads
 from crosstill.train.loop import fitted
 from crosstill.train.task import open_task
 
 __all__ = ["RECIPES", "choose", "config", "distill", "resumed"]
 
+log = logging.getLogger(__name__)
+
 Losses = Mapping[str, Mapping[str, Any]]
+
+
+def recommended() -> TrainConfig:
+    """DSMD's four losses with a margin and InfoNCE on the captions, balanced at every step.
+
+    What a cache cannot serve is left out: see `for_cache`. What it was compared with is in
+    docs/results.
+    """
+    losses = {**dsmd().losses, "info_nce": {}}
+    settings = _derived("recommended", losses, {"name": "dsmd"})
+    return settings.model_copy(update={"schedule": "cosine", "warmup_share": 0.05, "lr": 3e-4})
 
 
 def dsmd() -> TrainConfig:
@@ -61,7 +76,14 @@ def dsmd_released() -> TrainConfig:
         "hard_negative": {"margin": 0.05, "negatives": "all", "mask_same_image": False},
     }
     released = _derived("dsmd_released", losses, {"name": "dsmd_scaled"})
-    changes = {"epochs": 30, "batch_size": 128, "milestones": (20,), "shuffle": False}
+    changes = {
+        "epochs": 30,
+        "batch_size": 128,
+        "milestones": (20,),
+        "shuffle": False,
+        "center": False,
+        "init_heads": "random",
+    }
     return released.model_copy(update=changes)
 
 
@@ -155,6 +177,8 @@ def _published(name: str) -> TrainConfig:
         schedule="step",
         milestones=(10,),
         gamma=0.1,
+        center=False,
+        init_heads="random",
     )
 
 
@@ -175,6 +199,7 @@ def _with_task(
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
+        recommended,
         dsmd,
         flickr30k,
         coco,
@@ -202,6 +227,40 @@ def config(recipe: str, changes: Sequence[str] = ()) -> TrainConfig:
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     return RECIPES[recipe]().changed(changes)
+
+
+def for_cache(cache: CacheBase, kind: str, split: str = "train") -> TrainConfig:
+    """Fit `recommended` to what a cache holds.
+
+    Args:
+        cache: what the student learns from.
+        kind: of the student, "encoder" or "matcher".
+        split: the training split.
+
+    Returns:
+        `recommended`; without a teacher InfoNCE alone; of a score cache the losses of `dcd` for a
+        fusion model and of `cprd` for a dual encoder; with rows of one side the losses that need
+        no other; without any pair KD's similarity rows in place of InfoNCE.
+    """
+    settings, rows = recommended(), cache.split(split)
+    losses, pairs = dict(settings.losses), rows.pairs
+    there = {"image": len(rows.images), "text": len(rows.captions)}
+    has = [side for side in sorted(cache.modalities) if there[side]]
+    if cache.listed:
+        name = ("dcd" if kind == "matcher" else "cprd") if cache.scored else "info_nce"
+        losses = RECIPES[name]().losses
+    elif not has:
+        losses = {"info_nce": {}}
+    elif len(has) == 1:
+        side = {"side": has[0]}
+        losses = {"feature": side, "instance": side} | ({"info_nce": {}} if pairs else {})
+    elif not pairs:
+        del losses["info_nce"]
+        losses["kd"] = {}
+    if losses == settings.losses:
+        return settings
+    log.info("recommended, fitted to %s: losses %s", cache.folder, ", ".join(losses))
+    return parse({**settings.model_dump(), "losses": losses})
 
 
 def resumed(folder: Path) -> TrainConfig:
@@ -239,7 +298,7 @@ def _typed(command: str) -> TrainConfig | None:
     if words[1:2] != ["train"]:
         return None
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    options.add_argument("--recipe", default="dsmd")
+    options.add_argument("--recipe", default="dsmd")  # as it was for the runs in question
     options.add_argument("--set", action="append", default=[])
     known, _ = options.parse_known_args(words[2:])
     return config(known.recipe, known.set)
@@ -251,8 +310,8 @@ def choose(
     """Return the settings of a run that is to be started or resumed.
 
     Args:
-        recipe: a recipe's name, or settings made by hand; None is `dsmd`, or what the resumed
-            run was started with.
+        recipe: a recipe's name, or settings made by hand; None is `recommended`, or what the
+            resumed run was started with.
         changes: `key=value` texts, as after `--set`.
         resuming: the folder of the run to resume; None starts a new one.
 
@@ -264,7 +323,7 @@ def choose(
     if recipe is not None and recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     if resuming is None or not runs.is_run(resuming):
-        return config(recipe or "dsmd", changes)
+        return config(recipe or "recommended", changes)
     settings = resumed(resuming).changed(changes)
     if recipe not in (None, settings.recipe):
         raise ConfigError(
@@ -291,8 +350,8 @@ def distill(
             built, as wide as the teacher and with the words of the training captions; or a
             student that was built before. None with `resume`, since a run keeps its own.
         cache: the teacher's outputs, features or scores of candidate lists, or their folder.
-        recipe: a recipe's name, or settings made by hand; None is `dsmd`, or what the resumed
-            run was started with.
+        recipe: a recipe's name, or settings made by hand; None is `recommended`, or what the
+            resumed run was started with.
         out: the run's folder.
         changes: `key=value` texts, as after `--set`.
         resume: go on with the run in `out`.
@@ -300,6 +359,7 @@ def distill(
 
     Raises:
         ConfigError: a setting or a student that cannot be, or `out` holds something else.
+        DataError: the cache has no images of the training split.
         ModelError: a source of the student does not load.
         MismatchError, LockedError, NonFiniteError: see `crosstill.train.train`.
     """
@@ -309,6 +369,9 @@ def distill(
         runs.check_new(path)  # before a student is fetched or built
     source = caches.open(cache) if isinstance(cache, str | Path) else cache
     described = students.load_config(student) if isinstance(student, str | Path) else student
+    if described is not None and recipe in (None, "recommended"):
+        fit = for_cache(source, described.kind, settings.train_split)
+        settings = fit.changed(changes)  # again: the first time refused wrong keys early
     if not isinstance(described, StudentConfig | FusionConfig):
         return train(described, source, settings, path, resume=resume, command=command)
     if resume:

@@ -31,7 +31,7 @@ from crosstill.teachers.base import Teacher
 from crosstill.train import Run
 from crosstill.train import folder as runs
 from crosstill.train.config import parse
-from crosstill.train.task import open_validation
+from crosstill.train.task import learnt_rows, open_validation
 from crosstill.types import Features
 
 QUERIES = 10
@@ -124,8 +124,9 @@ def read(folder: Path, latency: bool) -> RunResults:
 
 def _embed(results: RunResults, best: Student) -> None:
     """Add rows and features of dual encoders, in the whole split."""
-    frozen = results.record["settings"]["freeze"]
-    held_out = open_split(results.cache, results.split, best, frozen)
+    config = parse(results.record["settings"])
+    cache, split = learnt_rows(results.cache, config), results.split
+    held_out = open_split(cache, split, best, config.freeze)
     _teacher(results, held_out)
     results.features["student"], row = _measure(best, held_out)
     results.rows["student"] = row.renamed(f"student ({best.name})")
@@ -139,7 +140,7 @@ def _embed(results: RunResults, best: Student) -> None:
             "docs/training.md."
         )
     untrained = results.run.untrained
-    before = _measure(untrained, open_split(results.cache, results.split, untrained, frozen))[1]
+    before = _measure(untrained, open_split(cache, split, untrained, config.freeze))[1]
     results.rows["untrained"] = before.renamed("student, untrained")
     results.licences = {f"student's {side} tower": of for side, of in best.licences.items()}
 

@@ -313,10 +313,13 @@ class Student(nn.Module):
         return self.config.model_copy(
             update={
                 "image": student_config.ImageTowerConfig(
-                    config=described[0], pooling=image.pooling
+                    config=described[0], pooling=image.pooling, pretrained=image.is_pretrained
                 ),
                 "text": student_config.TextTowerConfig(
-                    config=described[1], pooling=text.pooling, narrow=text.narrow
+                    config=described[1],
+                    pooling=text.pooling,
+                    narrow=text.narrow,
+                    pretrained=text.is_pretrained,
                 ),
                 "batch_norm": "frozen" if self.config.freezes_batch_norm else "train",
             }

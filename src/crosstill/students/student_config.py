@@ -39,12 +39,19 @@ class TowerConfig(_Frozen):
         config: a Hugging Face configuration, `model_type` included, for a random start.
         pooling: how (B, L, W) or (B, W, H, W) hidden states become (B, W).
         layers: keep the first n transformer layers; None keeps all.
+        pretrained: of a saved student, whether its weights began from a source.
     """
 
     source: str | None = None
     config: dict[str, Any] | None = None
     pooling: Pooling
     layers: int | None = Field(default=None, ge=1)
+    pretrained: bool = False
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the weights began from a source."""
+        return self.source is not None or self.pretrained
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:
@@ -131,7 +138,7 @@ class StudentConfig(_Frozen):
     @property
     def freezes_batch_norm(self) -> bool:
         if self.batch_norm == "auto":
-            return self.image.source is not None
+            return self.image.is_pretrained
         return self.batch_norm == "frozen"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosstill.cache import Cache, PixelStore, Split, pixels
+from crosstill.cache import Cache, CacheBase, PixelStore, Split, pixels
 from crosstill.errors import ConfigError
 from crosstill.evaluate import TokenRows, settled_images, settled_texts
 from crosstill.students.student import Student, Tokens
@@ -297,7 +297,7 @@ class Stream:
         return Features(image, cache.text_features(captions, raw) if "text" in has else empty)
 
 
-def reads_raw(cache: Cache, config: TrainConfig) -> bool:
+def reads_raw(cache: CacheBase, config: TrainConfig) -> bool:
     """Tell whether losses see the teacher's rows as long as it gave them."""
     return config.normalise is False and cache.raw
 

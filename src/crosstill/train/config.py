@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crosstill.errors import ConfigError, did_you_mean
 
@@ -46,15 +46,18 @@ class TrainConfig(BaseModel):
     milestones: tuple[int, ...] = (10,)  # epochs after which "step" multiplies lr by gamma
     gamma: Annotated[float, Field(gt=0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # linear from 0 to lr
-    warmup_share: Share = 0.0  # of all steps, in place of warmup_steps
+    warmup_share: Share = 0.0  # of all steps, where warmup_steps is 0
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the whole gradient
 
     targets: Literal["joined", "each"] = "joined"  # "each" only in older runs, which are read
     # what losses see: True unit rows; False those before L2 normalisation, of the teacher too where
     # the cache keeps them; "teacher" unit rows of the teacher alone
     normalise: Literal[True, False, "teacher"] = True
-    init_heads: Literal["random", "ridge"] = "random"  # "ridge": see crosstill.train.ridge_heads
-    freeze: Literal["none", "image", "text"] = "none"  # that tower's outputs are computed once
+    center: Literal["auto"] | bool = "auto"  # see crosstill.train.centring
+    # "ridge": least squares, see crosstill.train.ridge_heads; "auto": where towers are pretrained
+    init_heads: Literal["auto", "random", "ridge"] = "auto"
+    # the outputs of a frozen tower are computed once; "both" leaves the heads to learn
+    freeze: Literal["none", "image", "text", "both"] = "none"
     towers: Literal["frozen", "train"] = "frozen"  # of a fusion student
     negatives: Literal["hardest", "random", "batch"] = "hardest"  # of a score cache's candidates
     drawn: Positive | None = None  # candidates a step draws these from; None: all of them
@@ -85,15 +88,6 @@ class TrainConfig(BaseModel):
     @classmethod
     def _balance(cls, value: object) -> object:
         return _spelt_out("balance", value)
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> TrainConfig:
-        if self.warmup_steps and self.warmup_share:
-            raise ConfigError(
-                f"warmup_steps = {self.warmup_steps} and warmup_share = {self.warmup_share}: set "
-                "one of them to 0"
-            )
-        return self
 
     def changed(self, changes: Sequence[str]) -> TrainConfig:
         """A copy with `key=value` changes applied; dots reach inside, values are TOML.
@@ -129,9 +123,11 @@ def as_started(settings: Mapping[str, Any], version: int) -> dict[str, Any]:
         settings: as its `config.json` has them.
         version: the format of that file.
     """
-    started = dict(settings)
-    if version < 3 and "hard_negative" in started.get("losses", {}):
-        losses = dict(started["losses"])
+    if version >= 3:
+        return dict(settings)
+    started = {"center": False, **settings}
+    if "hard_negative" in settings.get("losses", {}):
+        losses = dict(settings["losses"])
         losses["hard_negative"] = {"margin": 0.0} | losses["hard_negative"]
         started["losses"] = losses
     return started

@@ -164,7 +164,7 @@ def check(config: TrainConfig, losses: nn.ModuleDict, cache: Cache, world: int) 
             f"the teacher said at the end; give --set teacher={_sources(cache)}"
         )
     in_the_way = {
-        "freeze = image (leave it out)": config.freeze == "image",
+        f"freeze = {config.freeze} (leave it out)": config.freeze in ("image", "both"),
         "chunk_size (leave it out)": config.chunk_size is not None,
         "compile (use false)": config.compile,
         "several processes (use one)": world > 1,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from crosstill import balance, objectives, students
 from crosstill.balance import Balancer
-from crosstill.cache import Cache, CacheBase, Split
+from crosstill.cache import Cache, CacheBase, Split, centring
+from crosstill.cache.centring import AnyCache
 from crosstill.errors import ConfigError, MismatchError
 from crosstill.evaluate import CachedSplit
 from crosstill.evaluate.agreement import open_split
@@ -25,6 +26,7 @@ from crosstill.evaluate.bootstrap import Answers
 from crosstill.evaluate.embedding import Measured
 from crosstill.evaluate.recall import Ranking, Retrieval
 from crosstill.objectives import Input, Objective
+from crosstill.objectives.base import SIDES
 from crosstill.objectives.parts import first_rows
 from crosstill.objectives.wrappers import ROWS, PerWidth, principal_axes
 from crosstill.students.student import Student, Tokens
@@ -34,7 +36,7 @@ from crosstill.train.batches import Batch, Sampler, Stream, reads_raw
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.layers import PairedLayers
-from crosstill.train.ridge_heads import ridge_heads
+from crosstill.train.ridge_heads import start_heads
 from crosstill.train.step import Outcome, autocast, backward_in_chunks, check_precision, weigh
 from crosstill.types import Features, Ids
 
@@ -204,7 +206,8 @@ class PairTask:
 
     def __init__(self, cache: Cache, config: TrainConfig, group: Group) -> None:
         sampler = check_settings(cache, config, group)
-        self.cache, self.config, self.group = cache, config, group
+        self.config, self.group = config, group
+        self.cache = learnt_rows(cache, config)
         self.losses = build_losses(cache, config)
         self._sides = _sides(cache.split(config.train_split))
         self._check_pairs(sampler.paired)
@@ -261,8 +264,10 @@ class PairTask:
                 "come and the teacher's at length 1; `crosstill cache --raw` keeps both",
                 self.cache.folder,
             )
-        if config.freeze != "none":
-            getattr(student, f"{config.freeze}_tower").requires_grad_(False)
+        if self.cache.means and self.group.leads:
+            log.info(centring.note(self.cache))
+        for side in SIDES.get(config.freeze, ()):
+            getattr(student, f"{side}_tower").requires_grad_(False)
         for side in {"image", "text"} - self._sides:  # of which there is nothing to learn
             getattr(student, f"{side}_tower").requires_grad_(False)
             getattr(student, f"{side}_head").requires_grad_(False)
@@ -275,8 +280,7 @@ class PairTask:
         self._encode = torch.compile(self._wrapped) if config.compile else self._wrapped
 
     def initialise(self) -> None:
-        if self.config.init_heads == "ridge":
-            ridge_heads(self.student, self.cache, self._stream.split)
+        start_heads(self.student, self.cache, self._stream.split, self.config)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[int, Batch, float]]:
         return self._stream.ahead(epoch, first)
@@ -317,9 +321,9 @@ class PairTask:
 
     @staticmethod
     def open_validation(
-        cache: CacheBase, split: Split, student: Student, config: TrainConfig
+        cache: Cache, split: Split, student: Student, config: TrainConfig
     ) -> CachedSplit:
-        return open_split(cache, split, student, config.freeze)
+        return open_split(learnt_rows(cache, config), split, student, config.freeze)
 
     def _features(self, batch: Batch, rows: slice) -> Features:
         """Encode some rows of this process's share; each distinct image passes once."""
@@ -422,6 +426,22 @@ class PairTask:
             "holds none; make a score cache: crosstill cache FUSION-MODEL DATA --out DIR, or, to "
             "train a new fusion model, crosstill cache none DATA --false 31 --out DIR"
         )
+
+
+def learnt_rows(cache: AnyCache, config: TrainConfig) -> AnyCache:
+    """Return the cache with the teacher's rows as the student learns them.
+
+    Raises:
+        ConfigError: rows were to be centred, and losses read raw ones.
+    """
+    raw = reads_raw(cache, config)
+    if raw and config.center is True:
+        raise ConfigError(
+            "center = true: centred rows have length 1, and normalise = false learns raw ones; "
+            "leave one of the two out"
+        )
+    center = False if raw else config.center
+    return centring.centred(cache, config.train_split, center)
 
 
 def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> Sampler:
