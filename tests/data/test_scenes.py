@@ -62,6 +62,21 @@ def test_writing_leaves_a_karpathy_dataset(tmp_path):
     assert data.open(path).digest() == data.open("scenes:3:2").digest()
 
 
+def test_short_captions_follow_the_five(tmp_path):
+    written = data.open(scenes.write(tmp_path, 30, seed=2, short=True))
+    plain = data.open("scenes:30:2")
+    for index, (example, usual) in enumerate(zip(written.examples, plain.examples, strict=True)):
+        present = scenes.things(2, index)
+        shapes = sorted(f"a {thing.shape}" for thing in present)
+        named = {f"{thing.colour} {thing.shape}" for thing in present}
+        long, short = example.captions[:5], example.captions[5:]
+        assert long == usual.captions
+        assert (example.image_id, example.split) == (usual.image_id, usual.split)
+        articled = {f"{'an' if text[0] == 'o' else 'a'} {text}" for text in named}
+        assert set(short) == {*named, *articled, *shapes, " and ".join(shapes)}
+        assert len(set(short)) == len(short)
+
+
 @pytest.mark.parametrize("source", ["scenes:", "scenes:0", "scenes:x", "scenes:5:5:5", "scenes:-4"])
 def test_wrong_numbers_are_refused(source):
     with pytest.raises(DataError, match=re.escape(source)):

@@ -99,12 +99,36 @@ def scenes_reader(record: Mapping[str, Any]) -> Callable[[Example], bytes]:
     return partial(read_scene, int(record["seed"]))
 
 
-def write(folder: Path, count: int = COUNT, seed: int = 0) -> Path:
-    """Write the scenes as PNG files beside a Karpathy `dataset.json`, and return its path."""
+def short_captions(seed: int, index: int) -> tuple[str, ...]:
+    """Name the things of one scene as people type them: "a red heart", "red heart", "a heart".
+
+    The last caption has all shapes: "a heart and a star". Those without colours are there because
+    colours alone tell most scenes apart, and a model would learn shapes late.
+    """
+    present = things(seed, index)
+    shapes = sorted(f"a {thing.shape}" for thing in present)
+    texts = [name_thing(thing) for thing in present]
+    texts += [f"{thing.colour} {thing.shape}" for thing in present]
+    return tuple(dict.fromkeys([*texts, *shapes, " and ".join(shapes)]))
+
+
+def write(folder: Path, count: int = COUNT, seed: int = 0, short: bool = False) -> Path:
+    """Write the scenes as PNG files beside a Karpathy `dataset.json`, and return its path.
+
+    Args:
+        folder: made if it is not there.
+        count: scenes.
+        seed: of the scenes.
+        short: whether each scene has its `short_captions` after its five captions.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
     files.writable_folder(folder)
     items = []
     for index in range(count):
         data, captions = scene(seed, index)
+        captions += short_captions(seed, index) if short else ()
         (folder / _file(index)).write_bytes(data)
         sentences = [{"raw": text} for text in captions]
         items.append({"filename": _file(index), "split": _split(index), "sentences": sentences})
