@@ -45,7 +45,9 @@ def run(out: Path, count: int = COUNT) -> str:
     log.info("3/5  the teacher reads every scene once")
     features = cache.build(teacher, pairs, out / "cache")
     log.info("4/5  a student learns from what the teacher said (DSMD and InfoNCE)")
-    student = _train(out / "student", students.load_config("tiny"), features, "recommended", STUDENT)
+    student = _train(
+        out / "student", students.load_config("tiny"), features, "recommended", STUDENT
+    )
     held_out = _sentences(pairs.split("test"))
     report = _report(out, held_out, teacher, student)
     log.info("5/5  the student is exported, and answers queries without torch")

@@ -12,7 +12,7 @@ The presets:
     tiny          a small ResNet and a small BERT from scratch, for 64 x 64 pixels; 0.7 M
     tiny-hf       as tiny, by the text's pooler, and a FocalNet, for the same export; 0.9 M
     tiny-nested   as tiny, of embeddings of 128 and more that may be cut to 64 or 32
-    tiny-teacher  the same kind, five times as large: the teacher of the demonstration
+    tiny-teacher  the same kind, five times as large: a teacher of rendered scenes
     half          a score cache's fusion teacher with half of its fusion layers: DCD's student
 """
 
