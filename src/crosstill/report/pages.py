@@ -137,7 +137,7 @@ def is_run(folder: Path) -> bool:
 def write_run(folder: Path, out: Path, latency: bool) -> Path:
     """Write the report of a run: see `crosstill.report.write`."""
     results = run_results.read(folder, latency)
-    wide = _as_wide(results.features) if results.features else {}
+    wide = _as_wide(results.space) if results.space else {}
     both = wide and all(len(side) for rows in wide.values() for side in rows)
     shown = pictures.fit_space(wide) if both else None
     # first, since it may refuse

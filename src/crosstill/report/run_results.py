@@ -49,6 +49,7 @@ class RunResults:
         listed: where a fusion model's recall was measured, in words; "" for embeddings.
         rows: "teacher" (if there was one), "student" and "untrained", on `split`.
         features: of "teacher" and "student"; none of a fusion model.
+        space: the same, but the teacher's as the student learns them, such as centred ones.
         cosines: mean cosines of "teacher" and "student", by side.
         notes: what could not be shown, and why.
     """
@@ -62,6 +63,7 @@ class RunResults:
     listed: str = ""
     rows: dict[str, Evaluation] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
+    space: dict[str, Features] = field(default_factory=dict)
     cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -130,6 +132,8 @@ def _embed(results: RunResults, best: Student) -> None:
     _teacher(results, held_out)
     results.features["student"], row = _measure(best, held_out)
     results.rows["student"] = row.renamed(f"student ({best.name})")
+    learnt = cache.split_features(held_out.split)
+    results.space = results.features | ({} if learnt is None else {"teacher": learnt})
     results.cosines = {
         "teacher": held_out.teacher_cosines(),
         "student": held_out.cosines(results.features["student"]),
