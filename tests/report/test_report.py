@@ -24,6 +24,8 @@ from crosstill.evaluate import CachedSplit, likeness, retrieval, teacher_recall
 from crosstill.formats import latex
 from crosstill.report import curves, pages, pictures, run_results
 from crosstill.train import Run, TrainConfig, train
+from crosstill.train.config import parse
+from crosstill.train.task import learnt_rows
 from crosstill.types import Features
 from support import SETTINGS, small_config, small_student
 from verbs import crosstill
@@ -183,7 +185,8 @@ def test_every_loss_and_weight_has_its_curve(home, shown):
 
 
 def test_mean_cosines_stand_beside_the_teachers(home, shown):
-    run, cache = Run(home / "run"), Cache(home / "cache")
+    run = Run(home / "run")
+    cache = learnt_rows(Cache(home / "cache"), parse(run.config["settings"]))
     split = cache.split("val")
     owner = torch.from_numpy(split.owner)
     teacher = likeness.mean_cosines(cache.split_features(split)._asdict(), owner)

@@ -57,11 +57,12 @@ def teach(even, tmp_path, caplog):
     (tmp_path / "quick.toml").write_text(TOML)
 
     def run(*changes: str):
-        typed = ["epochs=3", "batch_size=24", "schedule=constant", *changes]
+        typed = ["epochs=3", "batch_size=24", "schedule=constant", "center=false", *changes]
         out = tmp_path / "run"
         with caplog.at_level(logging.INFO, "crosstill"):
             crosstill(
                 *("train", even.folder, "--out", out, "--student", tmp_path / "quick.toml"),
+                *("--recipe", "dsmd"),
                 *(word for change in typed for word in ("--set", change)),
             )
         lines = map(json.loads, (out / "events.jsonl").read_text().splitlines())

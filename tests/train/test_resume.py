@@ -325,6 +325,15 @@ def state_of(run: Path) -> dict[str, object]:
     return {**state, "names": {k: v for k, v in state["names"].items() if k != "run"}}
 
 
+# what runs of before did by default
+BEFORE = {
+    "dsmd": (
+        "center=false",
+        "losses.hard_negative.margin=0",
+        "losses.contrastive.queue_size=64",
+    ),
+    "kd": ("center=false",),
+}
 ORDERED = [
     ("dsmd", []),
     ("dsmd", ["losses.info_nce.temperature=0.1", "losses.kd.temperature=2.0"]),
@@ -336,7 +345,7 @@ ORDERED = [
 def test_a_run_of_before_goes_on_in_the_order_of_its_command(
     home, killed, monkeypatch, recipe, changes
 ):
-    cut, whole = killed(recipe, *changes)
+    cut, whole = killed(recipe, *BEFORE[recipe], *changes)
     make_old(cut, monkeypatch)
     check_goes_on(home, cut, whole)
 
@@ -345,13 +354,14 @@ def test_a_run_of_before_goes_on_in_the_order_of_its_command(
 def test_a_run_of_before_from_python_goes_on_in_its_recipes_order(
     home, killed, monkeypatch, changes
 ):
-    cut, whole = killed("dsmd", *changes)
+    cut, whole = killed("dsmd", *BEFORE["dsmd"], *changes)
     make_old(cut, monkeypatch, command="")
     check_goes_on(home, cut, whole)
 
 
 def test_a_run_of_before_whose_order_is_lost_is_refused(home, killed, monkeypatch):
-    cut, whole = killed("dsmd", "losses.kd.temperature=2.0", "losses.info_nce.temperature=0.1")
+    added = ("losses.kd.temperature=2.0", "losses.info_nce.temperature=0.1")
+    cut, whole = killed("dsmd", *BEFORE["dsmd"], *added)
     make_old(cut, monkeypatch, command="")
     held = content(cut)
     error = refusal("train", home / "features", "--out", cut, "--resume")
