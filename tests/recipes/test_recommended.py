@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from crosstill import recipes
+from crosstill import data, recipes
 from crosstill.cache import build
+from crosstill.data import scenes as scenery
 from crosstill.train import Run
 from support import SmallTeacher
 from verbs import TOML, crosstill
@@ -41,3 +42,20 @@ def test_it_leaves_out_what_the_cache_cannot_serve(scenes, tmp_path, side, losse
     build(teacher if side != "none" else None, scenes, tmp_path / "cache")
     settings = trained(tmp_path / "cache", tmp_path / "run")
     assert (settings["recipe"], set(settings["losses"])) == ("recommended", losses)
+
+
+@pytest.mark.parametrize(
+    ("every", "texts", "extra"), [(1, 0, set()), (6, 0, {"kd"}), (1, 400, {"kd"})]
+)
+def test_it_compares_rows_in_no_pair_across_modalities(tmp_path, every, texts, extra):
+    """Every sixth photo has captions, or all have; and there are so many loose texts."""
+    listing = scenery.write(tmp_path / "photos", 60)
+    record = json.loads(listing.read_text())
+    for number, item in enumerate(record["images"]):
+        if number % every:
+            item["sentences"] = []
+    listing.write_text(json.dumps(record))
+    loose = [f"sentence number {n}" for n in range(texts)]
+    cache = build(SmallTeacher(), data.open(listing), tmp_path / "cache", texts=loose)
+    losses = set(recipes.for_cache(cache, "encoder").losses)
+    assert losses == {*recipes.dsmd().losses, "info_nce", *extra}

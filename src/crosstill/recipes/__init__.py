@@ -102,7 +102,7 @@ def fsp() -> TrainConfig:
 
     At weight 1 its gradient is 0.4 to 2 % of the task's, at 100 it is of the same size.
     """
-    return _with_task("fsp", {"fsp": {}}, {"fsp": 100.0})
+    return _with_task("fsp", {"fsp": {}}, {"fsp": 20.0})
 
 
 def dcd() -> TrainConfig:
@@ -240,7 +240,8 @@ def for_cache(cache: CacheBase, kind: str, split: str = "train") -> TrainConfig:
     Returns:
         `recommended`; without a teacher InfoNCE alone; of a score cache the losses of `dcd` for a
         fusion model and of `cprd` for a dual encoder; with rows of one side the losses that need
-        no other; without any pair KD's similarity rows in place of InfoNCE.
+        no other; with KD's similarity rows where most photos or texts are in no pair, and those in
+        place of InfoNCE where all are.
     """
     settings, rows = recommended(), cache.split(split)
     losses, pairs = dict(settings.losses), rows.pairs
@@ -254,9 +255,10 @@ def for_cache(cache: CacheBase, kind: str, split: str = "train") -> TrainConfig:
     elif len(has) == 1:
         side = {"side": has[0]}
         losses = {"feature": side, "instance": side} | ({"info_nce": {}} if pairs else {})
-    elif not pairs:
-        del losses["info_nce"]
-        losses["kd"] = {}
+    elif 2 * pairs < there["text"] or 2 * len(rows.captioned) < there["image"]:
+        losses["kd"] = {}  # across modalities, on rows that are in no pair
+        if not pairs:
+            del losses["info_nce"]
     if losses == settings.losses:
         return settings
     log.info("recommended, fitted to %s: losses %s", cache.folder, ", ".join(losses))
