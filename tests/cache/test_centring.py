@@ -5,7 +5,7 @@ from crosstill.cache import build, centring
 from crosstill.train import Run
 from crosstill.train.task import learnt_rows
 from support import SmallTeacher
-from verbs import TOML, crosstill
+from verbs import TOML, crosstill, refusal
 
 WORDS = [
     word
@@ -68,3 +68,11 @@ def test_a_run_says_that_rows_are_centred_and_keeps_the_teacher_s_own_recall(
     runs = [Run(tmp_path / name) for name in ("true", "false")]
     assert len({run.metrics["teacher"]["rsum"] for run in runs}) == 1
     assert len({(run.folder / "events.jsonl").read_text() for run in runs}) == 2
+
+
+def test_rows_that_are_not_there_cannot_be_centred(scenes, tmp_path):
+    build(None, scenes, tmp_path / "captions")
+    (tmp_path / "small.toml").write_text(TOML)
+    words = (tmp_path / "captions", "--student", tmp_path / "small.toml", "--out", tmp_path / "run")
+    line = refusal("train", *words, "--set", "center=true", "--set", "batch_size=8")
+    assert "holds no features of a teacher to centre; leave it out" in line

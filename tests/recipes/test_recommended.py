@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ablate.scored import score_cache
 from crosstill import data, recipes
 from crosstill.cache import build
 from crosstill.data import scenes as scenery
@@ -59,3 +60,11 @@ def test_it_compares_rows_in_no_pair_across_modalities(tmp_path, every, texts, e
     cache = build(SmallTeacher(), data.open(listing), tmp_path / "cache", texts=loose)
     losses = set(recipes.for_cache(cache, "encoder").losses)
     assert losses == {*recipes.dsmd().losses, "info_nce", *extra}
+
+
+def test_from_a_score_cache_it_has_the_losses_of_lists(tmp_path):
+    scores = score_cache(tmp_path, 30)
+    assert set(recipes.for_cache(scores, "encoder").losses) == {"cprd"}
+    assert set(recipes.for_cache(scores, "matcher").losses) == {"dcd"}
+    settings = trained(scores.folder, tmp_path / "run", "losses.cprd.hardest=3")
+    assert (settings["recipe"], set(settings["losses"])) == ("recommended", {"cprd"})

@@ -9,10 +9,10 @@ from torch.nn import functional
 
 from crosstill.cache import build
 from support import SmallTeacher
-from verbs import crosstill
+from verbs import TOML, crosstill
 
 # a tower of photos whose rows come apart within a second
-TOML = """
+QUICK = """
 name = "quick"
 
 [image.config]
@@ -23,13 +23,8 @@ depths = [1, 1]
 layer_type = "basic"
 image_size = 32
 
-[text.config]
-model_type = "bert"
-hidden_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
 """
+QUICK += TOML[TOML.index("[text.config]") :]
 COLLAPSING = ("losses=hard_negative", "losses.hard_negative.margin=0", "lr=0.01")
 SOUND = ("losses.hard_negative.margin=0.2", "init_heads=ridge", "lr=0.001", "epochs=6")
 
@@ -54,7 +49,7 @@ def even(scenes, tmp_path_factory):
 @pytest.fixture
 def teach(even, tmp_path, caplog):
     """Train with some changes; returns the epochs' events, the summary, and what was logged."""
-    (tmp_path / "quick.toml").write_text(TOML)
+    (tmp_path / "quick.toml").write_text(QUICK)
 
     def run(*changes: str):
         typed = ["epochs=3", "batch_size=24", "schedule=constant", "center=false", *changes]

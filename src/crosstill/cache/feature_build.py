@@ -117,8 +117,8 @@ def _begun_without_bare(pairs: Pairs, folder: Path) -> bool:
         if len(captioned) in (0, len(pairs)) or not (folder / name).is_file():
             continue
         with suppress(CorruptError):  # the builder has more to say
-            held = files.read_sealed(folder / name, {format.FORMAT})["key"]
-            return bool(held["data"] == replace(pairs, examples=captioned).digest())
+            key = files.read_sealed(folder / name, {format.FORMAT})["key"]
+            return bool(key["data"] == replace(pairs, examples=captioned).digest())
     return False
 
 

@@ -47,7 +47,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a validation gives.
+    """Hold the figures of one validation.
 
     Attributes:
         recall: of the student.

@@ -34,8 +34,7 @@ Losses = Mapping[str, Mapping[str, Any]]
 def recommended() -> TrainConfig:
     """DSMD's four losses with a margin and InfoNCE on the captions, balanced at every step.
 
-    What a cache cannot serve is left out: see `for_cache`. What it was compared with is in
-    docs/results.
+    What a cache cannot serve is left out: see `for_cache`. What was tried is in docs/log.md.
     """
     losses = {**dsmd().losses, "info_nce": {}}
     settings = _derived("recommended", losses, {"name": "dsmd"})
@@ -100,7 +99,7 @@ def clip_kd() -> TrainConfig:
 def fsp() -> TrainConfig:
     """Flow of the solution procedure (Yim et al., CVPR 2017): cross-modal Gram and the task.
 
-    At weight 1 its gradient is 0.4 to 2 % of the task's, at 100 it is of the same size.
+    At weight 1 its gradient is 0.4 to 2 % of the task's; at 100 it makes all photos alike.
     """
     return _with_task("fsp", {"fsp": {}}, {"fsp": 20.0})
 

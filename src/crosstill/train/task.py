@@ -453,7 +453,7 @@ def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> Sampl
     Raises:
         ConfigError: a setting that was removed, a precision that the device would emulate, or a
             batch that cannot be drawn.
-        MismatchError: heads by least squares, and no image features to fit them to.
+        MismatchError: heads by least squares or centred rows, and no features for either.
     """
     if config.targets != "joined":
         raise ConfigError(
@@ -474,6 +474,10 @@ def check_settings(cache: CacheBase, config: TrainConfig, group: Group) -> Sampl
         raise MismatchError(
             f"init_heads = ridge needs the teacher's image features, and {cache.folder} has none; "
             "use init_heads=random"
+        )
+    if config.center is True and not cache.modalities:
+        raise MismatchError(
+            f"center = true: {cache.folder} holds no features of a teacher to centre; leave it out"
         )
     return sampler
 
