@@ -2,7 +2,8 @@
 
 `artefacts.tar.xz` was made by `make.py` before the code moved, on one machine: with
 CROSSTILL_EXACT=1 figures must be the same to the last bit, which holds on that hardware only, and
-else within 0.1 %. The texts of `help/` and `pins.json` are written anew by CROSSTILL_PIN=1.
+else within 0.1 %. New runs are within 0.1 % always: their optimizer is fused, that of runs that
+go on is not. The texts of `help/` and `pins.json` are written anew by CROSSTILL_PIN=1.
 """
 
 import importlib.util
@@ -66,24 +67,24 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def check_close(ours: Any, theirs: Any, where: str) -> None:
+def check_close(ours: Any, theirs: Any, where: str, exact: bool = EXACT) -> None:
     """Compare records: names and texts to the letter, figures within what hardware may do."""
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), where
         for key in theirs:
-            check_close(ours[key], theirs[key], f"{where} {key}")
-    elif isinstance(theirs, float) and not EXACT:
+            check_close(ours[key], theirs[key], f"{where} {key}", exact)
+    elif isinstance(theirs, float) and not exact:
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), where
     else:
         assert ours == theirs, where
 
 
-def check_tensors(ours: Path, theirs: Path) -> None:
+def check_tensors(ours: Path, theirs: Path, exact: bool) -> None:
     """Compare two files of tensors by names, shapes and values."""
     tensors, expected = load_file(ours), load_file(theirs)
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in expected.items()}
     for name, values in expected.items():
-        if EXACT:
+        if exact:
             np.testing.assert_array_equal(tensors[name], values, name)
         else:
             # AdamW moves a weight whose gradient is nearly nothing by its sign alone
@@ -103,20 +104,21 @@ def without_cosines(value: Any) -> Any:
     return value
 
 
-def check_run(ours: Path, theirs: Path) -> None:
+def check_run(ours: Path, theirs: Path, exact: bool) -> None:
     """Compare the curve, the recall and the best weights of two finished runs."""
     check_close(
         dict(enumerate(e for e in events(ours) if e["kind"] == "step")),
         dict(enumerate(e for e in events(theirs) if e["kind"] == "step")),
         str(theirs),
+        exact,
     )
-    if EXACT:
+    if exact:
         assert without_cosines(events(ours)) == events(theirs)
         metrics, expected = (
             json.loads((run / "metrics.json").read_text()) for run in (ours, theirs)
         )
         assert without_cosines(metrics) == expected
-    check_tensors(ours / "best/model.safetensors", theirs / "best/model.safetensors")
+    check_tensors(ours / "best/model.safetensors", theirs / "best/model.safetensors", exact)
 
 
 @pytest.mark.parametrize("verb", VERBS.split())
@@ -162,7 +164,7 @@ def test_names_in_checkpoints(new, tmp_path, recipe):
 def test_curves(old, new, name):
     """Twenty steps from the seed, as they went before."""
     crosstill("train", *make.words(new, name), "--out", new / name)
-    check_run(new / name, old / name)
+    check_run(new / name, old / name, exact=False)
 
 
 @pytest.mark.parametrize("name", make.RUNS)
@@ -170,7 +172,7 @@ def test_killed_runs_go_on(old, tmp_path, name):
     run = shutil.copytree(old / f"{name}-killed", tmp_path / "run")
     cached = old / make.RUNS[name][0]
     crosstill("train", cached, "--resume", "--out", run)
-    check_run(run, old / name)
+    check_run(run, old / name, EXACT)
 
 
 @pytest.mark.parametrize("name", ["features", "wide", "joined", "views", "scores"])

@@ -15,7 +15,7 @@ from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
 from crosstill.students import student_config
 from crosstill.teachers import base
-from crosstill.towers import hub, tower_parts
+from crosstill.towers import folding, hub, tower_parts
 from crosstill.towers.vocabulary import plain
 from crosstill.types import Features
 
@@ -81,6 +81,9 @@ class Student(nn.Module):
         for norm in self._norms:
             if norm.momentum is not None and norm.momentum > 0.5:
                 norm.momentum = _MOMENTUM
+        if config.freezes_batch_norm:
+            self.eval()
+            folding.fold_norms(self.image_tower, self._pool_blank)
         self.train()
 
     @property
@@ -330,10 +333,13 @@ class Student(nn.Module):
         size = self.preprocess.size
         with base.evaluating(self):
             try:
-                return self.pool_image(torch.zeros(1, 3, *size)).shape[1]
+                return self._pool_blank().shape[1]
             except (RuntimeError, ValueError) as error:
                 kind, line = type(self.image_tower).__name__, " ".join(str(error).split())[:120]
                 raise ConfigError(f"photos of {size} pixels do not fit {kind} ({line})") from None
+
+    def _pool_blank(self) -> Tensor:
+        return self.pool_image(torch.zeros(1, 3, *self.preprocess.size))
 
     def _text_width(self) -> int:
         """Measure the width of the text tower's rows; refuse a `max_length` that is too long."""

@@ -148,7 +148,8 @@ def build_optimizer(
         rate = {"factor": config.fusion_lr} if faster else {}
         groups.append({"params": part, "weight_decay": config.weight_decay * decays, **rate})
     groups.append({"params": list(balance.parameters()), "weight_decay": 0.0})
-    return AdamW([group for group in groups if group["params"]], config.lr, config.betas)
+    learning = [group for group in groups if group["params"]]
+    return AdamW(learning, config.lr, config.betas, fused=True)
 
 
 def parameter_names(**modules: Parametrised) -> list[str]:
