@@ -119,6 +119,17 @@ def test_batch_norm_in_training_forgets_slowly(
     assert not torch.equal(before, norms[0].running_mean)
 
 
+def test_batch_norm_learns_without_dropout(pretrained: StudentConfig, captions: list[str]) -> None:
+    student = students.build(pretrained.model_copy(update={"batch_norm": "train"}), DIM, captions)
+    student.drops = False
+    student.train()
+    modules = list(student.modules())
+    assert student.training
+    assert not any(m.training for m in modules if isinstance(m, nn.Dropout))
+    assert all(m.training for m in modules if isinstance(m, nn.BatchNorm2d))
+    assert not any(m.training for m in student.eval().modules())
+
+
 def test_one_step_changes_every_part(student: Student, captions: list[str]) -> None:
     before = {name: value.detach().clone() for name, value in student.named_parameters()}
     texts = student.pad(student.tokenize(captions[:8]))

@@ -198,6 +198,16 @@ def test_chunks_give_the_gradient_of_the_whole_batch(cached, settings, tmp_path)
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
 
 
+def test_a_run_without_dropout_is_that_of_towers_that_have_none(cached, settings, tmp_path):
+    off = settings.changed([*SHORT, "dropout=false"])
+    train(small_student(cached), cached, off, tmp_path / "off")
+    train(small_student(cached, dropout=0.0), cached, settings.changed(SHORT), tmp_path / "none")
+    train(small_student(cached), cached, settings.changed(SHORT), tmp_path / "on")
+    runs = [final(tmp_path / name) for name in ("off", "none", "on")]
+    assert same(runs[0]["student"], runs[1]["student"])
+    assert not same(runs[0]["student"], runs[2]["student"])
+
+
 def test_chunks_replay_their_dropout(cached, settings, tmp_path):
     """The graph of a chunk must belong to the very embeddings that the loss saw."""
     config = settings.changed(["epochs=1", "chunk_size=7"])
@@ -385,7 +395,7 @@ def test_a_compiled_student_trains_to_nearly_the_same(cached, student, settings,
 
 
 def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, settings, whole_run, tmp_path):
-    backward = PairTask.backward
+    backward, whole = PairTask.backward, whole_run()
 
     def interrupt(self, batch):
         outcome = backward(self, batch)
@@ -397,10 +407,10 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_the_same(cached, settings, whole_ru
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PairTask, "backward", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(module.Run(whole_run()).untrained, cached, settings, tmp_path / "cut")
+            train(module.Run(whole).untrained, cached, settings, tmp_path / "cut")
     assert final(tmp_path / "cut")["position"] == {"epoch": 0, "step": 1, "total": 1}
     train(None, cached, settings, tmp_path / "cut", resume=True)
-    assert same(final(tmp_path / "cut"), final(whole_run()))
+    assert same(final(tmp_path / "cut"), final(whole))
 
 
 def test_tensorboard_gets_the_same_curves(cached, student, settings, tmp_path):

@@ -75,7 +75,8 @@ class Design:
 def table2() -> Design:
     """Every method on one student, with the optimizer and the start of `recommended`."""
     base = recommended()
-    fields = ("lr", "schedule", "warmup_share", "epochs", "batch_size", "shuffle", "init_heads")
+    optimizer = ("lr", "schedule", "warmup_share", "epochs", "batch_size", "shuffle")
+    fields = (*optimizer, "init_heads", "dropout")
     shared = tuple(f"{field}={json.dumps(getattr(base, field))}" for field in fields)
     as_published = (
         "losses.hard_negative.margin=0",

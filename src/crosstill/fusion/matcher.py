@@ -54,6 +54,7 @@ class Matcher(nn.Module, ABC):
         preprocess: how it wants its images.
         tokenizer: a fast tokenizer of transformers.
         max_length: tokens of a text, special ones included; the rest is cut off.
+        drops: whether its dropout is on while it learns.
     """
 
     kind: ClassVar[Kind] = "matcher"
@@ -65,6 +66,7 @@ class Matcher(nn.Module, ABC):
     preprocess: Preprocess
     tokenizer: Any
     max_length: int
+    drops: bool = True
 
     # --- what a family writes ---
 
@@ -240,8 +242,9 @@ class Matcher(nn.Module, ABC):
         return not any(p.requires_grad for tower in self.towers() for p in tower.parameters())
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, but frozen towers stay in evaluation mode, without dropout."""
-        super().train(mode)
+        """As in torch, but frozen towers stay in evaluation mode, and dropout may stay off."""
+        super().train(mode and self.drops)
+        self.training = mode
         for tower in self.towers():
             if not any(p.requires_grad for p in tower.parameters()):
                 tower.eval()

@@ -38,7 +38,8 @@ def recommended() -> TrainConfig:
     """
     losses = {**dsmd().losses, "info_nce": {}}
     settings = _derived("recommended", losses, {"name": "dsmd"})
-    return settings.model_copy(update={"schedule": "cosine", "warmup_share": 0.05, "lr": 3e-4})
+    optimizer = {"schedule": "cosine", "warmup_share": 0.05, "lr": 3e-4, "dropout": False}
+    return settings.model_copy(update=optimizer)
 
 
 def dsmd() -> TrainConfig:

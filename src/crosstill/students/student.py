@@ -22,7 +22,7 @@ from crosstill.types import Features
 # Some Hugging Face towers carry TensorFlow's 0.9997, which in torch forgets all but the last batch.
 _MOMENTUM = 0.1
 RECORD = "student.json"
-CHUNK = 16  # captions of similar length that share a pass on a CPU
+CHUNK = 32  # captions of similar length that share a pass on a CPU
 
 
 class Tokens(NamedTuple):
@@ -47,6 +47,7 @@ class Student(nn.Module):
         tokenizer: already set to truncate at `config.max_length`.
         licences: of the pretrained towers, by "image" and "text".
         axes: (D, D), columns, of a student with several widths: see `shorten`.
+        drops: whether the towers' dropout is on while they learn.
     """
 
     kind: ClassVar[base.Kind] = "encoder"
@@ -68,6 +69,7 @@ class Student(nn.Module):
         self.tokenizer: PreTrainedTokenizerFast = text.tokenizer
         self.tokenizer.backend_tokenizer.enable_truncation(config.max_length)
         self.source: str | None = None
+        self.drops = True
         self.licences = {"image": image.licence, "text": text.licence}
         if config.widths:
             self.register_buffer("axes", torch.eye(config.dim))
@@ -108,11 +110,11 @@ class Student(nn.Module):
         return self.image_head.weight.device
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, but frozen batch norms keep the statistics that they came with."""
-        super().train(mode)
-        if self.config.freezes_batch_norm:
-            for norm in self._norms:
-                norm.eval()
+        """As in torch, but frozen batch norms keep their statistics, and dropout may stay off."""
+        super().train(mode and self.drops)
+        self.training = mode
+        for norm in self._norms:
+            norm.train(mode and not self.config.freezes_batch_norm)
         return self
 
     def forward(self, images: Tensor, texts: Tokens | Tensor, normalise: bool = True) -> Features:

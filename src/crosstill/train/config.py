@@ -58,6 +58,7 @@ class TrainConfig(BaseModel):
     init_heads: Literal["auto", "random", "ridge"] = "auto"
     # the outputs of a frozen tower are computed once; "both" leaves the heads to learn
     freeze: Literal["none", "image", "text", "both"] = "none"
+    dropout: bool = True  # of the towers while they learn, as much as they came with
     towers: Literal["frozen", "train"] = "frozen"  # of a fusion student
     negatives: Literal["hardest", "random", "batch"] = "hardest"  # of a score cache's candidates
     drawn: Positive | None = None  # candidates a step draws these from; None: all of them

@@ -51,6 +51,8 @@ class _Metrics(artefacts.Record):
 class Learner(Protocol):
     """A model that a run trains: a `torch.nn.Module` that can be saved into a folder."""
 
+    drops: bool  # whether dropout is on in training mode
+
     @property
     def name(self) -> str: ...
 

@@ -24,7 +24,13 @@ from crosstill.train import checkpoint, distributed, folder
 from crosstill.train.config import TrainConfig
 from crosstill.train.distributed import Group
 from crosstill.train.folder import Learner, Run
-from crosstill.train.step import Outcome, build_optimizer, lr_at, parameter_names
+from crosstill.train.step import (
+    Outcome,
+    build_optimizer,
+    load_optimizer,
+    lr_at,
+    parameter_names,
+)
 from crosstill.train.task import Task, fit_queues, named_losses, open_task
 
 log = logging.getLogger(__name__)
@@ -109,6 +115,7 @@ def learn(session: Session) -> None:
     """
     config, task, optimizer = session.config, session.task, session.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    session.student.drops = config.dropout
     session.student.train()
     with checkpoint.stop_signals() as stop, session.bar() as bar:
         for epoch in range(session.position["epoch"], config.epochs):
@@ -425,7 +432,7 @@ class Session:
         self.student.load_state_dict(state["student"])
         self.task.losses.load_state_dict(state["losses"])
         self.task.balance.load_state_dict(state["balance"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.position, self.best = dict(state["position"]), dict(state["best"])
         checkpoint.restore_rng(state)
 
