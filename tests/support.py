@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from crosstill import files, students
-from crosstill.cache import Cache
+from crosstill.cache import Cache, build
+from crosstill.data import Pairs
 from crosstill.images import Preprocess
 from crosstill.students.student import Student
 from crosstill.students.student_config import StudentConfig
@@ -181,6 +183,17 @@ def small_config(dropout: float = 0.1) -> StudentConfig:
 def small_student(cached: Cache, dropout: float = 0.1) -> Student:
     """The untrained student of that configuration, as wide as the cache."""
     return students.build(small_config(dropout), dim=cached.dim, captions=cached.texts)
+
+
+def mixed_cache(scenes: Pairs, folder: Path, every: int) -> Cache:
+    """A cache in which every so-and-so-many-th photo has captions (0: none), with loose texts."""
+    captions = [caption for example in scenes.examples for caption in example.captions]
+    examples = tuple(
+        example if every and row % every == 0 else replace(example, captions=())
+        for row, example in enumerate(scenes.examples)
+    )
+    lines = [f"{caption}, {row}" for row, caption in enumerate(captions[:90])]
+    return build(SmallTeacher(), replace(scenes, examples=examples), folder, texts=lines)
 
 
 def same(a: object, b: object) -> bool:

@@ -52,6 +52,22 @@ def test_the_table_counts_and_times_teacher_and_students(home, student_folder, t
     assert r"\begin{tabular}" in (home / "grid/table3.tex").read_text()
 
 
+def test_the_report_of_a_grid_has_it(home, toml, tmp_path):
+    grid = tmp_path / "grid"
+    told = crosstill("ablate", "table3", home / "cache", "--student", toml, "--out", grid).stdout
+    crosstill("report", grid, "--out", tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "What teacher and student cost" in page and f"student ({toml})" in page
+    assert "1 table from 0 runs" in page
+    assert (tmp_path / "out/table.md").read_text().strip() == told.strip()
+    assert r"\begin{tabular}" in (tmp_path / "out/table.tex").read_text()
+    figures = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert figures["costs"] == json.loads((grid / "table3.json").read_text())
+    (grid / "table3.json").write_text('{"rows": 3}')
+    told = crosstill("report", grid, code=1).stderr
+    assert "table3.json: damaged; run `crosstill ablate table3` again" in told
+
+
 def test_a_teacher_that_cannot_be_timed_is_said(home, toml, tmp_path):
     folder, examples = tmp_path / "vectors", data.open(SCENES).examples
     folder.mkdir()

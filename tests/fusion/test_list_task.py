@@ -14,7 +14,7 @@ from crosstill.fusion.matcher import Matcher
 from crosstill.fusion.states import Sides
 from crosstill.objectives.dcd import variant_loss
 from crosstill.students.student_config import FusionConfig
-from crosstill.train import TrainConfig, step, train
+from crosstill.train import TrainConfig, checkpoint, step, train
 from crosstill.train.distributed import Group
 from crosstill.train.step import Outcome
 from crosstill.types import States
@@ -173,6 +173,17 @@ def test_the_loss_is_dcds_over_the_lists_and_only_fusion_learns(scored, half):
     changed = {name for name, value in half.state_dict().items() if not same(value, before[name])}
     assert changed and all(name.startswith("fusion") for name in changed)
     assert any("layers.0" in name for name in changed)
+
+
+def test_only_a_dual_encoder_learns_a_scale(scored, half, towers, tmp_path):
+    config = settings(recipe="dcd", losses={"dcd": {"hardest": 3, "calibrate": True}}, epochs=1)
+    names = {}
+    for kind, student in (("fusion", half), ("dual", students.load(towers))):
+        train(student, scored, config, tmp_path / kind)
+        state = checkpoint.load_latest(tmp_path / kind / "checkpoints")
+        names[kind] = state["names"]["parameters"]
+    assert [n for n in names["dual"] if n.startswith("losses")] == ["losses.dcd.log_scale"]
+    assert not any(n.startswith("losses") for n in names["fusion"])
 
 
 def test_kept_states_are_those_of_the_towers(scored, half):

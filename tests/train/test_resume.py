@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from crosstill.files import sealed
 from crosstill.fusion.scores import build_scores
 from crosstill.train import checkpoint
 from fusion.listed import meter_config, parameters
-from support import SmallTeacher, matrix, same, small_student
+from support import SmallTeacher, matrix, mixed_cache, same, small_student
 from verbs import TOML, crosstill, refusal
 
 Killed = Callable[..., tuple[Path, Path]]
@@ -173,31 +172,14 @@ KINDS = [
 KILLED = [(*kind, deaths) for kind in KINDS for deaths in (LATE, EARLY)]
 
 
-def build_loose(home: Path, scenes: Pairs, name: str) -> None:
-    """A cache in which a third of the photos, or none, has captions, with loose texts."""
-    if (home / name).exists():
-        return
-    examples = [
-        example if name == "mixed" and row % 3 == 0 else replace(example, captions=())
-        for row, example in enumerate(scenes.examples)
-    ]
-    lines = [
-        f"{text}, {row}"
-        for row, text in enumerate([c for e in scenes.examples for c in e.captions][:90])
-    ]
-    (home / "lines.txt").write_text("\n".join(lines))
-    pairs = replace(scenes, examples=tuple(examples))
-    build(SmallTeacher(), pairs, home / name, texts=[home / "lines.txt"])
-
-
 @pytest.mark.parametrize(
     ("cache", "recipe", "changes", "deaths"), matrix(KILLED, [KILLED[0], KILLED[2], KILLED[-1]])
 )
 def test_every_kind_of_cache(home, runs, scenes, tmp_path, cache, recipe, changes, deaths):
     if cache == "views":
         build(SmallTeacher(), scenes, home / "views", views=3)
-    if cache in ("mixed", "unpaired"):
-        build_loose(home, scenes, cache)
+    if cache in ("mixed", "unpaired") and not (home / cache).exists():
+        mixed_cache(scenes, home / cache, every=3 if cache == "mixed" else 0)
     runs.check(words(home, cache, recipe, *changes), [deaths], tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Runs from photos without captions and texts without photos, through the command line."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from crosstill.train import Run, TrainConfig, distributed
 from crosstill.train.batches import Stream
 from crosstill.train.task import PairTask, loss_rows
 from crosstill.types import Features, Ids, text_key
+from report.pages import Page
 from support import small_config
 from verbs import TOML, crosstill, refusal
 
@@ -209,6 +211,37 @@ def test_the_refusal_names_losses_that_work(home, tmp_path):
     assert not {"crd", "info_nce", "clip_kd", "kd", "fsp"} & {*fitting}
 
 
+def test_sentences_alone_are_refused(home, tmp_path):
+    (tmp_path / "empty").mkdir()
+    lines = ("--texts", home / "lines.txt", "--out", tmp_path / "cache")
+    assert "no images in it" in refusal("cache", home / "teacher", tmp_path / "empty", *lines)
+    error = refusal("cache", home / "teacher", home / "lines.txt", *lines)
+    assert "not a dataset" in error and error.endswith("PHOTOS --texts LINES.txt")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_student_without_words_is_told_where_they_come_from(home, tmp_path):
+    error = refusal("train", home / "photos", "--student", home / "unpaired.toml",
+                    "--out", tmp_path / "run")  # fmt: skip
+    assert "captions are needed; make the cache with --texts LINES.txt, or give the tower" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "remedy"),
+    [
+        ("unpaired", "feature+similarity", ", add losses.kd=true, or train longer"),
+        ("photos", "feature+similarity", "set lr below 1e-09, or train longer"),
+    ],
+)
+def test_the_remedy_for_rows_that_are_alike_needs_no_pairs(
+    home, tmp_path, caplog, name, losses, remedy
+):
+    typed_words = typed(home, name, f"losses={losses}", "lr=1e-9", "init_heads=random")
+    crosstill("train", *typed_words, "--out", tmp_path / "run")
+    (warning,) = [line for line in caplog.messages if "rows are alike" in line]
+    assert warning.endswith(remedy)
+
+
 @pytest.fixture(scope="module")
 def followed(home, tmp_path_factory) -> Path:
     """A run without any pair."""
@@ -227,6 +260,33 @@ def test_the_report_names_the_agreement(followed, tmp_path):
     assert "Agreement with the teacher" in page and "top-10 agreement on val" in page
     assert "RSUM" not in page and "Recall in percent" not in page
     assert f"{best['agreement']:.2f}" in (tmp_path / "report" / "table.md").read_text()
+
+
+def test_the_report_shows_what_texts_find_and_calls_no_photo_right(home, followed, tmp_path):
+    crosstill("report", followed, "--out", tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "No text belongs to a photo" in page.text
+    assert len(page.all("article")) == 10 and len(page.all("li")) == 10 * 2 * 5
+    assert not any(item.get("class") == "right" for item in page.all("li"))
+    source = opened(home, "unpaired")
+    shown = [picture["alt"] for picture in page.all("img") if picture["alt"].endswith(".png")]
+    rows = {Path(path).name: row for row, path in enumerate(source.paths)}
+    # independently: the first photos by the rows of the cache, and by the student's own
+    words = re.findall("“(.*?)”", page.text)
+    models = {"teacher": source.image_features(source.split("val").images)}
+    student = Run(followed).best
+    held_out = CachedSplit(source, source.split("val"), student)
+    models["student"] = held_out.features(student).image
+    wanted, common = [], []
+    for text in words:
+        row = source.texts.index(text)
+        asked = source.text_features(np.array([row])), student.embed_texts([text])
+        first = [(m @ q[0]).topk(5).indices.tolist() for m, q in zip(models.values(), asked)]
+        wanted += [int(source.split("val").images[place]) for some in first for place in some]
+        common.append(len({*first[0]} & {*first[1]}))
+    assert [rows[name] for name in shown] == wanted
+    told = re.findall(r"student: (\d) of the teacher's 5", page.text)
+    assert [int(number) for number in told] == common
 
 
 def test_the_export_is_gated_by_the_agreement(followed, tmp_path):

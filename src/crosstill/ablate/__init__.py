@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from crosstill import cache as caches
 from crosstill import files
-from crosstill.ablate import grid, plan
+from crosstill.ablate import efficiency, grid, plan
 from crosstill.ablate.tables import TABLES, Cell, Row, Table, latex, markdown
 from crosstill.cache import CacheBase
 from crosstill.errors import InputError, RunError
@@ -71,19 +71,19 @@ def fill(made: plan.Plan, cache: CacheBase, folder: Path, workers: int | None = 
 
 
 def is_grid(folder: Path) -> bool:
-    """Tell whether tables were planned in a folder."""
-    return any((folder / f"{name}.json").is_file() for name in TABLES)
+    """Tell whether tables were planned, or costs measured, in a folder."""
+    return any((folder / f"{name}.json").is_file() for name in (*TABLES, efficiency.NAME))
 
 
 def read(folder: Path) -> list[Table]:
-    """Read the finished tables of a grid, in the order of the paper.
+    """Read the finished tables of a grid, in the order of the paper; `efficiency.read` has table 3.
 
     Raises:
-        InputError: there is none, or one is not finished.
+        InputError: there is no grid, or a table is not finished.
     """
-    plans = [folder / f"{name}.json" for name in TABLES if (folder / f"{name}.json").is_file()]
-    if not plans:
+    if not is_grid(folder):
         raise InputError(f"{folder}: no grid there; make one with `crosstill ablate`")
+    plans = [folder / f"{name}.json" for name in TABLES if (folder / f"{name}.json").is_file()]
     return [_table(plan.load(path), folder) for path in plans]
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from crosstill import files, formats, students
 from crosstill.cache import CacheBase
-from crosstill.errors import ConfigError, InputError, MismatchError
+from crosstill.errors import ConfigError, CorruptError, InputError, MismatchError
 from crosstill.evaluate.evaluation import Efficiency, figure, measure_latency
 from crosstill.models import open as open_model
 from crosstill.teachers.base import Teacher
@@ -75,21 +76,30 @@ class Costs:
         rows = [row.to_json() for row in self.rows]
         return {"table": NAME, "rows": rows, "note": self.note, "command": self.command}
 
-    def markdown(self) -> str:
-        """Write the table as Markdown, with what is needed to read it."""
+    @property
+    def legend(self) -> str:
+        """What is needed to read the table."""
         text = (
             "Times of single items on one thread of this machine's CPU, the median of 30; times "
             "faster for one photo and one caption. *Of the paper's own teacher and student, "
             f"on a GPU: not comparable with ours. {self.note}"
         )
+        return text.strip()
+
+    def markdown(self) -> str:
+        """Write the table as Markdown, with its legend."""
         body = formats.markdown(*self.cells())
-        return "\n".join([f"**{TITLE}**", "", body, "", text.strip(), ""])
+        return "\n".join([f"**{TITLE}**", "", body, "", self.legend, ""])
+
+    def latex(self) -> str:
+        """Write the table as LaTeX."""
+        return formats.latex(TITLE, *self.cells())
 
     def save(self, folder: Path) -> None:
         """Write the table into the grid's folder: Markdown, LaTeX and JSON."""
         files.writable_folder(folder)
         files.write_bytes(folder / f"{NAME}.md", self.markdown().encode())
-        files.write_bytes(folder / f"{NAME}.tex", formats.latex(TITLE, *self.cells()).encode())
+        files.write_bytes(folder / f"{NAME}.tex", self.latex().encode())
         files.write_json(folder / f"{NAME}.json", self.to_json())
 
     def _cells(self, row: Row) -> list[str]:
@@ -104,6 +114,21 @@ class Costs:
             "–" if faster is None else figure(faster),
             row.paper,
         ]
+
+
+def read(folder: Path) -> Costs | None:
+    """Read the table of a grid; None where it was not made.
+
+    Raises:
+        CorruptError: its file is damaged.
+    """
+    path = folder / f"{NAME}.json"
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(Costs).validate_python(files.read_json(path))
+    except ValidationError:
+        raise CorruptError(f"{path}: damaged; run `crosstill ablate {NAME}` again") from None
 
 
 def measure(cache: CacheBase, chosen: Sequence[str], command: str = "") -> Costs:

@@ -137,8 +137,10 @@ def _list(source: str, images: Path | None) -> Listing:
     if len(readers) > 1:
         raise DataError(f"{source}: files of several kinds ({', '.join(kinds)}); give those of one")
     if (read := readers.pop()) is None:
+        hint = "; sentences go with photos: PHOTOS --texts LINES.txt" if ".txt" in kinds else ""
         raise DataError(
             f"{fileset.origin}: not a dataset; give a {', '.join(known)} file, a folder, or scenes"
+            + hint
         )
     return read(fileset, images)
 

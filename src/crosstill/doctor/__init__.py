@@ -24,6 +24,7 @@ from crosstill.data.pairs import Copy
 from crosstill.doctor.missing import Diagnosis, diagnose
 from crosstill.errors import DataError, MissingError, printable
 from crosstill.models import open as open_model
+from crosstill.teachers.base import count_truncated
 from crosstill.types import Example
 
 # what the extras bring, by the name that Python imports
@@ -270,7 +271,7 @@ def _truncated(captions: list[str], model: str | None) -> dict[str, Any]:
         count = sum(len(re.findall(r"\w+|[^\w\s]", caption)) > LONG for caption in captions)
         return {"count": count, "rule": f"more than {LONG} words; --model counts exactly"}
     opened = open_model(model, "encoder")
-    return {"count": opened.count_truncated(captions), "rule": f"cut by {opened.name}"}
+    return {"count": count_truncated(opened, captions), "rule": f"cut by {opened.name}"}
 
 
 def _undecodable(pairs: Pairs) -> list[dict[str, Any]]:

@@ -91,8 +91,11 @@ class ListTask:
                 f"widths of {student.name}: are learnt from the rows of a feature cache; leave "
                 "widths out"
             )
-        if isinstance(student, Matcher) and self.config.teacher is not None:
-            self._judge = _open_judge(self.config.teacher, student)
+        if isinstance(student, Matcher):
+            for loss in task.named_losses(self.losses).values():
+                loss.expect_logits()
+            if self.config.teacher is not None:
+                self._judge = _open_judge(self.config.teacher, student)
 
     def start(self, student: Student | Matcher) -> None:
         config, ways = self.config, list_ways(self.losses, isinstance(student, Matcher))

@@ -84,6 +84,9 @@ class Objective(nn.Module):
     def adapt(self, student: Hidden, teacher: Hidden) -> None:
         """Make the parameters that depend on the layers' widths, from one photo's layers."""
 
+    def expect_logits(self) -> None:
+        """Drop the parameters that only cosines need: the student is a fusion model."""
+
     def forward(self, student: Any, teacher: Any, ids: Any) -> Tensor:
         """Compute the loss of one batch.
 

@@ -117,6 +117,11 @@ class DCD(Objective):
         self.reduction: Reduction = reduction
         self.matching = matching
 
+    def expect_logits(self) -> None:
+        if self.calibrate:
+            self.calibrate = False
+            del self.log_scale
+
     def forward(self, student: Features, teacher: Features, ids: Tensor) -> Tensor:
         scores = self._scores(similarity(*student))
         target = (similarity(*teacher).detach() - self.threshold) / self.temperature

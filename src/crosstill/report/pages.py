@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jinja2
 
 from crosstill import ablate, files, formats
+from crosstill.ablate import efficiency
 from crosstill.ablate.tables import Row, Table, latex, legend, markdown
 from crosstill.errors import InputError
 from crosstill.evaluate import Evaluation, table
@@ -141,7 +142,8 @@ def write_run(folder: Path, out: Path, latency: bool) -> Path:
     both = wide and all(len(side) for rows in wide.values() for side in rows)
     shown = pictures.fit_space(wide) if both else None
     # first, since it may refuse
-    finds = [_finds(results)] if results.features and results.split.pairs else []
+    searchable = results.features and all(map(len, results.features["student"]))
+    finds = [_finds(results)] if searchable else []
     sections = [
         _recall(results),
         *_curves(results),
@@ -252,10 +254,14 @@ def _space(results: run_results.RunResults, shown: pictures.Space) -> Section:
 
 def _finds(results: run_results.RunResults) -> Section:
     queries = run_results.queries(results.cache, results.split, results.features)
+    pairs = results.split.pairs
     legend = (
         f"The first {run_results.TOP} of {len(results.split.images):,} photos for {len(queries)} "
-        "captions spread evenly over the split. The one right photo is framed and bears a check "
-        "mark."
+        f"{'captions' if pairs else 'texts'} spread evenly over the split. "
+    ) + (
+        "The one right photo is framed and bears a check mark."
+        if pairs
+        else "No text belongs to a photo, so none is right."
     )
     return Section("What they find", [Text(legend), Queries(queries)])
 
@@ -304,20 +310,28 @@ def _figures(results: run_results.RunResults, shown: pictures.Space | None) -> d
 
 def write_grid(folder: Path, out: Path) -> Path:
     """Write the report of a grid: see `crosstill.report.write`."""
-    return write_tables(ablate.read(folder), f"Grid: {folder.resolve().name}", out)
+    title = f"Grid: {folder.resolve().name}"
+    return write_tables(ablate.read(folder), title, out, efficiency.read(folder))
 
 
-def write_tables(tables: Sequence[Table], title: str, out: Path) -> Path:
-    """Write the report of tables that are already there."""
+def write_tables(
+    tables: Sequence[Table], title: str, out: Path, costs: efficiency.Costs | None = None
+) -> Path:
+    """Write the report of tables that are already there, the costs of table 3 last."""
     sections = [_table_section(table) for table in tables]
+    made = [costs] if costs else []
+    for cost in made:
+        blocks = [Sheet(*cost.cells()), Text(cost.legend), Command(cost.command)]
+        sections.append(Section(efficiency.TITLE, blocks))
     runs = len({run for table in tables for row in table.rows for run in row.runs})
-    plural = "s" if len(tables) > 1 else ""
-    summary = f"{len(tables)} table{plural} from {runs} runs, written by crosstill {VERSION}."
+    plural = "s" if len(sections) > 1 else ""
+    summary = f"{len(sections)} table{plural} from {runs} runs, written by crosstill {VERSION}."
     texts = {
-        "table.md": "\n".join(map(markdown, tables)),
-        "table.tex": "\n".join(map(latex, tables)),
+        "table.md": "\n".join([*map(markdown, tables), *(cost.markdown() for cost in made)]),
+        "table.tex": "\n".join([*map(latex, tables), *(cost.latex() for cost in made)]),
     }
     figures = {"tables": [table.to_json() for table in tables]}
+    figures |= {"costs": cost.to_json() for cost in made}
     page = html(title, summary, sections)
     return save(out, page, texts, ("metrics.json", figures))
 

@@ -1,6 +1,7 @@
 """Results of a run for its report, read and measured: recall, finds, cost; nothing is drawn here.
 
-The finds are the five first photos of each model for ten captions, the right one marked.
+The finds are the five first photos of each model for ten captions, the right one marked; without
+pairs, for ten texts, and no photo is right.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class RunResults:
 
     Attributes:
         record: the run's config.json.
+        split: the rows that models are measured on.
         licences: of the student's parts.
         listed: where a fusion model's recall was measured, in words; "" for embeddings.
         rows: "teacher" (if there was one), "student" and "untrained", on `split`.
@@ -147,6 +149,7 @@ def _embed(results: RunResults, best: Student) -> None:
     before = _measure(untrained, open_split(cache, split, untrained, config.freeze))[1]
     results.rows["untrained"] = before.renamed("student, untrained")
     results.licences = {f"student's {side} tower": of for side, of in best.licences.items()}
+    results.split = replace(held_out.split, name=split.name)  # of thousands without pairs, some
 
 
 def _match(results: RunResults, best: Matcher) -> None:
@@ -258,11 +261,20 @@ class FoundPhoto:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model finds: its first photos, and where the right one stands."""
+    """The first photos that one model finds.
+
+    Attributes:
+        model: "teacher" or "student".
+        photos: the best first.
+        rank: the place of the right photo; None for a text without photo.
+        shared: how many of `photos` are among the teacher's first ones; None of the teacher, and
+            where there is a right photo.
+    """
 
     model: str
     photos: tuple[FoundPhoto, ...]
-    rank: int
+    rank: int | None
+    shared: int | None
 
 
 @dataclass(frozen=True)
@@ -276,7 +288,7 @@ class Query:
 def queries(
     cache: CacheBase, split: Split, features: Mapping[str, Features], count: int = QUERIES
 ) -> list[Query]:
-    """Search with captions spread evenly over the split, always the same ones.
+    """Search with captions, or loose texts, spread evenly over the split, always the same ones.
 
     Raises:
         DataError: a photo is no longer where the cache found it.
@@ -291,12 +303,18 @@ def _query(
     row: int, split: Split, features: Mapping[str, Features], thumbnails: _Thumbnails
 ) -> Query:
     right = int(split.owner[row])
-    answers = []
-    for model, rows in features.items():
-        order = (rows.image @ rows.text[row]).argsort(descending=True, stable=True)
-        rank = int((order == right).nonzero()) + 1
-        first = [thumbnails.photo(place, place == right) for place in order[:TOP].tolist()]
-        answers.append(Answer(model, tuple(first), rank))
+    paired, answers = right >= 0, []
+    orders = {
+        model: (rows.image @ rows.text[row]).argsort(descending=True, stable=True)
+        for model, rows in features.items()
+    }
+    for model, order in orders.items():
+        rank = int((order == right).nonzero()) + 1 if paired else None
+        first = order[:TOP].tolist()
+        theirs = orders["teacher"][:TOP].tolist() if "teacher" in orders else []
+        shared = None if paired or model == "teacher" else len({*first} & {*theirs})
+        photos = tuple(thumbnails.photo(place, place == right) for place in first)
+        answers.append(Answer(model, photos, rank, shared))
     return Query(thumbnails.cache.texts[int(split.captions[row])], tuple(answers))
 
 
@@ -306,14 +324,21 @@ class _Thumbnails:
     def __init__(self, cache: CacheBase, split: Split) -> None:
         self.cache, self.split = cache, split
         self._made: dict[int, str] = {}
-        owners, first = np.unique(split.owner, return_index=True)
+        owners, first = np.unique(split.owner[: split.pairs], return_index=True)
         self._caption = dict(zip(owners.tolist(), split.captions[first].tolist(), strict=True))
 
     def photo(self, place: int, right: bool) -> FoundPhoto:
-        """Return the photo at a position of the split, described by its first caption."""
+        """Return the photo at a position of the split, described by its first caption or name."""
+        row = int(self.split.images[place])
         if place not in self._made:
-            self._made[place] = _thumbnail(self.cache, int(self.split.images[place]))
-        return FoundPhoto(self._made[place], self.cache.texts[self._caption[place]], right)
+            self._made[place] = _thumbnail(self.cache, row)
+        captioned = place in self._caption
+        alt = (
+            self.cache.texts[self._caption[place]]
+            if captioned
+            else Path(self.cache.paths[row]).name
+        )
+        return FoundPhoto(self._made[place], alt, right)
 
 
 def _thumbnail(cache: CacheBase, row: int) -> str:

@@ -279,6 +279,12 @@ class TextReader(Protocol):
         ...
 
 
+def count_truncated(model: TextReader, texts: Sequence[str]) -> int:
+    """Count the texts that a model cuts, some thousands at a time: tokens of millions are large."""
+    starts = range(0, len(texts), _BLOCK)
+    return sum(model.count_truncated(texts[at : at + _BLOCK]) for at in starts)
+
+
 def truncation_note(models: Mapping[str, TextReader], texts: Sequence[str]) -> str:
     """Write in one line how many of the texts each model cuts; "" where none cuts any.
 
@@ -286,11 +292,7 @@ def truncation_note(models: Mapping[str, TextReader], texts: Sequence[str]) -> s
         models: by the name that the line gives them.
         texts: captions.
     """
-    starts = range(0, len(texts), _BLOCK)
-    counts = {
-        name: sum(model.count_truncated(texts[at : at + _BLOCK]) for at in starts)
-        for name, model in models.items()
-    }
+    counts = {name: count_truncated(model, texts) for name, model in models.items()}
     parts = [f"{name} {count:,} of {len(texts):,}" for name, count in counts.items() if count]
     return f"captions longer than a model reads, cut: {', '.join(parts)}" if parts else ""
 

@@ -6,6 +6,7 @@ captions use; so any text still encodes, and the captions encode to the very sam
 
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -20,6 +21,7 @@ from crosstill.formats import encodable
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what SentencePiece falls back to
 _BATCH = 4096
+_REMEDY = "make the cache with --texts LINES.txt"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -33,7 +35,10 @@ def train(captions: Sequence[str], size: int) -> PreTrainedTokenizerFast:
         ConfigError: there are no captions to learn from.
     """
     if not captions:
-        raise ConfigError("a text tower without a source learns its tokens: captions are needed")
+        raise ConfigError(
+            f"a text tower without a source learns its tokens: captions are needed; {_REMEDY}, or "
+            "give the tower a source"
+        )
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
@@ -82,19 +87,26 @@ def trim(
         ModelError: the tokenizer is of no known kind, or a caption would encode differently.
     """
     if not captions:
-        raise ConfigError('vocabulary = "trim" keeps the tokens of captions: captions are needed')
+        raise ConfigError(
+            'vocabulary = "trim" keeps the tokens of captions: captions are needed; '
+            f'{_REMEDY}, or set vocabulary = "full"'
+        )
     full = tokenizer.backend_tokenizer
     names = {row: token for token, row in full.get_vocab().items()}
     rules = json.loads(full.to_str())
-    before = list(_encode(full, captions))
-    kept = {names[row] for row in set().union(*before)} | set(tokenizer.all_special_tokens)
+    used: set[int] = set()
+    before = array("q")  # a hash of each caption's ids: of millions they would fill the memory
+    for ids in _encode(full, captions):
+        used.update(ids)
+        before.append(hash(ids))
+    kept = {names[row] for row in used} | set(tokenizer.all_special_tokens)
     kept |= {t["content"] for t in rules["added_tokens"] if t["special"]}
     small = Tokenizer.from_str(json.dumps(_restrict(rules, kept)))
     # By its id in the new one, each kept token's id in the old one.
     rows = [
         full.token_to_id(token) for token, _ in sorted(small.get_vocab().items(), key=itemgetter(1))
     ]
-    after = (tuple(rows[row] for row in ids) for ids in _encode(small, captions))
+    after = (hash(tuple(rows[row] for row in ids)) for ids in _encode(small, captions))
     if any(a != b for a, b in zip(before, after, strict=True)):
         raise ModelError(
             f"trimming this {rules['model']['type']} tokenizer would change how captions are "

@@ -366,7 +366,10 @@ class Session:
         parts = {name: float(outcome.weights[name] * outcome.losses[name]) for name in losses}
         largest = max(parts, key=parts.__getitem__)
         named = f"likely {largest}, the largest part of the total: " if len(parts) > 1 else ""
-        another = "" if "info_nce" in losses else ", add losses.info_nce=true"
+        split = self.cache.split(self.config.train_split)
+        both = len(split.images) and len(split.captions)
+        anchor = "info_nce" if split.pairs else "kd" if both else ""  # no pairs, no info_nce
+        another = f", add losses.{anchor}=true" if anchor and anchor not in losses else ""
         return f"{named}set lr below {self.config.lr:g}{another}, or train longer"
 
     def finish(self) -> None:
