@@ -17,7 +17,6 @@ import torch
 
 from crosstill import balance, fusion, recipes, teachers
 from crosstill.cache import Cache, build, join
-from crosstill.data import Pairs
 from crosstill.files import sealed
 from crosstill.fusion.scores import build_scores
 from crosstill.train import checkpoint

@@ -270,7 +270,7 @@ def test_the_report_shows_what_texts_find_and_calls_no_photo_right(home, followe
     assert not any(item.get("class") == "right" for item in page.all("li"))
     source = opened(home, "unpaired")
     shown = [picture["alt"] for picture in page.all("img") if picture["alt"].endswith(".png")]
-    rows = {Path(path).name: row for row, path in enumerate(source.paths)}
+    row_of = {Path(path).name: row for row, path in enumerate(source.paths)}
     # independently: the first photos by the rows of the cache, and by the student's own
     words = re.findall("“(.*?)”", page.text)
     models = {"teacher": source.image_features(source.split("val").images)}
@@ -281,10 +281,11 @@ def test_the_report_shows_what_texts_find_and_calls_no_photo_right(home, followe
     for text in words:
         row = source.texts.index(text)
         asked = source.text_features(np.array([row])), student.embed_texts([text])
-        first = [(m @ q[0]).topk(5).indices.tolist() for m, q in zip(models.values(), asked)]
+        both = zip(models.values(), asked, strict=True)
+        first = [(rows @ query[0]).topk(5).indices.tolist() for rows, query in both]
         wanted += [int(source.split("val").images[place]) for some in first for place in some]
         common.append(len({*first[0]} & {*first[1]}))
-    assert [rows[name] for name in shown] == wanted
+    assert [row_of[name] for name in shown] == wanted
     told = re.findall(r"student: (\d) of the teacher's 5", page.text)
     assert [int(number) for number in told] == common
 

@@ -321,7 +321,7 @@ def write_tables(
     sections = [_table_section(table) for table in tables]
     made = [costs] if costs else []
     for cost in made:
-        blocks = [Sheet(*cost.cells()), Text(cost.legend), Command(cost.command)]
+        blocks: list[Block] = [Sheet(*cost.cells()), Text(cost.legend), Command(cost.command)]
         sections.append(Section(efficiency.TITLE, blocks))
     runs = len({run for table in tables for row in table.rows for run in row.runs})
     plural = "s" if len(sections) > 1 else ""
@@ -330,8 +330,9 @@ def write_tables(
         "table.md": "\n".join([*map(markdown, tables), *(cost.markdown() for cost in made)]),
         "table.tex": "\n".join([*map(latex, tables), *(cost.latex() for cost in made)]),
     }
-    figures = {"tables": [table.to_json() for table in tables]}
-    figures |= {"costs": cost.to_json() for cost in made}
+    figures: dict[str, Any] = {"tables": [table.to_json() for table in tables]}
+    if costs:
+        figures["costs"] = costs.to_json()
     page = html(title, summary, sections)
     return save(out, page, texts, ("metrics.json", figures))
 
