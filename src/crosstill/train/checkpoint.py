@@ -164,6 +164,11 @@ def seed_rng(seed: int) -> None:
     random.seed(seed)
 
 
+def seed_step(seed: int, step: int) -> None:
+    """Start every generator anew for a step, so that its draws depend on no step before."""
+    seed_rng(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
 def rng_state() -> State:
     """Return the state of every generator that `seed_rng` starts."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

@@ -121,6 +121,9 @@ def learn(session: Session) -> None:
         for epoch in range(session.position["epoch"], config.epochs):
             clock = Clock()
             for step, batch, waited in task.batches(epoch, session.position["step"]):
+                if session.group.world > 1:
+                    # each process draws as much dropout as its rows need; only one's state is kept
+                    checkpoint.seed_step(config.seed, session.position["total"])
                 optimizer.zero_grad(set_to_none=True)
                 with session.replayable(batch):
                     outcome = task.backward(batch)  # losses, weights, gradient of their sum
