@@ -52,6 +52,16 @@ def test_a_clean_dataset_has_no_findings(home):
     assert report["data"]["classes"] == {}
 
 
+def test_a_listing_among_the_photos_of_a_bare_folder_is_pointed_at(home):
+    shutil.copy(home / "all.json", home / "photos")
+    told = crosstill("doctor", home / "photos").stdout
+    assert "1: listings beside the photos, not read, such as all.json" in told
+    assert "give it as DATA, and the folder after --images" in told
+    sidecar = home / "photos" / "000000.txt"
+    sidecar.write_text("a red square")
+    assert "listings beside" not in crosstill("doctor", home / "photos").stdout
+
+
 def test_photos_without_captions_are_counted_with_the_commands_that_use_them(home, tmp_path):
     def strip(images):
         for item in images[5:]:

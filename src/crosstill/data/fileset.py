@@ -169,8 +169,13 @@ def read_photo_folder(folder: Path) -> Listing:
         split = SPLIT_NAMES.get(top.lower()) if top != name else None
         entries.append(Entry(name, name, captions, split, listed=False))
     alone = len(texts - paired)
-    notes = (f"text files without an image of the same name: {alone}",) if alone else ()
-    return Listing(folder.name, folder, Folder(folder), entries, notes, tuple(bad))
+    notes = [f"text files without an image of the same name: {alone}"] if alone else []
+    if not any(entry.captions for entry in entries):
+        here = (name for name in names if "/" not in name)
+        lists = [name for name in here if formats.ending(name) in (".json", ".csv", ".tsv")]
+        if lists:
+            notes.append(f"listings beside the photos, not read, such as {lists[0]}: {len(lists)}")
+    return Listing(folder.name, folder, Folder(folder), entries, tuple(notes), tuple(bad))
 
 
 def _captions(root: Path, sidecar: str, bad: list[ImageError]) -> list[str]:

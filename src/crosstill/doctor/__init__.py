@@ -73,6 +73,8 @@ _NOTES = {
     "captions with broken Unicode": "save the listing as UTF-8 again, from its source",
     "images without a split": "nothing: the same images always get the same split",
     "text files without an image": "name each text file like its image",
+    "listings beside the photos": "if it has the captions, give it as DATA, and the folder after "
+    "--images",
     "captions rebuilt from tokens": "nothing; Karpathy's JSON has the originals",
     "captions without an image beside": (
         "name texts like their image and put them beside it: tar --sort=name"
