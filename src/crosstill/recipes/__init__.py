@@ -36,7 +36,7 @@ def recommended() -> TrainConfig:
 
     What a cache cannot serve is left out: see `for_cache`. What was tried is in docs/log.md.
     """
-    losses = {**dsmd().losses, "info_nce": {}}
+    losses = {**dsmd().losses, "info_nce": {"temperature": 0.1}}
     settings = _derived("recommended", losses, {"name": "dsmd"})
     optimizer = {"schedule": "cosine", "warmup_share": 0.05, "lr": 3e-4, "dropout": False}
     return settings.model_copy(update=optimizer)
@@ -254,7 +254,8 @@ def for_cache(cache: CacheBase, kind: str, split: str = "train") -> TrainConfig:
         losses = {"info_nce": {}}
     elif len(has) == 1:
         side = {"side": has[0]}
-        losses = {"feature": side, "instance": side} | ({"info_nce": {}} if pairs else {})
+        task = {"info_nce": losses["info_nce"]} if pairs else {}
+        losses = {"feature": side, "instance": side} | task
     elif 2 * pairs < there["text"] or 2 * len(rows.captioned) < there["image"]:
         losses["kd"] = {}  # across modalities, on rows that are in no pair
         if not pairs:
