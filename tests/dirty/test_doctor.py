@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crosstill import cache, doctor, students
+from crosstill import cache, students
 from crosstill.data import scenes as scenery
-from crosstill.doctor import missing
+from crosstill.doctor import dataset, missing
 from crosstill.pixels import CLASSES
 from support import small_config
 from verbs import crosstill
@@ -43,7 +43,7 @@ def found(report: dict, name: str) -> list[dict]:
 
 
 def test_there_is_advice_for_every_class():
-    assert set(doctor.FIXES) == set(CLASSES)
+    assert set(dataset.FIXES) == set(CLASSES)
 
 
 def test_a_clean_dataset_has_no_findings(home):
@@ -136,7 +136,7 @@ def test_each_class_of_failure_is_counted_with_advice(home):
         ("empty", "not-an-image", "unsupported-format", "truncated"), 1
     )
     for each in found(report, "unreadable"):
-        assert each["fix"] == doctor.FIXES[each["says"]]
+        assert each["fix"] == dataset.FIXES[each["says"]]
         assert each["rows"][0]["class"] == each["says"]
     text = crosstill("doctor", home / "all.json", "--images", photos).stdout
     assert "000003.png: PDF is not read; convert it to JPEG or PNG (8 bytes)" in text

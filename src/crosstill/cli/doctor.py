@@ -23,13 +23,28 @@ def command(
     """
     if data is not None:
         common.check_data(data)
-    common.hush()
-    from crosstill import doctor
+    from crosstill.doctor import machine
 
-    report = doctor.examine(data, images, model, splits)
+    environment = machine.installed()
+    if not as_json:
+        common.say(_table(environment))
+    environment |= machine.device()
+    if not as_json:
+        common.say(_table({name: environment[name] for name in ("device", "bf16")}))
+    report = None
+    if data is not None:
+        if model is not None:
+            common.hush()
+        from crosstill.doctor import dataset
+
+        report = dataset.examine(data, images, model, splits)
     if as_json:
-        common.dump(report.to_json())
-    else:
-        common.say(report.text())
-    if report.error is not None:
+        common.dump({"environment": environment, **(report.to_json() if report else {})})
+    elif report:
+        common.say(f"\n{report.text()}")
+    if report and report.error is not None:
         raise report.error
+
+
+def _table(values: dict[str, str]) -> str:
+    return "\n".join(f"{name:16} {value}" for name, value in values.items())
