@@ -37,7 +37,7 @@ from crosstill.bundle import Bundle, Encoder
 from crosstill.data.scenes import write
 from crosstill.search import catalogue, index_builder, index_folder
 from crosstill.search.catalogue import Row
-from crosstill.search.faiss_vectors import FaissVectors
+from crosstill.search.memory_vectors import MemoryVectors
 from crosstill.students.student_config import StudentConfig
 
 QUERIES, CLIENTS, TOP = 200, 16, 10
@@ -120,7 +120,7 @@ def _prepare(place: Path, real: Path | None, count: int) -> tuple[Bundle, np.nda
         shas = (hashlib.sha256(str(i).encode()).digest() for i in range(count))
         rows = {f"{i:07}.jpg": Row(sha, 1, 1, caption(i % 5000)) for i, sha in enumerate(shas)}
         change = catalogue.write(aside / catalogue.NAME, None, rows)
-        flat = FaissVectors(bundle.dim)
+        flat = MemoryVectors(bundle.dim)
         flat.add(np.array([photo for photo, _ in change.added]), vectors)
         flat.save(aside)
         digests = index_folder.digest_files(aside)

@@ -31,7 +31,7 @@ from crosstill.errors import (
 from crosstill.files import locked
 from crosstill.search import (
     builder_memory,
-    faiss_vectors,
+    faiss_stores,
     index_builder,
     index_folder,
     index_writer,
@@ -547,16 +547,18 @@ def test_a_killed_rebuild_that_is_given_up(index, tmp_path, monkeypatch):
     index.whole(a=1, b=2)
 
 
-def test_flat_becomes_a_graph_and_flat_again(index, monkeypatch):
-    kinds = {"flat": "IndexFlat", "hnsw": "IndexHNSWSQ"}
-    monkeypatch.setattr(vector_index, "FLAT_UP_TO", 100)
-    for count, kind in ((90, "flat"), (150, "hnsw"), (160, "hnsw"), (80, "flat")):
+def test_the_kind_of_index_follows_the_number_of_photos(index, monkeypatch):
+    stores = {"flat": "Flat", "codes": "Codes", "hnsw": "Graph"}
+    monkeypatch.setattr(vector_index, "FLAT_UP_TO", 50)
+    monkeypatch.setattr(vector_index, "CODES_UP_TO", 100)
+    counts = {40: "flat", 90: "codes", 95: "codes", 150: "hnsw", 160: "hnsw", 80: "codes"}
+    for count, kind in counts.items():
         shutil.rmtree(index.root)
         index.put(**{f"n{i}": i for i in range(count)})
         index.build()
         opened = Searcher.open(index.out)
         assert opened._opened.pointer.kind == kind
-        assert type(opened._opened.vectors._index).__name__.startswith(kinds[kind])
+        assert type(opened._opened.vectors._store).__name__ == stores[kind]
         assert len(index.held()) == count
         assert verify(index.out).problems == []
     index.whole(**{f"n{i}": i for i in range(80)})
@@ -580,14 +582,14 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(index, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_a_generation_is_written(index, monkeypatch):
-    def full(faiss, vectors, path):
+    def full(store, path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     index.put(a=1)
     index.build()
     index.put(b=2)
     with monkeypatch.context() as patch:
-        patch.setattr(faiss_vectors, "_write", full)
+        patch.setattr(faiss_stores.Flat, "write", full)
         with pytest.raises(DiskFullError, match=f"^{index.out}: No space left on device"):
             index.build()
     index.whole(a=1)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from crosstill import cache
+from crosstill import cache, search
+from crosstill.search import vector_index
 from crosstill.train import TrainConfig, train
 from support import SETTINGS, SmallTeacher, small_student
 
@@ -39,8 +40,13 @@ def mutants(kind: str, artefact: Path, home: Path, seed: int, count: int, note: 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("cache", "run")]
 
 
-@pytest.fixture(params=["bundle", "index", *SLOW])
-def artefact(request, tmp_path) -> tuple[str, Path]:
+@pytest.fixture(params=["bundle", "index", "index of codes", *SLOW])
+def artefact(request, tmp_path, monkeypatch) -> tuple[str, Path]:
+    if request.param == "index of codes":
+        monkeypatch.setattr(vector_index, "FLAT_UP_TO", 0)
+        bundle, photos = map(request.getfixturevalue, ("bundle_folder", "photos"))
+        search.build(bundle, photos, tmp_path / "index")
+        return "index", tmp_path / "index"
     if request.param == "run":
         cached = request.getfixturevalue("cached")
         settings = TrainConfig(**SETTINGS | {"epochs": 1})

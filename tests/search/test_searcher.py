@@ -17,8 +17,8 @@ from crosstill.errors import (
     ModelError,
 )
 from crosstill.search import index_builder, index_folder, scan, searcher
-from crosstill.search.faiss_vectors import FaissVectors
 from crosstill.search.index_builder import build
+from crosstill.search.memory_vectors import MemoryVectors
 from crosstill.search.searcher import MAX_TOP, Searcher, combine
 from support import wait_for
 
@@ -152,7 +152,7 @@ def test_the_threshold_follows_the_index(tmp_path):
 
 def test_many_captions_are_thinned_and_a_graph_is_asked_like_a_table(monkeypatch):
     rows = np.stack([row(seed) for seed in range(300)])
-    held = {kind: FaissVectors(DIM, kind) for kind in ("flat", "hnsw")}
+    held = {kind: MemoryVectors(DIM, kind) for kind in ("flat", "hnsw")}
     for index in held.values():
         index.add(np.arange(300), rows)
     captions = np.stack([row(seed) for seed in range(5000, 7000)])

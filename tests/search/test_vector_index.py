@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crosstill import files
 from crosstill.errors import (
     ConfigError,
     CorruptError,
@@ -17,13 +18,13 @@ from crosstill.errors import (
     MismatchError,
     RunError,
 )
-from crosstill.search import faiss_vectors, milvus_vectors, vector_index
-from crosstill.search.faiss_vectors import FaissVectors
+from crosstill.search import codes, faiss_stores, milvus_vectors, vector_index
+from crosstill.search.memory_vectors import MemoryVectors
 from crosstill.search.milvus_vectors import MilvusVectors
 from crosstill.search.vector_index import VectorIndex, estimate_bytes, kind_for, open_vectors
 
 DIM = 48
-EXACT = {"flat": 1e-6, "milvus": 1e-6, "hnsw": 0.02}  # how far scores and vectors may be off
+EXACT = 1e-6  # how far scores and vectors may be off
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -58,7 +59,7 @@ class Kept:
             pytest.importorskip("milvus_lite", reason="milvus-lite is not installed")
             index: VectorIndex = MilvusVectors(str(self.place), "photos", dim)
         else:
-            index = FaissVectors(dim, self.kind)
+            index = MemoryVectors(dim, self.kind)
         self.open.append(index)
         return index
 
@@ -69,7 +70,7 @@ class Kept:
         return self.open[-1]
 
 
-@pytest.fixture(params=["flat", "hnsw", "milvus"])
+@pytest.fixture(params=[*vector_index.KINDS, "milvus"])
 def kept(request, tmp_path):
     found = Kept(request.param, tmp_path)
     yield found
@@ -100,13 +101,10 @@ def test_scores_and_order_are_those_of_numpy(kept):
     assert len(index) == 300 and (index.ids() == np.sort(ids)).all()
     wanted, right = best(vectors, ids, queries, 10)
     scores, found = index.search(queries, 10)
-    np.testing.assert_allclose(scores, wanted, atol=EXACT[kept.kind])
+    np.testing.assert_allclose(scores, wanted, atol=EXACT)
     assert (np.diff(scores, axis=1) <= 0).all()
-    if kept.kind == "hnsw":
-        assert np.mean([len(set(a) & set(b)) for a, b in zip(found, right, strict=True)]) >= 9.5
-    else:
-        assert (found == right).all()
-    np.testing.assert_allclose(index.vectors(ids[:50]), vectors[:50], atol=EXACT[kept.kind])
+    assert (found == right).all()
+    np.testing.assert_allclose(index.vectors(ids[:50]), vectors[:50], atol=EXACT)
     assert index.vectors(ids[:1]).dtype == np.float32
 
 
@@ -129,11 +127,11 @@ def test_an_id_that_is_there_is_replaced(kept):
     index.add(ids[10:13], other[10:13])
     assert len(index) == 60
     wanted = np.concatenate([vectors[:10], other[10:13], vectors[13:]])
-    np.testing.assert_allclose(index.vectors(ids), wanted, atol=EXACT[kept.kind])
+    np.testing.assert_allclose(index.vectors(ids), wanted, atol=EXACT)
     assert index.search(other[10:13], 1)[1][:, 0].tolist() == [10, 11, 12]
     twice = np.array([4, 4])
     index.add(twice, other[[20, 4]])  # the last one counts
-    np.testing.assert_allclose(index.vectors(twice[:1]), other[4:5], atol=EXACT[kept.kind])
+    np.testing.assert_allclose(index.vectors(twice[:1]), other[4:5], atol=EXACT)
     assert len(index) == 60
 
 
@@ -265,67 +263,133 @@ def test_searches_in_many_threads_agree(kept):
 
 def test_the_graph_finds_nearly_all_neighbours():
     vectors, queries = clustered(2000, 128), clustered(200, 128, seed=8)
-    index = FaissVectors(128, "hnsw")
+    index = MemoryVectors(128, "hnsw")
     for start in range(0, 2000, 250):  # codes get their range from the first part
         index.add(np.arange(start, start + 250), vectors[start : start + 250])
     right = best(vectors, np.arange(2000), queries, 10)[1]
     found = index.search(queries, 10)[1]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, right, strict=True)])
-    assert recall >= 0.95
+    assert recall >= 0.999
 
 
-def test_codes_span_later_vectors_though_the_first_was_alone():
+@pytest.mark.parametrize("kind", ["codes", "hnsw"])
+def test_codes_span_later_vectors_though_the_first_was_alone(kind):
     vectors = clustered(500)
-    index = FaissVectors(DIM, "hnsw")
+    index = MemoryVectors(DIM, kind)
     index.add(np.array([0]), vectors[:1])
     index.add(np.arange(1, 500), vectors[1:])
-    np.testing.assert_allclose(index.vectors(np.arange(500)), vectors, atol=0.02)
+    np.testing.assert_allclose(index._store.vectors(np.arange(500)), vectors, atol=0.02)
 
 
 def test_a_graph_built_anew_keeps_its_codes(caplog):
     vectors = clustered(300)
-    index = FaissVectors(DIM, "hnsw")
+    index = MemoryVectors(DIM, "hnsw")
     index.add(np.arange(300), vectors)
-    before = index.vectors(np.arange(150, 300))
+    before = index._store.vectors(np.arange(150, 300))
     with caplog.at_level(logging.INFO):
         index.remove(np.arange(0, 58))
-        assert not caplog.messages and index._index.ntotal == 300
+        assert not caplog.messages and index._store._index.ntotal == 300
         index.remove(np.arange(58, 150))
-    assert "anew" in caplog.text and index._index.ntotal == 150
-    np.testing.assert_allclose(index.vectors(np.arange(150, 300)), before, atol=1e-6)
+    assert "anew" in caplog.text and index._store._index.ntotal == 150
+    np.testing.assert_allclose(index._store.vectors(np.arange(150)), before, atol=1e-6)
+    assert (index.vectors(np.arange(150, 300)) == vectors[150:]).all()
     assert (index.search(vectors[150:], 1)[1][:, 0] == np.arange(150, 300)).all()
 
 
-def test_a_saved_flat_index_holds_no_removed_rows(tmp_path):
-    index = FaissVectors(DIM)
+@pytest.mark.parametrize("kind", ["flat", "codes"])
+def test_a_saved_index_without_a_graph_holds_no_removed_rows(tmp_path, kind):
+    index = MemoryVectors(DIM, kind)
     index.add(np.arange(100), clustered(100))
     index.remove(np.arange(10))
-    assert index._index.ntotal == 100
-    assert index.save(tmp_path) == ["vectors.json", "vectors.faiss", "vectors.npy"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(index.save(tmp_path))
-    assert index._index.ntotal == FaissVectors.load(tmp_path)._index.ntotal == 90
+    assert len(index._ids) == 100
+    assert sorted(index.save(tmp_path)) == sorted(p.name for p in tmp_path.iterdir())
+    again = MemoryVectors.load(tmp_path)
+    assert len(index._ids) == len(again._ids) == 90
+    assert (again.vectors(np.arange(10, 100)) == clustered(100)[10:]).all()
 
 
-@pytest.mark.parametrize("kind", vector_index.KINDS)
-@pytest.mark.parametrize("name", faiss_vectors.NAMES)
+def test_codes_find_what_all_rows_would():
+    """Vectors of many near neighbours, which the codes alone put in another order."""
+    vectors, queries = clustered(20_000, 128), clustered(100, 128, seed=8)
+    index = MemoryVectors(128, "codes")
+    index.add(np.arange(20_000), vectors)
+    scores, right = best(vectors, np.arange(20_000), queries, 10)
+    found = index.search(queries, 10)
+    assert (found[1] == right).all()
+    np.testing.assert_allclose(found[0], scores, atol=EXACT)
+    by_code = index._store.search(queries, 10)[1]
+    assert (by_code != right).any()
+
+
+def test_the_product_is_what_onnx_makes():
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    of = onnx.TensorProto
+    shapes = {"codes": (of.UINT8, "ND"), "queries": (of.INT8, "DQ"), "scores": (of.INT32, "NQ")}
+    values = [
+        onnx.helper.make_tensor_value_info(name, kind, list(shape))
+        for name, (kind, shape) in shapes.items()
+    ]
+    node = onnx.helper.make_node("MatMulInteger", ["codes", "queries"], ["scores"])
+    graph = onnx.helper.make_graph([node], "scan", values[:2], values[2:])
+    opset = [onnx.helper.make_opsetid("", 10)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=5)
+    assert model.SerializeToString() == codes._PRODUCT
+
+
+def test_products_of_codes_are_exact_at_their_extremes():
+    """Where processors add pairs of products in 16 bits, larger numbers would overflow."""
+    index = MemoryVectors(DIM, "codes")
+    vectors = np.repeat(np.array([[1.0], [-1.0]], np.float32), DIM, axis=1) / DIM**0.5
+    index.add(np.arange(2), vectors)
+    scores, places = index._store.search(vectors, 2)
+    step = np.rint(vectors[0, 0] / index._store.scale)
+    offset = codes.ZERO * codes.QUERY_FINEST * DIM
+    wanted = DIM * codes.QUERY_FINEST * step
+    assert places.tolist() == [[0, 1], [1, 0]]
+    assert scores[0].tolist() == [offset + wanted, offset - wanted]
+
+
+def test_a_graph_without_rows_goes_on(tmp_path):
+    """As graphs were saved before they had rows."""
+    vectors = clustered(300)
+    index = MemoryVectors(DIM, "hnsw")
+    index._rows = None
+    index.add(np.arange(300), vectors)
+    index.save(tmp_path)
+    again = MemoryVectors.load(tmp_path)
+    assert (again.search(vectors, 1)[1][:, 0] == np.arange(300)).all()
+    again.add(np.array([300]), clustered(1, seed=5))
+    again.remove(np.arange(100))
+    np.testing.assert_allclose(again.vectors(np.arange(100, 300)), vectors[100:], atol=0.02)
+    assert "rows.npy" not in again.save(tmp_path)
+
+
+FILES = {
+    "flat": ["vectors.json", "vectors.faiss", "vectors.npy"],
+    "codes": ["vectors.json", "codes.npy", "vectors.npy", "rows.npy"],
+    "hnsw": ["vectors.json", "vectors.faiss", "vectors.npy", "rows.npy"],
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in FILES.items() for n in names])
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "missing"])
 def test_damaged_files_are_named(tmp_path, kind, name, damage):
-    index = FaissVectors(DIM, kind)
+    index = MemoryVectors(DIM, kind)
     index.add(np.arange(50), clustered(50))
-    index.save(tmp_path)
+    assert index.save(tmp_path) == FILES[kind]
     path = tmp_path / name
     data = bytearray(path.read_bytes())
     data[len(data) * 2 // 3] ^= 1
     damaged = {"cut": data[: len(data) // 2], "empty": b"", "flipped": data}
     path.unlink() if damage == "missing" else path.write_bytes(damaged[damage])
     with pytest.raises(CorruptError) as error:
-        FaissVectors.load(tmp_path)
+        MemoryVectors.load(tmp_path)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_faiss_cannot_read_is_named(tmp_path, monkeypatch):
     """Files whose checksums are right: FAISS of another version wrote them, or a hand did."""
-    index = FaissVectors(DIM)
+    index = MemoryVectors(DIM)
     index.add(np.arange(5), clustered(5))
     index.save(tmp_path)
     monkeypatch.setattr("crosstill.files.check_digest", lambda *_: None)
@@ -333,45 +397,76 @@ def test_what_faiss_cannot_read_is_named(tmp_path, monkeypatch):
     for data in (b"IxZZ" + whole[4:], whole[:-10], whole[:20], b""):
         (tmp_path / "vectors.faiss").write_bytes(data)
         with pytest.raises(CorruptError, match=r"vectors\.faiss: not a flat index"):
-            FaissVectors.load(tmp_path)
+            MemoryVectors.load(tmp_path)
     (tmp_path / "vectors.faiss").write_bytes(whole)
     np.save(tmp_path / "vectors.npy", np.arange(4))
     with pytest.raises(CorruptError, match=r"vectors\.faiss: not a flat index of 4 vectors"):
-        FaissVectors.load(tmp_path)
+        MemoryVectors.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "rows.npy"])
+def test_arrays_of_another_form_are_named(tmp_path, monkeypatch, name):
+    """Files whose checksums are right."""
+    index = MemoryVectors(DIM, "codes")
+    index.add(np.arange(50), clustered(50))
+    index.save(tmp_path)
+    monkeypatch.setattr("crosstill.files.check_digest", lambda *_: None)
+    whole = np.load(tmp_path / name)
+    for array in (whole[:-1], whole[:, 1:], whole[None], whole.astype(np.int16), whole[:0]):
+        np.save(tmp_path / name, array)
+        with pytest.raises(CorruptError, match=name.replace(".", r"\.")):
+            MemoryVectors.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scale": None}, {"scale": 0.0}, {"scale": -1.0}, {"scale": float("inf")}, {"kind": "hnsw"}],
+)
+def test_records_that_cannot_be_are_refused(tmp_path, changes):
+    index = MemoryVectors(DIM, "codes")
+    index.add(np.arange(50), clustered(50))
+    index.save(tmp_path)
+    record = files.read_json(tmp_path / "vectors.json") | changes
+    files.write_json(tmp_path / "vectors.json", files.sealed(record))
+    with pytest.raises(CorruptError) as error:
+        MemoryVectors.load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
-    index = FaissVectors(DIM)
+    index = MemoryVectors(DIM)
     index.add(np.arange(5), clustered(5))
     index.save(tmp_path)
     index.add(np.arange(5, 9), clustered(4))
 
-    def full(faiss, index, path):
+    def full(store, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(faiss_vectors, "_write", full)
+    monkeypatch.setattr(faiss_stores.Flat, "write", full)
     with pytest.raises(DiskFullError, match=r"vectors\.faiss: No space left on device"):
         index.save(tmp_path)
-    assert len(FaissVectors.load(tmp_path)) == 5
+    assert len(MemoryVectors.load(tmp_path)) == 5
 
 
 def test_a_folder_may_have_any_name(tmp_path):
     folder = tmp_path / os.fsdecode(b"od\xff d \xe2\x82\xac")
     folder.mkdir()
-    index = FaissVectors(DIM)
+    index = MemoryVectors(DIM)
     index.add(np.arange(5), clustered(5))
     index.save(folder)
-    assert len(FaissVectors.load(folder)) == 5
+    assert len(MemoryVectors.load(folder)) == 5
 
 
 def test_threads_of_others_are_left_alone():
     import faiss
 
-    index = FaissVectors(DIM, threads=1)
+    index = MemoryVectors(DIM, threads=1)
     faiss.omp_set_num_threads(3)
     try:
         seen = []
-        index._index = Spy(index._index, lambda: seen.append(faiss.omp_get_max_threads()))
+        index._store._index = Spy(
+            index._store._index, lambda: seen.append(faiss.omp_get_max_threads())
+        )
         index.add(np.arange(5), clustered(5))
         index.search(clustered(2), 1)
         assert seen == [1, 1] and faiss.omp_get_max_threads() == 3
@@ -396,21 +491,23 @@ class Spy:
 )
 def test_settings_that_cannot_work(kind, dim, threads):
     with pytest.raises(ConfigError):
-        FaissVectors(dim, kind, threads)
+        MemoryVectors(dim, kind, threads)
 
 
 @pytest.mark.parametrize("kind", vector_index.KINDS)
 def test_the_estimate_is_what_it_takes(tmp_path, kind):
-    index = FaissVectors(128, kind)
+    index = MemoryVectors(128, kind)
     index.add(np.arange(2000), clustered(2000, 128))
     index.save(tmp_path)
-    ours = sum(a.nbytes for a in (index._ids, index._sorted, index._sorted_places))
-    taken = (tmp_path / "vectors.faiss").stat().st_size + ours
+    places = [index._rows._at] if index._rows else []
+    ours = sum(a.nbytes for a in (index._ids, index._sorted, index._sorted_places, *places))
+    taken = (tmp_path / FILES[kind][1]).stat().st_size + ours
     assert estimate_bytes(2000, 128, kind) == pytest.approx(taken, rel=0.03)
 
 
 def test_kinds_by_size():
-    assert (kind_for(1), kind_for(200_000), kind_for(200_001)) == ("flat", "flat", "hnsw")
+    assert (kind_for(1), kind_for(5_000), kind_for(5_001)) == ("flat", "flat", "codes")
+    assert (kind_for(400_000), kind_for(400_001)) == ("codes", "hnsw")
     assert estimate_bytes(10**6, 512, "hnsw") < estimate_bytes(10**6, 512, "flat") / 2
     assert estimate_bytes(10, 512, "milvus") == 10 * 2056
     with pytest.raises(ConfigError, match="hnsw"):
@@ -432,7 +529,7 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path, missin
     )
     with pytest.raises(ConfigError, match=words):
         if missing == "faiss":
-            FaissVectors(4)
+            MemoryVectors(4)
         else:
             MilvusVectors(str(tmp_path / "a.db"), "photos", 4)
 

@@ -26,16 +26,16 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from crosstill import artefacts, errors, files
 from crosstill.bundle import Bundle, check_same
-from crosstill.search import builder_memory, catalogue, faiss_vectors, scan, vector_index
+from crosstill.search import builder_memory, catalogue, memory_vectors, scan, vector_index
 
 POINTER = "index.json"
 MEMORY = "work.sqlite"
 FORMAT = 1
 CHUNK = 10_000  # vectors that are verified at a time
 LONGER = 0.02  # by which a vector of 8-bit codes may miss unit length
-Kind = Literal["flat", "hnsw", "milvus"]
+Kind = Literal["flat", "codes", "hnsw", "milvus"]
 Opened = TypeVar("Opened")
-_FILES = (catalogue.NAME, *faiss_vectors.NAMES)  # and no others
+_FILES = (catalogue.NAME, *memory_vectors.NAMES)  # and no others
 
 
 def _check_place(place: dict[str, str]) -> dict[str, str]:
@@ -56,7 +56,7 @@ class Pointer(artefacts.Record):
         identity: of the bundle that made the vectors.
         bundle: name of the folder of its copy.
         dim: D, the width of a vector.
-        kind: "flat", "hnsw" or "milvus".
+        kind: "flat", "codes", "hnsw" or "milvus".
         folder: where the photos are, absolute.
         photos: how many.
         files: SHA-256 of the generation's files by name.
@@ -190,7 +190,7 @@ def open_vectors(
     Args:
         index: the folder.
         pointer: of the generation.
-        threads: of one FAISS call, at most.
+        threads: of one call, at most.
         named: the Milvus that the user has named in this call; see `milvus_token`.
 
     Raises:

@@ -17,8 +17,8 @@ from crosstill.errors import ConfigError
 from crosstill.search import (
     builder_memory,
     catalogue,
-    faiss_vectors,
     index_folder,
+    memory_vectors,
     searcher,
     vector_index,
 )
@@ -44,7 +44,7 @@ class IndexWriter:
         rows: the files that it holds, by their path.
         numbers: of its photos, by the SHA-256 of their bytes.
         milvus: uri and collection, where the vectors are to live there.
-        threads: of FAISS.
+        threads: of one call of the vectors.
         named: the Milvus that the user named in this call, which may see the secret.
         copy: name of the folder that holds the bundle's copy.
     """
@@ -113,7 +113,8 @@ class IndexWriter:
             where = "in Milvus" if self.milvus else "of memory"
             memory_text = files.amount(memory)
             log.info("%s photos: the vectors will take about %s %s", photos, memory_text, where)
-        need = unread * (4 * dim + 500) + photos * 300 + (0 if self.milvus else memory)
+        vectors = 0 if self.milvus else vector_index.estimate_disk(photos, dim, kind)
+        need = unread * (4 * dim + 500) + photos * 300 + vectors
         if need > shutil.disk_usage(self.index).free:
             raise files.disk_full(self.index, errno.ENOSPC, need)
 
@@ -214,16 +215,16 @@ class IndexWriter:
 
     def _empty_vectors(self, kind: index_folder.Kind) -> vector_index.VectorIndex:
         if self.milvus is None:
-            return faiss_vectors.FaissVectors(self.bundle.dim, kind, self.threads)
+            return memory_vectors.MemoryVectors(self.bundle.dim, kind, self.threads, self.index)
         uri = index_folder.milvus_place(self.index, self.milvus["uri"])
         name = self.milvus["collection"]
         token = index_folder.milvus_token(uri, self.named)
         return vector_index.open_vectors(uri, self.bundle.dim, self.threads, name, token)
 
     def _in_order(self, kind: str) -> list[tuple[int, bytes]]:
-        """List all photos; for a graph in random order, since it takes its range from the first."""
+        """List all photos; for codes in random order, since the first ones set their range."""
         every = [(number, sha) for sha, number in self.numbers.items()]
-        if kind != "hnsw":
+        if kind not in ("codes", "hnsw"):
             return every
         return [every[i] for i in np.random.default_rng(0).permutation(len(every))]
 

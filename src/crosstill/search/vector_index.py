@@ -1,9 +1,9 @@
 """The protocol of an index of vectors, and the kinds that there are.
 
-    faiss_vectors     in the memory of this process, saved as files
+    memory_vectors    in the memory of this process, saved as files
     milvus_vectors    a Milvus cluster, or a Milvus Lite file
 
-Neither library is imported before an index of its kind is opened. Another distribution may offer
+No library is imported before an index of its kind is opened. Another distribution may offer
 further kinds: the place NAME://... opens the entry point NAME of the group that `INDEXES` names.
 """
 
@@ -21,8 +21,9 @@ from crosstill.errors import ConfigError, DataError, MismatchError, unknown
 NO_ROW = -1  # the id where there are fewer rows than asked for
 SPARE = 8  # rows looked at beyond the k-th, to see whether it ties with the next
 
-KINDS = ("flat", "hnsw")  # of FAISS
-FLAT_UP_TO = 200_000  # vectors; a query of so many takes one thread some 30 ms
+KINDS = ("flat", "codes", "hnsw")  # in memory
+FLAT_UP_TO = 5_000  # vectors, which take a query less than a millisecond
+CODES_UP_TO = 400_000  # a query of so many takes one thread some 30 ms
 LINKS = 32  # of a node of the graph; twice as many on its lowest level
 LITE = ".db"  # the ending of a Milvus Lite file
 SCHEMES = ("http", "https", "tcp", "unix")  # of Milvus
@@ -32,7 +33,7 @@ Ranked = tuple[np.ndarray, np.ndarray]  # scores and ids, (Q, k) each, best firs
 
 # Functions of (place, dim, threads, collection, token), see `open_vectors`
 _INDEXES = {
-    "faiss": "crosstill.search.faiss_vectors:open_index",
+    "memory": "crosstill.search.memory_vectors:open_index",
     "milvus": "crosstill.search.milvus_vectors:open_index",
 }
 INDEXES = plugins.Kind("crosstill.search.vectors", "vector index", _INDEXES)
@@ -71,7 +72,7 @@ class VectorIndex(Protocol):
         """
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors (N, D) of these ids (N,); of an "hnsw" index, decoded from 8 bits.
+        """Return the vectors (N, D) of these ids (N,).
 
         Raises:
             KeyError: an id that is not there.
@@ -97,10 +98,10 @@ def open_vectors(
     """Open vectors where they are.
 
     Args:
-        place: a folder that `FaissVectors.save` wrote to; or Milvus: the URI of a cluster or the
+        place: a folder that `MemoryVectors.save` wrote to; or Milvus: the URI of a cluster or the
             path of a Milvus Lite file, which ends in ".db"; or NAME://... of another kind.
         dim: D.
-        threads: of one FAISS call, at most.
+        threads: of one call, at most.
         collection: the name in Milvus; it is made where there is none.
         token: "user:password" or an API key, for Milvus.
 
@@ -115,7 +116,7 @@ def open_vectors(
 
 def is_server(place: Path | str) -> bool:
     """Tell whether vectors live at a place of their own, not in an index's folder."""
-    return _kind_at(place) != "faiss"
+    return _kind_at(place) != "memory"
 
 
 def is_address(place: str) -> bool:
@@ -127,23 +128,31 @@ def _kind_at(place: Path | str) -> str:
     if str(place).endswith(LITE) or is_address(str(place)):
         return "milvus"
     scheme, separator, _ = str(place).partition("://")
-    return scheme if separator and scheme in INDEXES.names() else "faiss"
+    return scheme if separator and scheme in INDEXES.names() else "memory"
 
 
-def kind_for(count: int) -> Literal["flat", "hnsw"]:
-    """Choose the kind of FAISS index for so many vectors."""
-    return "flat" if count <= FLAT_UP_TO else "hnsw"
+def kind_for(count: int) -> Literal["flat", "codes", "hnsw"]:
+    """Choose the kind of index in memory for so many vectors."""
+    if count <= FLAT_UP_TO:
+        return "flat"
+    return "codes" if count <= CODES_UP_TO else "hnsw"
+
+
+def estimate_disk(count: int, dim: int, kind: str) -> int:
+    """Estimate the bytes of an index on the disk: what it holds in memory, and its exact rows."""
+    rows = count * 4 * dim if kind in ("codes", "hnsw") else 0
+    return estimate_bytes(count, dim, kind) + rows
 
 
 def estimate_bytes(count: int, dim: int, kind: str) -> int:
     """Estimate the memory that an index of so many vectors takes, in bytes, before it is built.
 
-    While a FAISS index grows, it takes up to twice that for moments.
+    While an index grows, it takes up to twice that for moments.
 
     Args:
         count: of vectors.
         dim: D.
-        kind: "flat", "hnsw", or "milvus": then of the float32 vectors and ids on the server.
+        kind: "flat", "codes", "hnsw", or "milvus": then of the float32 vectors and ids there.
     """
     if kind == "milvus":
         return count * (4 * dim + 8)
@@ -152,8 +161,11 @@ def estimate_bytes(count: int, dim: int, kind: str) -> int:
     ids = 3 * 8  # the id of a position, and both halves of the way back
     if kind == "flat":
         return count * (4 * dim + ids)
+    rows = 8  # the place of a position's row
+    if kind == "codes":
+        return count * (dim + ids + rows)
     above = LINKS / (LINKS - 1)  # what one node of the lowest level costs on all others
-    return count * int(dim + 4 * (2 * LINKS + above) + 8 + 4 + ids)
+    return count * int(dim + 4 * (2 * LINKS + above) + 8 + 4 + ids + rows)
 
 
 # --- checks and ranking, for every kind of index ---
