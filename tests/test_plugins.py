@@ -291,6 +291,6 @@ print(sorted({"torch", "transformers", "faiss", "pymilvus"} & set(sys.modules)))
     )
     assert done.stdout.splitlines() == [
         "False ['onnx', 'sentence-transformers', 'transformers']",
-        "['faiss', 'milvus']",
+        "['memory', 'milvus']",
         "[]",
     ]

@@ -355,7 +355,7 @@ def test_captions_of_similar_length_share_a_pass_and_keep_their_rows(
     student.eval()
     texts = [" ".join(captions)[: 7 * n] for n in (9, 1, 5, 2, 8, 1, 3)]
     tokens = student.pad(student.tokenize(texts))
-    monkeypatch.setattr("crosstill.students.student.CHUNK", 3)
+    monkeypatch.setattr("crosstill.students.student.CHUNK_WITH_DROPOUT", 3)
     seen: list[int] = []
     student.text_tower.register_forward_pre_hook(
         lambda _, __, inputs: seen.append(inputs["input_ids"].shape[1]), with_kwargs=True

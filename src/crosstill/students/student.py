@@ -22,7 +22,9 @@ from crosstill.types import Features
 # Some Hugging Face towers carry TensorFlow's 0.9997, which in torch forgets all but the last batch.
 _MOMENTUM = 0.1
 RECORD = "student.json"
-CHUNK = 32  # captions of similar length that share a pass on a CPU
+# captions of similar length that share a pass on a CPU; with dropout fewer, since the masks of runs
+# that were begun before depend on it
+CHUNK, CHUNK_WITH_DROPOUT = 32, 16
 
 
 class Tokens(NamedTuple):
@@ -151,7 +153,8 @@ class Student(nn.Module):
         def pool_rows(rows: list[int]) -> Tensor:
             return self.pool_text(*(part[rows, : lengths[rows[-1]]] for part in texts))
 
-        return base.encode_by_length(lengths, pool_rows, CHUNK)
+        size = CHUNK_WITH_DROPOUT if self.drops else CHUNK
+        return base.encode_by_length(lengths, pool_rows, size)
 
     def embed_image(self, pooled: Tensor) -> Tensor:
         """Project pooled (B, W) → unit rows (B, D)."""
