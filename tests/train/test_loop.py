@@ -203,9 +203,12 @@ def test_a_run_without_dropout_is_that_of_towers_that_have_none(cached, settings
     train(small_student(cached), cached, off, tmp_path / "off")
     train(small_student(cached, dropout=0.0), cached, settings.changed(SHORT), tmp_path / "none")
     train(small_student(cached), cached, settings.changed(SHORT), tmp_path / "on")
-    runs = [final(tmp_path / name) for name in ("off", "none", "on")]
-    assert same(runs[0]["student"], runs[1]["student"])
-    assert not same(runs[0]["student"], runs[2]["student"])
+    off, none, on = (final(tmp_path / name)["student"] for name in ("off", "none", "on"))
+    for name in none:  # passes differ in size, so the last bits do
+        torch.testing.assert_close(off[name], none[name], atol=2e-5, rtol=1e-4)
+    assert any(
+        (off[name] - on[name]).abs().max() > 1e-3 for name in on if on[name].is_floating_point()
+    )
 
 
 def test_chunks_replay_their_dropout(cached, settings, tmp_path):
