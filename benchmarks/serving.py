@@ -38,12 +38,12 @@ from crosstill.data.scenes import write
 from crosstill.search import catalogue, index_builder, index_folder
 from crosstill.search.catalogue import Row
 from crosstill.search.memory_vectors import MemoryVectors
+from crosstill.search.vector_index import kind_for
 from crosstill.students.student_config import StudentConfig
 
 QUERIES, CLIENTS, TOP = 200, 16, 10
 SMALL = "--count", "20000", "--requests", "2000"  # for `make bench`
 KEPT = 3.0  # seconds that a connection without requests is good for
-ALLOWED = 1.3  # of bare FAISS, beside the encoder
 WORDS = "two dogs run on snow while a man in red watches from the old bridge"
 
 
@@ -120,9 +120,9 @@ def _prepare(place: Path, real: Path | None, count: int) -> tuple[Bundle, np.nda
         shas = (hashlib.sha256(str(i).encode()).digest() for i in range(count))
         rows = {f"{i:07}.jpg": Row(sha, 1, 1, caption(i % 5000)) for i, sha in enumerate(shas)}
         change = catalogue.write(aside / catalogue.NAME, None, rows)
-        flat = MemoryVectors(bundle.dim)
-        flat.add(np.array([photo for photo, _ in change.added]), vectors)
-        flat.save(aside)
+        stored = MemoryVectors(bundle.dim, kind_for(count))
+        stored.add(np.array([photo for photo, _ in change.added]), vectors)
+        stored.save(aside)
         digests = index_folder.digest_files(aside)
     index_folder.switch(
         index,
@@ -132,7 +132,7 @@ def _prepare(place: Path, real: Path | None, count: int) -> tuple[Bundle, np.nda
             identity=bundle.identity,
             bundle=index_folder.copy_bundle(index, bundle),
             dim=bundle.dim,
-            kind="flat",
+            kind=kind_for(count),
             folder=str(place),
             photos=count,
             files=digests,
@@ -175,7 +175,7 @@ def _latency(server: Server, encoder: Encoder, vectors: np.ndarray) -> dict[str,
         vector = encoder.encode_texts([words])
         times["faiss"].append(_seconds(bare.search, vector, TOP))
     found = {name: median(seconds[20:]) for name, seconds in times.items()}
-    return {**found, "ratio": found["http"] / (found["encode"] + ALLOWED * found["faiss"])}
+    return {**found, "ratio": found["http"] / (found["encode"] + found["faiss"])}
 
 
 def _throughput(server: Server) -> dict[str, float]:
@@ -216,10 +216,10 @@ def _seconds(work: Callable[..., object], *arguments: object) -> float:
 
 def _report(found: dict[str, float], count: int) -> dict[str, float]:
     ms = {name: f"{1000 * value:.2f} ms" for name, value in found.items()}
-    print(f"  {count:,} vectors, flat, one thread")
+    print(f"  {count:,} vectors, {kind_for(count)}, one thread")
     print(f"  p50 of a query over HTTP  {ms['http']}")
     print(f"  encoder alone             {ms['encode']}")
-    print(f"  bare FAISS                {ms['faiss']}")
+    print(f"  bare FAISS, flat          {ms['faiss']}")
     print(
         f"  {CLIENTS} clients                {found['rate']:.0f} queries a second, "
         f"p50 {ms['p50 of 16']}, p95 {ms['p95 of 16']}"
@@ -229,8 +229,8 @@ def _report(found: dict[str, float], count: int) -> dict[str, float]:
         f"growing by {found['growth']:.0f} bytes a request"
     )
     print(
-        f"{'serving':8} {found['ratio']:.3f}  (HTTP over encoder + {ALLOWED} x bare FAISS, "
-        "wanted at most 1 with 100,000 vectors)",
+        f"{'serving':8} {found['ratio']:.3f}  (HTTP over encoder + bare FAISS, "
+        "wanted at most 0.75 with 100,000 vectors)",
         flush=True,
     )
     return found

@@ -311,7 +311,7 @@ def test_a_saved_index_without_a_graph_holds_no_removed_rows(tmp_path, kind):
 def test_codes_find_what_all_rows_would():
     """Vectors of many near neighbours, which the codes alone put in another order."""
     vectors, queries = clustered(20_000, 128), clustered(100, 128, seed=8)
-    index = MemoryVectors(128, "codes")
+    index = MemoryVectors(128, "codes", threads=2)
     index.add(np.arange(20_000), vectors)
     scores, right = best(vectors, np.arange(20_000), queries, 10)
     found = index.search(queries, 10)
@@ -333,7 +333,7 @@ def test_the_product_is_what_onnx_makes():
     graph = onnx.helper.make_graph([node], "scan", values[:2], values[2:])
     opset = [onnx.helper.make_opsetid("", 10)]
     model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=5)
-    assert model.SerializeToString() == codes._PRODUCT
+    assert model.SerializeToString() == codes.PRODUCT
 
 
 def test_products_of_codes_are_exact_at_their_extremes():

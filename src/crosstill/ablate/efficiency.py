@@ -78,7 +78,7 @@ class Costs:
 
     @property
     def legend(self) -> str:
-        """What is needed to read the table."""
+        """Explain the columns, in sentences."""
         text = (
             "Times of single items on one thread of this machine's CPU, the median of 30; times "
             "faster for one photo and one caption. *Of the paper's own teacher and student, "

@@ -267,8 +267,8 @@ class Answer:
         model: "teacher" or "student".
         photos: the best first.
         rank: the place of the right photo; None for a text without photo.
-        shared: how many of `photos` are among the teacher's first ones; None of the teacher, and
-            where there is a right photo.
+        shared: how many of `photos` are among the teacher's first ones; None of the teacher,
+            without one, and where there is a right photo.
     """
 
     model: str
@@ -311,8 +311,9 @@ def _query(
     for model, order in orders.items():
         rank = int((order == right).nonzero()) + 1 if paired else None
         first = order[:TOP].tolist()
-        theirs = orders["teacher"][:TOP].tolist() if "teacher" in orders else []
-        shared = None if paired or model == "teacher" else len({*first} & {*theirs})
+        shared = None
+        if not paired and model != "teacher" and "teacher" in orders:
+            shared = len({*first} & {*orders["teacher"][:TOP].tolist()})
         photos = tuple(thumbnails.photo(place, place == right) for place in first)
         answers.append(Answer(model, photos, rank, shared))
     return Query(thumbnails.cache.texts[int(split.captions[row])], tuple(answers))

@@ -8,7 +8,8 @@ builder_memory  work.sqlite: contents and vectors known from earlier runs
 index_folder    index.json and the generation of files that it names; verification of both
 index_writer    one generation after another
 catalogue       photos.sqlite: the photos of a generation
-vector_index    their vectors: `memory_vectors`, or `milvus_vectors`
+vector_index    their vectors: `milvus_vectors`, or
+memory_vectors  by `codes` or `faiss_stores`, with exact `rows`
 searcher        queries in, photos out
 serve/          HTTP service and search page
 """

@@ -26,7 +26,7 @@ FAIR = 1_000  # vectors that tell the range of those to come
 TOGETHER = 16  # queries
 # scores (N, Q) int32 = codes (N, D) uint8 @ queries (D, Q) int8: the one operator of a model as
 # `onnx.helper` makes it, written out because searching does not need the package onnx
-_PRODUCT = (
+PRODUCT = (
     b"\x08\x05:\x83\x01\n'\n\x05codes\n\x07queries\x12\x06scores\"\rMatMulInteger\x12\x04scan"
     b"Z\x19\n\x05codes\x12\x10\n\x0e\x08\x02\x12\n\n\x03\x12\x01N\n\x03\x12\x01D"
     b"Z\x1b\n\x07queries\x12\x10\n\x0e\x08\x03\x12\n\n\x03\x12\x01D\n\x03\x12\x01Q"
@@ -130,4 +130,4 @@ def _session(threads: int) -> Any:
     onnxruntime = vector_index.needed("onnxruntime", "search")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    return onnxruntime.InferenceSession(_PRODUCT, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])

@@ -40,7 +40,7 @@ class Rows:
 
     @classmethod
     def open(cls, path: Path, dim: int, count: int) -> Rows:
-        """Open the file that `write` wrote.
+        """Open the file that `write` wrote; rows that are added wait beside it.
 
         Raises:
             CorruptError: it is not an array of so many float32 rows.
@@ -51,7 +51,7 @@ class Rows:
                 f"{path}: {values.dtype} of shape {values.shape} where float32 of "
                 f"{(count, dim)} is needed; make the index anew"
             )
-        rows = cls(dim)
+        rows = cls(dim, path.parent)
         rows._filed, rows._old = rows._own(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), count
         rows._start = path.stat().st_size - count * dim * 4
         rows._at = np.arange(count)
@@ -63,9 +63,8 @@ class Rows:
     def append(self, vectors: np.ndarray) -> None:
         """Add float32 vectors (n, D) behind the others."""
         if self._added == NO_FILE:
-            descriptor, name = tempfile.mkstemp(dir=self._scratch)
-            os.unlink(name)
-            self._added = self._own(descriptor)
+            with tempfile.TemporaryFile(dir=self._scratch) as file:  # without a name: none is left
+                self._added = self._own(os.dup(file.fileno()))
         with os.fdopen(self._added, "wb", closefd=False) as file:
             file.write(np.ascontiguousarray(vectors, "<f4").tobytes())
         self._at = np.append(self._at, self._old + self._new + np.arange(len(vectors)))

@@ -22,8 +22,8 @@ NO_ROW = -1  # the id where there are fewer rows than asked for
 SPARE = 8  # rows looked at beyond the k-th, to see whether it ties with the next
 
 KINDS = ("flat", "codes", "hnsw")  # in memory
-FLAT_UP_TO = 5_000  # vectors, which take a query less than a millisecond
-CODES_UP_TO = 400_000  # a query of so many takes one thread some 30 ms
+FLAT_UP_TO = 5_000  # vectors
+CODES_UP_TO = 400_000  # four times as many as a query takes 7.5 ms for, see docs/performance.md
 LINKS = 32  # of a node of the graph; twice as many on its lowest level
 LITE = ".db"  # the ending of a Milvus Lite file
 SCHEMES = ("http", "https", "tcp", "unix")  # of Milvus

@@ -109,7 +109,7 @@ def autocast(config: TrainConfig, device: torch.device) -> Iterator[None]:
     if config.precision == "fp32":
         yield
         return
-    # a CPU's fused attention takes twice as long in bf16 as the plain one: its tiles are not AMX's
+    # measured without dropout: a CPU's fused attention makes a text tower's pass twice as long
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, torch.bfloat16):
         yield
