@@ -81,7 +81,9 @@ class Server:
             self._lines.line = socket.create_connection(("127.0.0.1", self._port), 60)
         self._lines.used = time.monotonic()
         query = urlencode({"q": words, "top": TOP})
-        self._lines.line.sendall(f"GET /search?{query} HTTP/1.1\r\nHost: bench\r\n\r\n".encode())
+        self._lines.line.sendall(
+            f"GET /search?{query} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+        )
         answer = self._lines.line.recv(65536)
         while len(answer) < _length(answer):
             answer += self._lines.line.recv(65536)
