@@ -11,28 +11,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crosstill import files
+from crosstill import data
 from crosstill.data import scenes
 from crosstill.search import Searcher
 
 
 def measure(demo: Path) -> tuple[int, int, int]:
     """Ask the index of a folder that `crosstill demo` made; return right, answerable, all."""
-    seed = int(files.read_json(demo / "scenes/dataset.json")["dataset"].split(":")[2])
-
-    def names(photo: str) -> set[str]:
-        return {scenes.name_thing(thing) for thing in scenes.things(seed, int(Path(photo).stem))}
-
-    known = set[str]().union(*(names(path.name) for path in (demo / "photos").glob("*.png")))
     queries = [
         scenes.name_thing(scenes.Thing(shape, colour, "small", 0, 0, 1, 0))
         for colour in scenes.COLOURS
         for shape in scenes.OUTLINES
     ]
+    said = {
+        Path(example.path).name: example.captions
+        for example in data.open(demo / "scenes/dataset.json").examples
+    }
+    known = {text for path in (demo / "photos").glob("*.png") for text in said[path.name]}
     searcher = Searcher.open(demo / "index")
     found = searcher.find(searcher.encode_texts(queries), 1)
     searcher.close()
-    right = sum(query in names(hits[0].path) for query, hits in zip(queries, found, strict=True))
+    right = sum(query in said[hits[0].path] for query, hits in zip(queries, found, strict=True))
     return right, sum(query in known for query in queries), len(queries)
 
 

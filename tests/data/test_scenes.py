@@ -62,19 +62,30 @@ def test_writing_leaves_a_karpathy_dataset(tmp_path):
     assert data.open(path).digest() == data.open("scenes:3:2").digest()
 
 
-def test_short_captions_follow_the_five(tmp_path):
-    written = data.open(scenes.write(tmp_path, 30, seed=2, short=True))
-    plain = data.open("scenes:30:2")
-    for index, (example, usual) in enumerate(zip(written.examples, plain.examples, strict=True)):
-        present = scenes.things(2, index)
-        shapes = sorted(f"a {thing.shape}" for thing in present)
-        named = {f"{thing.colour} {thing.shape}" for thing in present}
-        long, short = example.captions[:5], example.captions[5:]
-        assert long == usual.captions
-        assert (example.image_id, example.split) == (usual.image_id, usual.split)
-        articled = {f"{'an' if text[0] == 'o' else 'a'} {text}" for text in named}
-        assert set(short) == {*named, *articled, *shapes, " and ".join(shapes)}
-        assert len(set(short)) == len(short)
+def test_plain_scenes_have_short_captions_after_the_five(tmp_path):
+    written = data.open(scenes.write(tmp_path, 60, seed=2, plain=True))
+    assert written.splits == {"train": 48, "val": 6, "test": 6}
+    alone = 0
+    for example in written.examples:
+        assert all(text.endswith(".") for text in example.captions[:5])
+        short = set(example.captions[5:])
+        assert len(example.captions) == 5 + len(short)
+        things = [text for text in short if text.split()[0] in scenes.COLOURS]  # "red heart"
+        assert all(thing.split()[0] in example.captions[0] for thing in things)
+        alone += len(things) == 1
+    assert 24 < alone < 48
+
+
+def test_short_captions_name_the_things_as_people_type_them():
+    heart = scenes.Thing("heart", "orange", "small", 0, 0, 1, 0)
+    star = scenes.Thing("star", "blue", "large", 0, 0, 1, 0)
+    alone = ("a blue star", "blue star", "a star", "a large blue star")
+    assert scenes.short_captions([star]) == alone
+    assert scenes.short_captions([star, heart]) == (
+        *("a blue star", "an orange heart", "blue star", "orange heart", "a heart", "a star"),
+        *("a large blue star", "a small orange heart"),
+        *("a blue star and an orange heart", "a heart and a star"),
+    )
 
 
 @pytest.mark.parametrize("source", ["scenes:", "scenes:0", "scenes:x", "scenes:5:5:5", "scenes:-4"])
@@ -119,5 +130,5 @@ def test_the_file_is_a_png_of_96_pixels(pairs):
 def test_things_are_named_as_the_captions_name_them():
     for index in range(20):
         captions = " ".join(scenes.scene(3, index)[1]).lower()
-        for thing in scenes.things(3, index):
+        for thing in scenes.compose(random.Random(f"scene:3:{index}")).things:
             assert scenes.name_thing(thing) in captions

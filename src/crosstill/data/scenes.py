@@ -29,6 +29,10 @@ SIDE = 96  # pixels
 _FINE = 3  # drawn this many times larger, then averaged: smooth edges
 _SIZES = {"small": 10.0, "large": 18.0}  # radius in pixels
 
+_BUSY = (1, 7, 2)  # how many of ten scenes have one thing, two, and three
+_PLAIN = (6, 3, 1)
+
+
 COLOURS = {
     "red": (214, 45, 48),
     "orange": (243, 135, 28),
@@ -83,7 +87,7 @@ def read(source: str) -> Pairs:
 
 def scene(seed: int, index: int) -> tuple[bytes, tuple[str, ...]]:
     """Render one scene -> its PNG file and its five captions."""
-    draw = random.Random(f"scene:{seed}:{index}")
+    draw = _draw(seed, index)
     composed = compose(draw)
     captions = describe(composed, draw)
     return render(composed, draw), captions
@@ -99,27 +103,15 @@ def scenes_reader(record: Mapping[str, Any]) -> Callable[[Example], bytes]:
     return partial(read_scene, int(record["seed"]))
 
 
-def short_captions(seed: int, index: int) -> tuple[str, ...]:
-    """Name the things of one scene as people type them: "a red heart", "red heart", "a heart".
-
-    The last caption has all shapes: "a heart and a star". Those without colours are there because
-    colours alone tell most scenes apart, and a model would learn shapes late.
-    """
-    present = things(seed, index)
-    shapes = sorted(f"a {thing.shape}" for thing in present)
-    texts = [name_thing(thing) for thing in present]
-    texts += [f"{thing.colour} {thing.shape}" for thing in present]
-    return tuple(dict.fromkeys([*texts, *shapes, " and ".join(shapes)]))
-
-
-def write(folder: Path, count: int = COUNT, seed: int = 0, short: bool = False) -> Path:
-    """Write the scenes as PNG files beside a Karpathy `dataset.json`, and return its path.
+def write(folder: Path, count: int = COUNT, seed: int = 0, plain: bool = False) -> Path:
+    """Write scenes as PNG files beside a Karpathy `dataset.json`, and return its path.
 
     Args:
         folder: made if it is not there.
         count: scenes.
         seed: of the scenes.
-        short: whether each scene has its `short_captions` after its five captions.
+        plain: write other scenes, more like what people have: six in ten show one thing, and
+            `short_captions` follow the five.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -127,13 +119,16 @@ def write(folder: Path, count: int = COUNT, seed: int = 0, short: bool = False) 
     files.writable_folder(folder)
     items = []
     for index in range(count):
-        data, captions = scene(seed, index)
-        captions += short_captions(seed, index) if short else ()
-        (folder / _file(index)).write_bytes(data)
+        draw = _draw(seed, index)
+        composed = compose(draw, _PLAIN if plain else _BUSY)
+        captions = describe(composed, draw)
+        captions += short_captions(composed.things) if plain else ()
+        (folder / _file(index)).write_bytes(render(composed, draw))
         sentences = [{"raw": text} for text in captions]
         items.append({"filename": _file(index), "split": _split(index), "sentences": sentences})
     path = folder / "dataset.json"
-    files.write_json(path, {"dataset": f"scenes:{count}:{seed}", "images": items})
+    name = f"{'plain-' if plain else ''}scenes:{count}:{seed}"
+    files.write_json(path, {"dataset": name, "images": items})
     return path
 
 
@@ -148,6 +143,10 @@ def _parse(source: str) -> tuple[int, int]:
             f"{source}: write scenes, scenes:COUNT or scenes:COUNT:SEED, COUNT up to {_MOST}"
         )
     return count, seed
+
+
+def _draw(seed: int, index: int) -> random.Random:
+    return random.Random(f"scene:{seed}:{index}")
 
 
 def _file(index: int) -> str:
@@ -184,9 +183,14 @@ class Scene:
     background: str
 
 
-def compose(draw: random.Random) -> Scene:
-    """Draw a scene: mostly two things, sometimes one or three, no two of the same colour."""
-    count = draw.choices((1, 2, 3), (1, 7, 2))[0]
+def compose(draw: random.Random, shares: Sequence[int] = _BUSY) -> Scene:
+    """Draw a scene of one, two or three things, no two of the same colour.
+
+    Args:
+        draw: random numbers.
+        shares: how often it has one thing, two, and three.
+    """
+    count = draw.choices((1, 2, 3), shares)[0]
     across, band = draw.random() < 0.5, draw.randrange(3)
     colours = draw.sample(sorted(COLOURS), count)
     things = tuple(
@@ -196,11 +200,6 @@ def compose(draw: random.Random) -> Scene:
     if count == 3:  # smaller ones, so that they do not touch
         things = tuple(replace(thing, radius=0.78 * thing.radius) for thing in things)
     return Scene(things, across, band, draw.choice(sorted(BACKGROUNDS)))
-
-
-def things(seed: int, index: int) -> tuple[Thing, ...]:
-    """Return the things of one scene."""
-    return compose(random.Random(f"scene:{seed}:{index}")).things
 
 
 def render(scene: Scene, draw: random.Random) -> bytes:
@@ -312,6 +311,20 @@ def _full(thing: Thing) -> str:
 
 def _coloured(thing: Thing, noun: str) -> str:
     return f"a {thing.size} {thing.colour} {noun}"
+
+
+def short_captions(things: Sequence[Thing]) -> tuple[str, ...]:
+    """Name the things of one scene as people type them: "a red heart", "red heart", "a heart".
+
+    After these come sizes, "a small red heart", and all things at once, with colours and without.
+    Shapes stand alone too because colours tell most scenes apart, and a model would learn shapes
+    late.
+    """
+    names = [name_thing(thing) for thing in things]
+    shapes = sorted(f"a {thing.shape}" for thing in things)
+    texts = [*names, *(f"{thing.colour} {thing.shape}" for thing in things), *shapes]
+    texts += [_full(thing) for thing in things]
+    return tuple(dict.fromkeys([*texts, " and ".join(names), " and ".join(shapes)]))
 
 
 def name_thing(thing: Thing) -> str:
