@@ -55,6 +55,10 @@ def test_the_list_is_complete_and_importable(package):
         assert getattr(module, name) is not None
 
 
+def test_names_complete_in_a_notebook():
+    assert sorted(dir(crosstill)) == sorted([*EXPORTED[""].split(), "__version__"])
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'crosstill' has no attribute 'distil'"):
         crosstill.distil  # noqa: B018

@@ -103,3 +103,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return import_module(f"crosstill.{name}")
     raise AttributeError(f"module 'crosstill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

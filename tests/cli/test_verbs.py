@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,18 @@ def test_a_finished_run_resumes_to_itself(home):
     before = (home / "run/metrics.json").read_bytes()
     crosstill("train", home / "cache", "--out", home / "run", "--resume")
     assert (home / "run/metrics.json").read_bytes() == before
+
+
+def test_a_finished_run_names_what_comes_next_in_commands_that_work(home):
+    told = crosstill("train", home / "cache", "--out", home / "run", "--resume").stderr
+    report, evaluate, export = (shlex.split(line)[1:] for line in told.splitlines()[-3:])
+    assert crosstill(*report, "--no-latency").stdout.strip().endswith("report.html")
+    given = [
+        {"DATA": home / "photos/dataset.json", "DIR": home / "photos"}.get(a, a) for a in evaluate
+    ]
+    assert "student (run)" in crosstill(*given).stdout
+    crosstill(*export)
+    assert (home / "run-onnx/bundle.json").is_file()
 
 
 def test_doctor_describes_machine_and_data(home, tmp_path):

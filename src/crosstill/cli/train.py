@@ -13,6 +13,7 @@ from crosstill.errors import ConfigError
 
 if TYPE_CHECKING:
     from crosstill.students.student_config import FusionConfig, StudentConfig
+    from crosstill.train import Run
 
 
 def command(
@@ -77,6 +78,16 @@ def command(
     )
     if leads():
         common.say(f"{out}: {run.summary()}")
+        common.note(_next(run))
+
+
+def _next(run: "Run") -> str:
+    """List what one does with a finished run, as commands."""
+    folder = shlex.quote(str(run.folder))
+    lines = [f"crosstill report {folder}", f"crosstill evaluate {folder} DATA --images DIR"]
+    if run.trains_dual:
+        lines.append(f"crosstill export {folder} --to onnx --out {folder}-onnx")
+    return "\n".join(["Now:", *(f"  {line}" for line in lines)])
 
 
 def _numbers(text: str) -> tuple[int, ...]:

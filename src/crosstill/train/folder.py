@@ -103,6 +103,11 @@ class Run:
         return models.open(self.folder / "best", "matcher")
 
     @property
+    def trains_dual(self) -> bool:
+        """Whether its model is a dual encoder, and not a fusion model."""
+        return (self.folder / "best" / RECORD).is_file()
+
+    @property
     def untrained(self) -> Student:
         """The student as it was before training."""
         return students.load(self.folder / "student")
