@@ -3,6 +3,7 @@
 The floor, which needs no torch:
 
     errors      every exception raised on purpose
+    extras      libraries that only some verbs need
     plugins     parts found by name, here or in other distributions
     formats     names and texts as people have them: endings, hidden files, UTF-8, lines
     files       atomic writes, checksums, locks

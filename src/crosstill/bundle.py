@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import Field
 
-from crosstill import artefacts, files, pixels
+from crosstill import artefacts, extras, files, pixels
 from crosstill.errors import ConfigError, CorruptError, MismatchError, ModelError
 from crosstill.formats import by_length, encodable
 
@@ -299,11 +299,7 @@ def runtime() -> Any:
         ConfigError: it is not installed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ConfigError("onnxruntime is not installed; pip install 'crosstill[search]'") from None
-    return onnxruntime
+    return extras.load("an exported student", "search", "onnxruntime")
 
 
 def _session(bundle: Bundle, name: str, threads: int) -> Any:

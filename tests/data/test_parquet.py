@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import os
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crosstill import data
-from crosstill.errors import DataError, ImageError
+from crosstill.errors import ConfigError, DataError, ImageError
 
 
 def parquet(path: Path, rows: list[dict], **options) -> Path:
@@ -187,10 +187,6 @@ def test_the_hub_without_a_network_is_one_line(monkeypatch):
 
 
 def test_the_hub_without_its_library_names_the_extra(monkeypatch):
-    real = builtins.__import__
-    monkeypatch.setattr(
-        "crosstill.data.parquet.import_module",
-        lambda name: (_ for _ in ()).throw(ImportError(name)) if name == "datasets" else real(name),
-    )
-    with pytest.raises(DataError, match=r'pip install "crosstill\[hub\]"'):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"hf:a/b needs datasets; .* 'crosstill\[hub\]'"):
         data.open("hf:a/b")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from small import CARD, alone, said_by, small, write
 
-from crosstill import images
+from crosstill import export, images
 from crosstill.errors import ConfigError, ExportError
 from crosstill.export.card import Facts, Origin, card
 from crosstill.export.library_folders import SentenceTransformersFolder, TransformersFolder
@@ -200,7 +200,7 @@ def test_a_row_that_is_no_number_never_holds(tmp_path: Path) -> None:
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"crosstill\[export\]"):
-        write(SENTENCES, small(), tmp_path / "out", CARD)
+        export.sentence_transformers(small(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

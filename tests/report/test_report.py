@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shutil
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -464,7 +464,7 @@ def test_a_photo_that_is_gone_or_changed(home, damage):
 
 @pytest.mark.parametrize("name", report.NEEDS)
 def test_a_missing_extra(home, monkeypatch, name):
-    monkeypatch.setattr(report, "find_spec", lambda n: None if n == name else find_spec(n))
+    monkeypatch.setitem(sys.modules, name, None)
     line = refused(home / "run", ConfigError)
     assert name in line and "pip install 'crosstill[report]'" in line
 

@@ -113,7 +113,7 @@ def test_what_is_refused(library: Any, tmp_path: Path) -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ConfigError, match=r'pip install "crosstill\[open-clip\]"'):
+    with pytest.raises(ConfigError, match=r"pip install 'crosstill\[open-clip\]'"):
         OpenClip("open_clip:ViT-B-32:openai")
 
 

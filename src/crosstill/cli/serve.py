@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from crosstill import extras
 from crosstill.cli import common
 from crosstill.errors import ConfigError
 
@@ -61,9 +62,7 @@ def command(
         from crosstill.search.serve.limits import MIB, Settings, check_hosts
         from crosstill.search.serve.server import run
     except ImportError as error:
-        raise ConfigError(
-            f"{error.name} is not installed; pip install 'crosstill[search]'"
-        ) from None
+        raise extras.missing("the server", "search", str(error.name)) from None
 
     if top > MAX_TOP:
         raise ConfigError(f"--top {top}: give a number from 1 to {MAX_TOP}")

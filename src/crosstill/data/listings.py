@@ -34,7 +34,7 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from crosstill import formats
+from crosstill import extras, formats
 from crosstill.data.collection import Entry, Folder, Listing
 from crosstill.data.fileset import FileSet
 from crosstill.data.pairs import read_text, regular, split_name, unreadable
@@ -212,14 +212,9 @@ def _vocabulary(where: str, folders: tuple[Path, ...]) -> list[str]:
 
 @lru_cache(maxsize=2)
 def _pieces(path: Path) -> list[str]:
+    library = extras.load(f"{path}: reading it", "beit3", "sentencepiece")
     try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise DataError(
-            f'{path}: reading it needs sentencepiece: pip install "crosstill[beit3]"'
-        ) from None
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
+        model = library.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
         raise DataError(f"{path}: not a SentencePiece model; download it again") from None
     return [model.id_to_piece(number) for number in range(model.get_piece_size())]

@@ -16,13 +16,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crosstill import extras
 from crosstill.data import collection
 from crosstill.data.fileset import FileSet
 from crosstill.data.listings import CAPTION, FILE, captions_of, first, label_of, split_of
@@ -88,12 +88,7 @@ def read_hub(source: str, images: Path | None) -> collection.Listing:
 
 
 def _load_dataset(name: str, config: str | None) -> dict[str, Any]:
-    try:
-        datasets: Any = import_module("datasets")
-    except ImportError:
-        raise DataError(
-            f'{HUB}{name}: needs the library datasets: pip install "crosstill[hub]"'
-        ) from None
+    datasets = extras.load(f"{HUB}{name}", "hub", "datasets")
     try:
         loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the library's, the hub's and the network's have no common root

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from crosstill import cache, data, export, images, recipes, search, students
+from crosstill import cache, data, export, extras, images, recipes, search, students
 from crosstill.data import Pairs, scenes
 from crosstill.evaluate import Embedded, embed
 from crosstill.evaluate.evaluation import judge, table
@@ -43,7 +43,13 @@ QUERIES = ("a red heart", "a blue ring", "a yellow star")
 
 
 def run(out: Path, count: int = COUNT) -> str:
-    """Do everything in the folder `out`, or what of it is still to do; return what to print."""
+    """Do everything in the folder `out`, or what of it is still to do; return what to print.
+
+    Raises:
+        ConfigError: a library of the extras is not installed.
+    """
+    extras.need("the demo", "export", *export.FORMS.find_class("onnx", export.Form).needs)
+    extras.need("the demo", "search", "faiss")
     out.mkdir(parents=True, exist_ok=True)
     pairs = _scenes(out / "scenes", count)
     written = sum(len(example.captions) for example in pairs.examples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from crosstill import extras
 from crosstill.errors import ConfigError
 from crosstill.export.base import MAX_LOSS, BundleOptions, Exported, FolderOptions, Form, Options
 from crosstill.plugins import Kind
@@ -85,6 +86,7 @@ def run(
     writer = FORMS.find_class(form, Form)()
     if chosen.int8 and not writer.int8:
         raise ConfigError(f"--int8: {form} has no 8-bit form; use --to onnx")
+    extras.need(f"a student as {form}", "export", *writer.needs)
     export_folder.check_place(place)
     known = provenance.find(source, chosen.pairs, chosen.split if chosen.pairs else "")
     facts = known.facts(chosen.command, chosen.teacher_licence, chosen.data_licence)

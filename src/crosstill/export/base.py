@@ -80,12 +80,14 @@ class Form:
         task: of the card: a pipeline tag of the Hugging Face hub.
         loading: of the card: how to load such an export, as Markdown.
         int8: whether it has an 8-bit form.
+        needs: modules of the extra `export` that it writes and checks with.
     """
 
     name: ClassVar[str]
     task: ClassVar[str] = "feature-extraction"
     loading: ClassVar[str]
     int8: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def require(self, source: Provenance, options: Options) -> None:
         """Refuse what cannot be exported in this form, before anything is written.

@@ -16,6 +16,7 @@ too). A list to encode holds texts or photos (PIL images, paths, addresses), not
 
 import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -158,6 +159,7 @@ class SentenceTransformersFolder(LibraryFolder):
 
     name = "sentence-transformers"
     task = "sentence-similarity"
+    needs = ("sentence_transformers",)
     refusal = "not for sentence-transformers"
     advice = "Export it as onnx"
     loading = """\
@@ -178,10 +180,6 @@ Rows are of unit length. A list holds texts or photos (PIL images, paths, addres
     def fits(self, student: Student) -> list[str]:
         return [f"it takes {what}" for what in hindrances(student.preprocess)]
 
-    def require(self, source: Provenance, options: Options) -> None:
-        super().require(source, options)
-        _library()
-
     def load(self, folder: Path) -> ReferenceModel:
         return _SentenceModel(folder)
 
@@ -192,7 +190,7 @@ Rows are of unit length. A list holds texts or photos (PIL images, paths, addres
             texts = _route(student, "text", fast_tokenizer(student), towers / "text")
             photos = _route(student, "image", image_processor(student.preprocess), towers / "image")
             router = Router({"text": texts, "image": photos}, default_route="text")
-        model = _library().SentenceTransformer(
+        model = import_module("sentence_transformers").SentenceTransformer(
             modules=[router], device="cpu", similarity_fn_name="cosine"
         )
         model.save(str(folder), create_model_card=False)
@@ -231,7 +229,7 @@ class _SentenceModel:
     """The folder, as sentence-transformers loads it."""
 
     def __init__(self, folder: Path) -> None:
-        kind = _library().SentenceTransformer
+        kind = import_module("sentence_transformers").SentenceTransformer
         self.model = kind(str(folder), device="cpu", local_files_only=True)
 
     def pixels(self, photos: Sequence[Image.Image]) -> Tensor:
@@ -261,17 +259,6 @@ def _unread(tower: Any) -> list[str]:
         return []
     missing = [name for name in ("position_ids", "token_type_ids") if name not in known]
     return [f"its text tower does not take {' and '.join(missing)}"] if missing else []
-
-
-def _library() -> Any:
-    try:
-        import sentence_transformers
-    except ImportError:
-        raise ConfigError(
-            "this form needs sentence-transformers to write and check it; "
-            "install crosstill with its extra: pip install 'crosstill[export]'"
-        ) from None
-    return sentence_transformers
 
 
 def _route(student: Student, side: str, reader: Any, beside: Path) -> list[Any]:

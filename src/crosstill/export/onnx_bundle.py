@@ -41,6 +41,7 @@ class OnnxBundle(Form):
 
     name = "onnx"
     int8 = True
+    needs = ("onnx", "onnxscript", "onnxruntime")
     loading = """\
 Needs onnxruntime and crosstill; no torch.
 
@@ -196,10 +197,6 @@ def _round_tables(graph: Any) -> None:
 
 
 def _write(tower: nn.Module, example: tuple[Tensor, ...], shapes: Any, path: Path) -> None:
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise ConfigError("onnxscript is not installed; pip install 'crosstill[export]'") from None
     try:
         with quiet(), torch.inference_mode():
             program = torch.onnx.export(

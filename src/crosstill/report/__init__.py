@@ -6,11 +6,10 @@ table.tex      and for a paper (booktabs)
 report.json    the figures of a run, or metrics.json those of a grid
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
-from crosstill import files
-from crosstill.errors import ConfigError, InputError
+from crosstill import extras, files
+from crosstill.errors import InputError
 
 __all__ = ["write"]
 
@@ -56,11 +55,7 @@ def check(source: str | Path, out: str | Path | None) -> None:
         InputError: no folder `source`, or no place to write to.
         ConfigError: the extra `report` is not installed.
     """
-    missing = next((name for name in NEEDS if find_spec(name) is None), None)
-    if missing:
-        raise ConfigError(
-            f"a report needs {missing}; install it with: pip install 'crosstill[report]'"
-        )
+    extras.need("a report", "report", *NEEDS)
     if not Path(source).is_dir():
         raise InputError(f"{source}: no such folder")
     files.check_writable(Path(source if out is None else out))

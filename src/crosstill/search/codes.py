@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from crosstill import artefacts, files
+from crosstill import artefacts, extras, files
 from crosstill.errors import CorruptError
 from crosstill.search import vector_index
 
@@ -127,7 +127,7 @@ def _choose_scale(vectors: np.ndarray) -> float:
 
 @lru_cache(maxsize=8)
 def _session(threads: int) -> Any:
-    onnxruntime = vector_index.needed("onnxruntime", "search")
+    onnxruntime = extras.load("this index", "search", "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     return onnxruntime.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from crosstill import extras
 from crosstill.errors import CorruptError
 from crosstill.search import vector_index
 
@@ -48,7 +49,7 @@ class _Faiss(ABC):
 
     def __init__(self, dim: int, threads: int) -> None:
         self.dim, self._threads = dim, threads
-        self._faiss = vector_index.needed("faiss", "search")
+        self._faiss = extras.load("this index", "search", "faiss")
         # From four queries on a matrix product is faster (16 x 100,000 x 512: 1.8 ms a query, not
         # 7.8). FAISS compares queries x dim with this number, which is one for the whole process.
         self._faiss.cvar.distance_compute_blas_threshold = 4 * dim

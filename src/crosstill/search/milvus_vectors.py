@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from crosstill import extras
 from crosstill.errors import ConfigError, LockedError, MismatchError, RunError
 from crosstill.search import vector_index
 
@@ -54,9 +55,9 @@ class MilvusVectors:
         self._lite = uri.endswith(vector_index.LITE)
         self._uri = str(Path(uri).absolute()) if self._lite else uri
         self.dim, self._name, self._where = dim, collection, _public(uri)
-        self._milvus = vector_index.needed("pymilvus", "milvus")
+        self._milvus = extras.load("this index", "milvus", "pymilvus")
         if self._lite:
-            vector_index.needed("milvus_lite", "milvus")
+            extras.load("this index", "milvus", "milvus_lite")
         self._client = self._connect(token)
         try:
             self._prepare()
@@ -277,8 +278,8 @@ def _release(uri: str) -> None:
     with _lock:
         _lite[uri] -= 1
         if not _lite[uri]:
-            vector_index.needed(
-                "milvus_lite.server_manager", "milvus"
+            extras.load(
+                "this index", "milvus", "milvus_lite.server_manager"
             ).server_manager_instance.release_server(uri)
 
 

@@ -8,10 +8,8 @@ further kinds: the place NAME://... opens the entry point NAME of the group that
 """
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -169,19 +167,6 @@ def estimate_bytes(count: int, dim: int, kind: str) -> int:
 
 
 # --- checks and ranking, for every kind of index ---
-
-
-def needed(module: str, extra: str) -> Any:
-    """Import an optional library.
-
-    Raises:
-        ConfigError: it is missing; the message names the extra to install.
-    """
-    if find_spec(module) is None:
-        raise ConfigError(
-            f"this index needs {module}; install it with: pip install 'crosstill[{extra}]'"
-        )
-    return import_module(module)
 
 
 def checked_vectors(vectors: np.ndarray, dim: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from crosstill import artefacts, files
+from crosstill import artefacts, extras, files
 from crosstill.data.pairs import read_licence
 from crosstill.errors import ConfigError, ModelError
 from crosstill.formats import encodable
@@ -244,15 +244,9 @@ class Tokenizer:
     """
 
     def __init__(self, data: bytes, origin: str, words: int, length: int) -> None:
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError:
-            raise ConfigError(
-                "BEiT-3's tokenizer needs sentencepiece; install it with: "
-                "pip install 'crosstill[beit3]'"
-            ) from None
+        library = extras.load("BEiT-3's tokenizer", "beit3", "sentencepiece")
         self.data, self.length = data, length
-        self._pieces = SentencePieceProcessor()
+        self._pieces = library.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(data)
         except RuntimeError:

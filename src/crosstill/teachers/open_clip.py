@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosstill import files
+from crosstill import extras, files
 from crosstill.data.pairs import read_licence
-from crosstill.errors import ConfigError, ModelError
+from crosstill.errors import ModelError
 from crosstill.formats import encodable
 from crosstill.images import Preprocess, normalise
 from crosstill.progress import quiet
@@ -135,10 +135,7 @@ def _library() -> Any:
     try:
         return import_module("open_clip")
     except ImportError as error:
-        raise ConfigError(
-            f"OpenCLIP's models need its library ({error.name} is not installed): "
-            'pip install "crosstill[open-clip]"'
-        ) from None
+        raise extras.missing("an OpenCLIP model", "open-clip", str(error.name)) from None
 
 
 def _find(library: Any, source: str) -> _Entry:
