@@ -21,12 +21,10 @@ def listed(text: str) -> list[str]:
     return re.findall(r"^    (\w+) {2,}\S", text, re.MULTILINE)
 
 
-def test_readme_docstring_and_import_contract_are_one_list():
+def test_docstring_and_import_contract_are_one_list():
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     layers = [layer.partition(".")[2] for layer in contracts["contracts"][0]["layers"]]
     assert listed(crosstill.__doc__) == layers[::-1]
-    section = (ROOT / "README.md").read_text().partition("## How it is built")[2]
-    assert listed(section) == layers[::-1]
 
 
 def test_the_contracts_hold_the_groups_of_the_list():
