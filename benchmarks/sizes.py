@@ -48,12 +48,13 @@ def draw(teacher: Point, students: list[Point], path: Path) -> None:
     every = (teacher, *students)
     across = [100 * size / teacher[1] for _, size, _ in every]
     up = [100 * rsum / teacher[2] for _, _, rsum in every]
-    axes.plot(across, up, "o-", color="#1f6fb2")
+    axes.plot(across[1:], up[1:], "o-", color="#1f6fb2")
+    axes.plot(across[:1], up[:1], "D", color="#777777")  # the teacher
     for x, y, (_, size, rsum) in zip(across, up, every, strict=True):
         text = f"{size / 1e6:.1f} M\n{rsum:.0f}"
         axes.annotate(text, (x, y), (6, -4), textcoords="offset points", va="top")
     axes.set(xlabel="parameters, % of the teacher's", ylabel="RSUM, % of the teacher's")
-    axes.set(xlim=(0, 115), ylim=(min(up) - 8, 104))
+    axes.set(xlim=(0, 115), ylim=(min(up) - 8, max(up) + 2))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
