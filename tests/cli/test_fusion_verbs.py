@@ -98,6 +98,7 @@ def test_a_run_is_taken_for_its_best(home):
 def test_resuming_a_fusion_run_needs_nothing_but_its_folder(home):
     told = crosstill("train", home / "scores", "--out", home / "half", "--resume")
     assert "best val RSUM" in told.stdout
+    assert "crosstill report" in told.stderr and "crosstill export" not in told.stderr
 
 
 def test_wrong_input_is_one_line(home, tmp_path):

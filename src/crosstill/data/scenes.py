@@ -32,7 +32,6 @@ _SIZES = {"small": 10.0, "large": 18.0}  # radius in pixels
 _BUSY = (1, 7, 2)  # how many of ten scenes have one thing, two, and three
 _PLAIN = (6, 3, 1)
 
-
 COLOURS = {
     "red": (214, 45, 48),
     "orange": (243, 135, 28),
@@ -85,11 +84,12 @@ def read(source: str) -> Pairs:
     )
 
 
-def scene(seed: int, index: int) -> tuple[bytes, tuple[str, ...]]:
-    """Render one scene -> its PNG file and its five captions."""
-    draw = _draw(seed, index)
-    composed = compose(draw)
+def scene(seed: int, index: int, plain: bool = False) -> tuple[bytes, tuple[str, ...]]:
+    """Render one scene -> its PNG file and its captions: five, more where it is `plain`."""
+    draw = random.Random(f"scene:{seed}:{index}")
+    composed = compose(draw, _PLAIN if plain else _BUSY)
     captions = describe(composed, draw)
+    captions += short_captions(composed.things) if plain else ()
     return render(composed, draw), captions
 
 
@@ -119,11 +119,8 @@ def write(folder: Path, count: int = COUNT, seed: int = 0, plain: bool = False) 
     files.writable_folder(folder)
     items = []
     for index in range(count):
-        draw = _draw(seed, index)
-        composed = compose(draw, _PLAIN if plain else _BUSY)
-        captions = describe(composed, draw)
-        captions += short_captions(composed.things) if plain else ()
-        (folder / _file(index)).write_bytes(render(composed, draw))
+        data, captions = scene(seed, index, plain)
+        (folder / _file(index)).write_bytes(data)
         sentences = [{"raw": text} for text in captions]
         items.append({"filename": _file(index), "split": _split(index), "sentences": sentences})
     path = folder / "dataset.json"
@@ -143,10 +140,6 @@ def _parse(source: str) -> tuple[int, int]:
             f"{source}: write scenes, scenes:COUNT or scenes:COUNT:SEED, COUNT up to {_MOST}"
         )
     return count, seed
-
-
-def _draw(seed: int, index: int) -> random.Random:
-    return random.Random(f"scene:{seed}:{index}")
 
 
 def _file(index: int) -> str:

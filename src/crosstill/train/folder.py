@@ -104,7 +104,7 @@ class Run:
 
     @property
     def trains_dual(self) -> bool:
-        """Whether its model is a dual encoder, and not a fusion model."""
+        """Tell whether its model is a dual encoder, and not a fusion model."""
         return (self.folder / "best" / RECORD).is_file()
 
     @property
